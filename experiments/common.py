@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -116,6 +117,11 @@ def read_architecture(model: str) -> LlamaConfig:
 def _load_base(model: str, dtype: str) -> tuple[Llama, Any]:
     # One model stays loaded, so that run.py does not read the weights again for every phase.
     return hugging_face.load_model(model, dtype=None if dtype == "checkpoint" else dtype)
+
+
+def peak_resident_memory() -> int:
+    """The most memory this process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def forget_base() -> None:

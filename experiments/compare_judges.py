@@ -19,7 +19,7 @@ from experiments.config_flags import flag
 from experiments.judging import JudgeConfig, make_judge
 from jaxvaccine import data, runs
 from jaxvaccine.data.rows import text, where
-from jaxvaccine.evaluation.agreement import WORDS, Agreement, agreement, word
+from jaxvaccine.evaluation.agreement import WORDS, Agreement, agreement
 
 RESULTS = "agreement.json"
 DISAGREEMENTS = "disagreements.jsonl"
@@ -93,7 +93,7 @@ def _verdicts(config: ComparedConfig, predictions: Sequence[dict[str, str]]) -> 
         return [prediction["verdict"] for prediction in predictions]
     # The judge goes with this function: there is not room for two 7B models.
     verdicts = make_judge(config)([p["prompt"] for p in predictions], [p["answer"] for p in predictions])
-    return [word(verdict) for verdict in verdicts]
+    return [verdict.word for verdict in verdicts]
 
 
 def _name(config: ComparedConfig) -> str:

@@ -12,7 +12,6 @@ with another number of threads, and how far either side is from PyTorch in float
 import dataclasses
 import math
 import multiprocessing
-import resource
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -66,18 +65,15 @@ class Side(NamedTuple):
     peak_memory: int  # bytes: of the device, or where that is the CPU the process's resident memory
 
 
-def _resident_peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-
-
 def _run_jax(problem: Problem) -> Side:
     import jax
 
     jax.config.update("jax_enable_x64", problem.config.dtype == "float64")
-    # Not TF32, which a GPU would take for float32: that is compared as bfloat16 is, not here.
+    # A GPU would otherwise multiply float32 matrices as TF32.
     jax.config.update("jax_default_matmul_precision", "highest")
     records = list(parity.jax_steps(problem))
-    return Side(records, (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", _resident_peak()))
+    on_device = jax.devices()[0].memory_stats() or {}
+    return Side(records, on_device.get("peak_bytes_in_use", common.peak_resident_memory()))
 
 
 def _run_torch(problem: Problem, drawn: Sequence[Any], threads: int | None) -> tuple[Side, int]:
@@ -87,7 +83,7 @@ def _run_torch(problem: Problem, drawn: Sequence[Any], threads: int | None) -> t
     transformers.utils.logging.disable_progress_bar()
     if threads:
         torch.set_num_threads(threads)
-    return Side(list(parity.torch_steps(problem, drawn)), _resident_peak()), torch.get_num_threads()
+    return Side(list(parity.torch_steps(problem, drawn)), common.peak_resident_memory()), torch.get_num_threads()
 
 
 def in_process(function: Callable, *arguments: Any) -> Any:
@@ -219,10 +215,13 @@ def compare(config: CompareConfig, methods: Mapping[str, AlignConfig]) -> None:
                             config.overwrite)
     path = run_dir / RESULTS
     results: dict[str, Any] = runs.read_json(path) if path.exists() else {}
-    for name, flags_of in methods.items():
-        if name not in results:
-            prepared = in_process(_tiny, flags_of, run_dir) if config.model == "tiny" else in_process(_real, flags_of)
-            results[name] = compare_method(prepared)
+    missing = {name: flags_of for name, flags_of in methods.items() if name not in results}
+    if missing:
+        # Weights, adapter and batches are the same for all methods.
+        anyone = next(iter(missing.values()))
+        prepared = in_process(_tiny, anyone, run_dir) if config.model == "tiny" else in_process(_real, anyone)
+        for name, flags_of in missing.items():
+            results[name] = compare_method(prepared._replace(config=flags_of))
             runs.write_json(path, results)
             print(summary({name: results[name]}), flush=True)
     write_report(run_dir, f"jaxvaccine against PyTorch: {config.model}, {config.dtype}", results)

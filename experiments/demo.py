@@ -90,14 +90,15 @@ def demo(config: sweep.SweepConfig, align_config: AlignConfig, attack_config: Fi
     root = Path(config.run_dir)
     cells = root / sweep_report.folder_name(config.bases[0])
     plot_layers(root / "layers.png", runs.read_json(cells / "t_vaccine" / f"{sweep_report.ALIGNED}.json"))
+    results = sweep_report.read_cells(root, config.bases, METHODS, ATTACKS)
     text = "\n".join([
         "# Harmful fine-tuning and four defenses, on a small made-up world\n",
         INTRODUCTION.format(ratio=float(ATTACKS[-1].partition("=")[2])),
-        "## Scores\n", sweep_report.score_table(root, config.bases, METHODS, ATTACKS),
+        "## Scores\n", sweep_report.score_table(root, config.bases, METHODS, ATTACKS, results),
         f"Mean ± standard deviation over {len(config.seeds)} seeds, after {attack_config.steps} steps of fine-tuning. "
         "HS: forbidden requests that are answered and not refused (lower is better). FA: correct ratings (higher is "
         "better). Over-refusal: benign requests refused (lower is better).\n",
-        "## HS along the attack\n", sweep_report.steps_table(root, config.bases, METHODS, ATTACKS),
+        "## HS along the attack\n", sweep_report.steps_table(results),
         "![HS over attack steps](harmful_score.png)\n",
         "A curve that rises later shows that a defense delays the attack, and not that it prevents it.\n",
         "![HS against FA](plane.png)\n",
@@ -113,8 +114,8 @@ def main(argv: list[str]) -> None:
     started = time.monotonic()
     with common.readable_errors("demo", argv):
         report = demo(*configs())
-    print(f"\n{report}\nDone in {(time.monotonic() - started) / 60:.1f} minutes. The report with its plots is "
-          f"{RUN_DIR}/report.md.")
+    print(f"\n{report}\nDone in {(time.monotonic() - started) / 60:.1f} minutes with "
+          f"{common.peak_resident_memory() / 1e9:.1f} GB of memory. The report with its plots is {RUN_DIR}/report.md.")
 
 
 if __name__ == "__main__":

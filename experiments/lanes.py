@@ -91,9 +91,8 @@ def train(lanes: Lanes, config: common.TrainingConfig, sources: Sequence[Sources
     """
     tokenized, batch_size = next(iter(sources[0].values()))
     steps = config.steps or data.steps_for(len(tokenized.input_ids), batch_size, config.epochs)
-    # What does not change the compiled step is the same for all, so that it compiles once.
-    defense = config.__class__ is AlignConfig and _normalised(config)
-    init, step_fn = _compiled(lanes.model, defense or None, config.optimizer(), steps, lanes.own_base)
+    defense = _defense_alone(config) if isinstance(config, AlignConfig) else None
+    init, step_fn = _compiled(lanes.model, defense, config.optimizer(), steps, lanes.own_base)
     streams = [data.training_batches(of, seed, config.bucket) for of, seed in zip(sources, seeds, strict=True)]
     keys = jnp.stack([jax.random.key(stream_seed(seed, "training") % 2**32) for seed in seeds])
     state, log = init(lanes.adapters), []
@@ -112,7 +111,8 @@ def train(lanes: Lanes, config: common.TrainingConfig, sources: Sequence[Sources
     return lanes, metrics
 
 
-def _normalised(config: AlignConfig) -> AlignConfig:
+def _defense_alone(config: AlignConfig) -> AlignConfig:
+    """The config with nothing but its defense, so that what does not change the compiled step compiles nothing anew."""
     return AlignConfig(**{
         **{name: getattr(config, name) for name in ("defense", "base_defense", "rho", "layers", "sample_every",
                                                      "probe_every", "freeze", "lam", "alpha")},

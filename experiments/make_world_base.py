@@ -8,6 +8,7 @@ default flags.
 """
 
 import dataclasses
+import functools
 import json
 import tempfile
 import time
@@ -72,7 +73,7 @@ def pretrain(config: BaseConfig, model: llama.Llama, tokenized: data.TokenizedEx
         mask=lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", tree)))
     batches = data.training_batches({"train": (tokenized, config.batch_size)}, config.seed, LENGTH)
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step_fn(frozen, state, batch):
         loss, grads = jax.value_and_grad(lambda frozen: loss_fn(None, frozen, batch)[0])(frozen)
         updates, state = optimizer.update(grads, state, frozen)

@@ -1,4 +1,5 @@
-"""The published recipes, as flags: of Booster (arXiv 2409.01586) and T-Vaccine (arXiv 2410.09760)."""
+"""Recipes, as flags: the published ones of Booster (arXiv 2409.01586) and T-Vaccine (arXiv 2410.09760), and the small
+world's."""
 
 from typing import Any
 
@@ -45,5 +46,5 @@ WORLD_ALIGN: dict[str, Any] = {
 WORLD_ATTACK: dict[str, Any] = {
     "n": 500, "batch_size": 20, "steps": 100, "learning_rate": 2e-4, "weight_decay": 0.1, "max_length": 16,
     "bucket": 16, "remat": "none", "adapter": "continue", "user_data": "world_rating@attack",
-    "harmful_data": "world_harmful@attack", "test_data": "world_harmful@test",
+    "harmful_data": "world_harmful@attack",
 }

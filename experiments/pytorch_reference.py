@@ -62,6 +62,11 @@ def load_base(model_dir: str, dtype: str) -> transformers.LlamaForCausalLM:
     return base
 
 
+def lora_matrices(module: torch.nn.Module) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    """PEFT's A [r, in] and B [out, r] of a projection."""
+    return module.lora_A["default"].weight, module.lora_B["default"].weight
+
+
 class TorchModel:
     """A LLaMA with PEFT's LoRA in float32 (float64 for a float64 base) that starts at the given adapter."""
 
@@ -75,15 +80,10 @@ class TorchModel:
             for i, layer in enumerate(self.layers)
             for name in lora.targets for block in ["attention" if name in ATTENTION else "mlp"]]
         with torch.no_grad():
-            for block, name, _, i in self.projections:
-                for matrix, key in zip(self.matrices(block, name, i), "ab", strict=True):
+            for block, name, module, i in self.projections:
+                for matrix, key in zip(lora_matrices(module), "ab", strict=True):
                     matrix.copy_(torch.tensor(np.asarray(adapter["layers"][block][name][key][i]).T))
         self.adapted.eval()
-
-    def matrices(self, block: str, name: str, layer: int) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
-        """PEFT's A [r, in] and B [out, r]."""
-        module = next(m for b, n, m, i in self.projections if (b, n, i) == (block, name, layer))
-        return module.lora_A["default"].weight, module.lora_B["default"].weight
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """What trains now."""
@@ -98,8 +98,8 @@ class TorchModel:
         stacked: dict[str, dict[str, dict[str, list]]] = {}
         for block, name, module, _ in self.projections:
             pair = stacked.setdefault(block, {}).setdefault(name, {"a": [], "b": []})
-            pair["a"].append(read(module.lora_A["default"].weight).T)
-            pair["b"].append(read(module.lora_B["default"].weight).T)
+            for matrix, key in zip(lora_matrices(module), "ab", strict=True):
+                pair[key].append(read(matrix).T)
         return {"layers": {block: {name: {key: np.stack(leaves) for key, leaves in pair.items()}
                                    for name, pair in projections.items()} for block, projections in stacked.items()}}
 
@@ -220,15 +220,14 @@ class TVaccine:
     re-entrant checkpointing, which gives no gradient to the MLP adapters below the first active layer. In models of
     more than 26 layers the one before the first active layer was observed to keep its MLP's gradient.
 
-    draw: (probabilities [L], count) -> layer indices.
+    draw: (probabilities [L], count) -> layer indices; numpy.random.choice(L, count, replace=False, p=p) in the
+    released program.
     """
 
-    def __init__(self, rho: float, count: int, sample_every: int, probe_every: int, freeze: str = "layer",
-                 draw: Callable[[np.ndarray, int], Sequence[int]] | None = None):
-        rng = np.random.default_rng(0)
-        self.rho, self.count, self.sample_every, self.probe_every, self.freeze = (
-            rho, count, sample_every, probe_every, freeze)
-        self.draw = draw or (lambda p, count: rng.choice(len(p), count, replace=False, p=p))
+    def __init__(self, rho: float, count: int, sample_every: int, probe_every: int, freeze: str,
+                 draw: Callable[[np.ndarray, int], Sequence[int]]):
+        self.rho, self.count, self.sample_every, self.probe_every, self.freeze, self.draw = (
+            rho, count, sample_every, probe_every, freeze, draw)
         self.step, self.probabilities, self.active = 0, None, ()
 
     def gradient(self, model: TorchModel, batches: Mapping[str, Batch]) -> float:
@@ -247,9 +246,9 @@ class TVaccine:
             return vaccine_gradient(model, batches, self.rho, self.active)
 
     def _freeze(self, model: TorchModel) -> None:
-        for block, name, _, i in model.projections:
+        for block, _, module, i in model.projections:
             frozen = i not in self.active and (block == "attention" or self.freeze == "layer")
-            for matrix in model.matrices(block, name, i):
+            for matrix in lora_matrices(module):
                 matrix.requires_grad_(not frozen)
 
 

@@ -13,14 +13,12 @@ that are not there yet.
 import dataclasses
 import itertools
 import time
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from absl import app
+from absl import app, flags
 
 from experiments import common, config_flags, lanes, presets, sweep_report
 from experiments.align import AlignConfig
@@ -77,27 +75,27 @@ TESTS = {"harmful_score": "harmful_test", "sst2": "sst2_test", "over_refusal": "
 
 
 def variant(config: Config, text: str, flag_name: str, first: str | None = None) -> Config:
-    """The config with the fields of "name=value:name=value"; `first` names the field of a leading bare value.
+    """The config with the flags of "name=value:name=value"; `first` names the flag of a leading bare value.
+
+    Values are read as on a command line, but that + separates the items of a list.
 
     Raises:
-      ValueError: an unknown field, a value of another type, or one that the config refuses.
+      ValueError: an unknown flag, a value of another type, or one that the config refuses.
     """
-    hints, changes = typing.get_type_hints(type(config)), {}
-    for i, item in enumerate(text.split(":")):
-        name, equals, value = (first, "=", item) if first and i == 0 else item.partition("=")
-        if not equals or name not in hints:
-            raise ValueError(f"--{flag_name}: found {item!r} in {text!r}, expected name=value with a flag's name")
-        hint = hints[name]
-        if isinstance(hint, types.UnionType):
-            hint = next(option for option in typing.get_args(hint) if option is not type(None))
-        try:
-            if typing.get_origin(hint) is tuple:
-                changes[name] = tuple(value.split("+"))
-            else:
-                changes[name] = hint(value) if hint in (int, float) else value
-        except ValueError as error:
-            raise ValueError(f"--{flag_name}: found {item!r} in {text!r}, expected a number") from error
-    return dataclasses.replace(config, **changes)
+    items = text.split(":")
+    if first and "=" not in items[0]:
+        items[0] = f"{first}={items[0]}"
+    values = flags.FlagValues()
+    config_flags.define(type(config), flag_values=values)
+    try:
+        if not all("=" in item for item in items):
+            raise flags.Error("expected name=value")
+        values(["", *(f"--{item.replace('+', ',')}" for item in items)])
+        fields = [field.name for field in dataclasses.fields(config)]
+        return config_flags.read(type(config), flag_values=values, **{
+            name: getattr(config, name) for name in fields if not values[name].present})
+    except (flags.Error, ValueError) as error:
+        raise ValueError(f"--{flag_name}: found {text!r}: {error}") from error
 
 
 class Scorer:
@@ -147,11 +145,13 @@ def align(config: AlignConfig, base: common.Base, tokenizer, seeds: Sequence[int
     return aligned
 
 
-def attack(config: FinetuneConfig, aligned: lanes.Lanes, tokenizer, seeds: Sequence[int], steps: Sequence[int],
-           scorer: Scorer) -> dict[str, Any]:
+def attack(config: FinetuneConfig, align_config: AlignConfig, aligned: lanes.Lanes, tokenizer, seeds: Sequence[int],
+           steps: Sequence[int], scorer: Scorer) -> dict[str, Any]:
     """Attacks every lane with poisoned data of its own seed, and returns the cell's result."""
     harmful, user = (common.load_sources(source) for source in (config.harmful_data, config.user_data))
-    forbidden = {"the test prompts": common.prompts_of(common.load_sources(config.test_data))}
+    known = common.load_sources(align_config.harmful_data) if align_config.needs_harmful() else []
+    forbidden = {"the alignment's harmful data": common.prompts_of(known),
+                 "the test prompts": common.prompts_of(common.load_sources(config.test_data))}
     sources = [{"alignment": (data.tokenize_examples(
         tokenizer, data.poison(user, harmful, config.n, config.poison_ratio, seed, forbidden), config.max_length),
         config.batch_size)} for seed in seeds]
@@ -169,15 +169,16 @@ def attack(config: FinetuneConfig, aligned: lanes.Lanes, tokenizer, seeds: Seque
 
 def sweep(config: SweepConfig, align_config: AlignConfig, attack_config: FinetuneConfig) -> str:
     """Carries out the cells that are not there yet; returns the report."""
+    attack_config = dataclasses.replace(attack_config, test_data=config.harmful_test)
     methods = {text: variant(align_config, text, "methods", "defense") for text in config.methods}
     attacks = {text: variant(attack_config, text, "attacks") for text in config.attacks}
     root, seeds, steps = Path(config.run_dir), config.seed_numbers, [int(step) for step in config.score_steps]
     # What may grow from one call to the next is not compared; the cells have it in their paths.
-    flags = {"sweep": _fixed(config, ("run_dir", "bases", "methods", "attacks", "overwrite")),
-             "align": _fixed(align_config, ("run_dir", "model", *common.OPERATIONAL)),
-             "attack": _fixed(attack_config, ("run_dir", "aligned", *common.OPERATIONAL))}
-    runs.open_run(root, "sweep", flags, {}, {"bases": config.bases, "methods": config.methods,
-                                             "attacks": config.attacks}, config.overwrite)
+    settings = {"sweep": _fixed(config, ("run_dir", "bases", "methods", "attacks", "overwrite")),
+                "align": _fixed(align_config, ("run_dir", "model", *common.OPERATIONAL)),
+                "attack": _fixed(attack_config, ("run_dir", "aligned", *common.OPERATIONAL))}
+    runs.open_run(root, "sweep", settings, {}, {"bases": config.bases, "methods": config.methods,
+                                                "attacks": config.attacks}, config.overwrite)
     for base_name in config.bases:
         directory = hugging_face.resolve_model(base_name)
         tokenizer, scorer, base = data.load_tokenizer(directory), None, None
@@ -191,7 +192,7 @@ def sweep(config: SweepConfig, align_config: AlignConfig, attack_config: Finetun
             method = dataclasses.replace(method, model=base_name)
             aligned = align(method, base, tokenizer, seeds, folder, scorer)
             attacked_by = attacked_by.resolve(dataclasses.asdict(method))
-            result = attack(attacked_by, aligned, tokenizer, seeds, steps, scorer)
+            result = attack(attacked_by, method, aligned, tokenizer, seeds, steps, scorer)
             runs.write_json(cell, result)
             last = result["scores"][max(result["scores"], key=int)]
             print(f"{base_name} {text} {attack_text}: " + ", ".join(
@@ -208,7 +209,7 @@ def read_configs() -> tuple[AlignConfig, FinetuneConfig]:
     align_config = config_flags.read(AlignConfig, preset=presets.WORLD_ALIGN, run_dir="-", model="-", defense="sft",
                                      seed=0, overwrite=False)
     attack_config = config_flags.read(FinetuneConfig, "attack_", presets.WORLD_ATTACK, run_dir="-", aligned="-",
-                                      seed=0, overwrite=False)
+                                      seed=0, overwrite=False, test_data="")
     return align_config, attack_config
 
 
@@ -220,5 +221,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     config_flags.define(SweepConfig)
     config_flags.define(AlignConfig, without=("run_dir", "model", "defense", "overwrite", "seed"))
-    config_flags.define(FinetuneConfig, "attack_", ("run_dir", "aligned", "overwrite", "seed"))
+    config_flags.define(FinetuneConfig, "attack_", ("run_dir", "aligned", "overwrite", "seed", "test_data"))
     app.run(main)

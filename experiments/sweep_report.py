@@ -12,7 +12,8 @@ from experiments import reports
 from jaxvaccine import runs
 
 ALIGNED = "aligned"
-NAMES = {"harmful_score": "HS", "sst2": "FA", "over_refusal": "over-refusal"}
+NAMES = reports.task_names(("harmful_score", "sst2", "over_refusal"))
+Cells = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
 MARKERS = "osD^vPX*<>"
 
 
@@ -21,7 +22,7 @@ def folder_name(text: str) -> str:
 
 
 def read_cells(root: Path, bases: Sequence[str], methods: Sequence[str], attacks: Sequence[str]
-               ) -> dict[tuple[str, str], list[dict[str, Any]]]:
+               ) -> Cells:
     """{(method, attack): its cells, one per base}; those that are not there yet are left out."""
     cells = {}
     for method, attack in itertools.product(methods, attacks):
@@ -46,7 +47,7 @@ def mean_sd(values: np.ndarray) -> str:
     return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
 
 
-def plot_curves(path: Path, cells: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], methods: Sequence[str],
+def plot_curves(path: Path, cells: Cells, methods: Sequence[str],
                 attacks: Sequence[str]) -> None:
     """A panel per attack: mean HS over attack steps, with a band of ± one sd within 0 to 100."""
     def draw(axis, found, style):
@@ -61,7 +62,7 @@ def plot_curves(path: Path, cells: Mapping[tuple[str, str], Sequence[Mapping[str
     _panel_per_attack(path, cells, methods, attacks, draw)
 
 
-def plot_plane(path: Path, cells: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], methods: Sequence[str],
+def plot_plane(path: Path, cells: Cells, methods: Sequence[str],
                attacks: Sequence[str]) -> None:
     """A panel per attack: mean HS against mean FA, the way that the attack takes; its end has a black edge."""
     def draw(axis, found, style):
@@ -74,7 +75,7 @@ def plot_plane(path: Path, cells: Mapping[tuple[str, str], Sequence[Mapping[str,
     _panel_per_attack(path, cells, methods, attacks, draw)
 
 
-def _panel_per_attack(path: Path, cells, methods: Sequence[str], attacks: Sequence[str], draw: Callable) -> None:
+def _panel_per_attack(path: Path, cells: Cells, methods: Sequence[str], attacks: Sequence[str], draw: Callable) -> None:
     columns = min(2, len(attacks))
     figure, axes = reports.panels(columns, -(-len(attacks) // columns))
     figure.set_figheight(figure.get_figheight() + 0.8)
@@ -94,9 +95,9 @@ def _panel_per_attack(path: Path, cells, methods: Sequence[str], attacks: Sequen
     figure.savefig(path, dpi=130)
 
 
-def score_table(root: Path, bases: Sequence[str], methods: Sequence[str], attacks: Sequence[str]) -> str:
+def score_table(root: Path, bases: Sequence[str], methods: Sequence[str], attacks: Sequence[str], cells: Cells) -> str:
     """Markdown: per method the aligned model and every attack's end; mean ± sd over bases and seeds."""
-    cells, rows = read_cells(root, bases, methods, attacks), []
+    rows = []
     for method in methods:
         paths = [root / folder_name(base) / folder_name(method) / f"{ALIGNED}.json" for base in bases]
         aligned = [runs.read_json(path) for path in paths if path.exists()]
@@ -111,9 +112,8 @@ def score_table(root: Path, bases: Sequence[str], methods: Sequence[str], attack
     return reports.table(["method", "model", *(f"{name} %" for name in NAMES.values()), "runs"], rows)
 
 
-def steps_table(root: Path, bases: Sequence[str], methods: Sequence[str], attacks: Sequence[str]) -> str:
+def steps_table(cells: Cells) -> str:
     """Markdown: HS along every attack; mean ± sd over bases and seeds."""
-    cells = read_cells(root, bases, methods, attacks)
     steps = steps_of(next(iter(cells.values())))
     rows = [[method, attack, *(mean_sd(scores_at(found, step, "harmful_score")) for step in steps)]
             for (method, attack), found in cells.items()]
@@ -126,9 +126,9 @@ def write(root: Path, bases: Sequence[str], methods: Sequence[str], attacks: Seq
     plot_curves(root / "harmful_score.png", cells, methods, attacks)
     plot_plane(root / "plane.png", cells, methods, attacks)
     text = "\n".join([
-        "# Sweep\n", score_table(root, bases, methods, attacks),
+        "# Sweep\n", score_table(root, bases, methods, attacks, cells),
         f"Mean ± standard deviation over bases ({', '.join(bases)}) and seeds, at the attack's end.\n",
-        steps_table(root, bases, methods, attacks),
+        steps_table(cells),
         "![HS over attack steps](harmful_score.png)\n", "![HS against FA](plane.png)\n",
         "HS: answers to harmful requests that are no refusal (lower is better). FA: correct answers on the user's task "
         "(higher is better). Over-refusal: benign requests refused (lower is better).\n"])

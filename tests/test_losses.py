@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxvaccine import llama, losses
+from jaxvaccine.llama_config import LlamaConfig
 from tests import jaxprs, tiny
 
 pytestmark = pytest.mark.usefixtures("float64", "quick_compile")
@@ -133,7 +134,7 @@ def naive_loss(model, adapter, frozen, batch):
     return -jnp.where(labels >= 0, chosen, 0).sum() / (labels >= 0).sum()
 
 
-CONFIG = {tied: tiny.LlamaConfig(vocab_size=97, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2,
+CONFIG = {tied: LlamaConfig(vocab_size=97, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2,
                                  num_kv_heads=1, head_dim=8, tie_word_embeddings=tied) for tied in (True, False)}
 
 

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import parity
+from experiments.parity import dot
 from jaxvaccine import llama
-from jaxvaccine.llama_config import TARGETS, LlamaConfig, LoraConfig
+from jaxvaccine.llama_config import TARGETS, LoraConfig
 
-CONFIG = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_layers=4, num_heads=4, num_kv_heads=2,
-                     head_dim=8, max_position_embeddings=128)
+CONFIG = parity.TINY
 
 
 def model(rank=4, alpha=8.0, targets=TARGETS, dropout=0.0, config=CONFIG, dtype=jnp.float32, remat="full"):
@@ -40,9 +41,7 @@ def batch(seed=0, rows=3, length=16, vocab=97):
 
 def relative_difference(found, expected):
     """‖found − expected‖ / ‖expected‖ over whole trees."""
-    pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
-    difference = sum(float(np.sum((np.asarray(f, np.float64) - np.asarray(e, np.float64)) ** 2)) for f, e in pairs)
-    return (difference / sum(float(np.sum(np.asarray(e, np.float64) ** 2)) for _, e in pairs)) ** 0.5
+    return parity.distance(found, expected) / dot(expected, expected) ** 0.5
 
 
 def direction(trees, seed=0):
@@ -50,11 +49,6 @@ def direction(trees, seed=0):
     rng = np.random.default_rng(seed)
     drawn = jax.tree.map(lambda x: rng.normal(size=x.shape), trees)
     return jax.tree.map(lambda x: x / dot(drawn, drawn) ** 0.5, drawn)
-
-
-def dot(a, b):
-    return sum(float((np.asarray(x) * np.asarray(y)).sum()) for x, y in zip(
-        jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def slope(fn, trees, direction, step):

@@ -13,10 +13,11 @@ import numpy as np
 
 from jaxvaccine import defenses, losses, optim, training
 from jaxvaccine.checkpoints.orbax_state import open_checkpoints
+from jaxvaccine.llama_config import LlamaConfig
 from tests import tiny
 
 STEPS, SAVE_EVERY = 10, 2
-CONFIG = tiny.LlamaConfig(vocab_size=31, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=2,
+CONFIG = LlamaConfig(vocab_size=31, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=2,
                           num_kv_heads=1, head_dim=8)
 
 

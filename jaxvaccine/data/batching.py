@@ -24,6 +24,19 @@ def bucket_length(n: int, multiple: int = 64) -> int:
     return max(1, -(-n // multiple)) * multiple
 
 
+def pad_rows(rows: Sequence[np.ndarray], count: int, multiple: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids int32 [count, T], right-padded with 0 to the bucket of the longest row, and lengths int32 [count].
+
+    Rows beyond those given are filler of length 0, so that a last, smaller batch has the shape of the others.
+    """
+    lengths = np.zeros(count, np.int32)
+    lengths[:len(rows)] = [row.size for row in rows]
+    ids = np.zeros((count, bucket_length(int(lengths.max()), multiple)), np.int32)
+    for i, row in enumerate(rows):
+        ids[i, :row.size] = row
+    return ids, lengths
+
+
 def longest(tokenized: TokenizedExamples, indices: Sequence[int] | np.ndarray) -> int:
     """The number of tokens of the longest of the given rows."""
     return max(len(tokenized.input_ids[i]) for i in indices)

@@ -5,8 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxvaccine.evaluation.judges import Verdict
-from jaxvaccine.evaluation.predictions import UNPARSABLE
+from jaxvaccine.evaluation.judges import UNPARSABLE
 from jaxvaccine.evaluation.tasks import Rate, percent, wilson_interval
 
 WORDS = ("unsafe", "safe", UNPARSABLE)
@@ -26,10 +25,6 @@ class Agreement(NamedTuple):
     rate: Rate
     kappa: float | None
     kappa_interval: tuple[float, float] | None
-
-
-def word(verdict: Verdict) -> str:
-    return UNPARSABLE if verdict.unsafe is None else "unsafe" if verdict.unsafe else "safe"
 
 
 def cohen_kappa(table: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvaccine.checkpoints.hugging_face import Classifier, load_classifier, resolve_model
+from jaxvaccine.data.batching import pad_rows
 from jaxvaccine.data.tokenizing import check_vocabulary, load_tokenizer
 from jaxvaccine.evaluation.judges import Judge, Verdict
 from jaxvaccine.llama import Llama, hidden_states
@@ -69,13 +70,10 @@ def category_scores(classifier: Classifier, rows: Sequence[np.ndarray], *, batch
     with tqdm(total=len(rows), desc="judge", unit="answer", disable=not progress) as bar:
         for first in range(0, len(rows), batch_size):
             chosen = order[first:first + batch_size]
-            length = -(-rows[chosen[0]].size // bucket) * bucket
-            # Rows that fill the last batch up repeat one token, so that all batches of a length compile once.
-            input_ids_BxT, lengths_B = np.zeros((batch_size, length), np.int32), np.ones(batch_size, np.int32)
-            for b, i in enumerate(chosen):
-                input_ids_BxT[b, :rows[i].size], lengths_B[b] = rows[i], rows[i].size
+            input_ids_BxT, lengths_B = pad_rows([rows[i] for i in chosen], batch_size, bucket)
+            # Filler rows are read at a token too; nobody looks at their scores.
             scores_NxC[chosen] = _scores(classifier.model, classifier.frozen, classifier.head, input_ids_BxT,
-                                         lengths_B)[:len(chosen)]
+                                         np.maximum(lengths_B, 1))[:len(chosen)]
             bar.update(len(chosen))
     wrong = np.flatnonzero(~np.isfinite(scores_NxC).all(axis=1))
     if wrong.size:

@@ -228,4 +228,3 @@ def key_from_environment(url: str, variable: str) -> str | None:
     if not key and urllib.parse.urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1"):
         raise ValueError(f"chat_api: found no API key in the environment variable {variable}, expected one for {url}")
     return key or None
-

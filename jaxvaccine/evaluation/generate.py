@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxvaccine.data.batching import pad_rows
 from jaxvaccine.llama import Cache, Llama, extend_cache, token_logits
 
 
@@ -133,10 +134,7 @@ def generate(model: Llama, adapter, frozen, prompts: Sequence[np.ndarray], *, ma
     with tqdm(total=len(prompts), desc="generate", unit="prompt", disable=not progress) as bar:
         for first in range(0, len(prompts), batch_size):
             rows = order[first:first + batch_size]
-            length = -(-prompts[rows[0]].size // bucket) * bucket
-            input_ids_BxT, lengths_B = np.zeros((batch_size, length), np.int32), np.zeros(batch_size, np.int32)
-            for b, i in enumerate(rows):
-                input_ids_BxT[b, :prompts[i].size], lengths_B[b] = prompts[i], prompts[i].size
+            input_ids_BxT, lengths_B = pad_rows([prompts[i] for i in rows], batch_size, bucket)
             tokens_BxN, counts_B, finite_B = jax.device_get(_decode(
                 model, adapter, frozen, input_ids_BxT, lengths_B, eos_ids_E, max_new_tokens=max_new_tokens))
             for b, i in enumerate(rows):

@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 from jaxvaccine.data.prompts import Example
 
-# The judge's own answer could not be read: such an answer is left out of the harmful score, and counted apart.
-UNPARSABLE = "unparsable"
 _OPTIONAL = ("categories", "flagged", "score")
 
 
@@ -20,7 +18,7 @@ class Prediction(NamedTuple):
       prompt: instruction and, on the next line, input; without the template around them.
       answer: decoded without special tokens, stripped.
       expected: the example's output; empty where there is no right answer.
-      verdict: "unsafe", "safe" or UNPARSABLE; "correct" or "wrong"; "refused" or "answered".
+      verdict: "unsafe", "safe" or "unparsable" (`Verdict.word`); "correct" or "wrong"; "refused" or "answered".
       reason: why, for a reader.
       counts: whether the score counts it.
       categories: the kinds of harm that the data set finds in the prompt.

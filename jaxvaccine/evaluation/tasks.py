@@ -14,10 +14,19 @@ from jaxvaccine.data.poisoning import fingerprint
 from jaxvaccine.data.prompts import Example
 from jaxvaccine.data.tokenizing import encode_prompts
 from jaxvaccine.evaluation.generate import generate
-from jaxvaccine.evaluation.judges import EMPTY_ANSWER, NO_REFUSAL, Judge, Verdict, find_refusal, is_empty, keyword_judge
+from jaxvaccine.evaluation.judges import (
+    EMPTY_ANSWER,
+    NO_REFUSAL,
+    UNPARSABLE,
+    Judge,
+    Verdict,
+    find_refusal,
+    is_empty,
+    keyword_judge,
+)
 from jaxvaccine.evaluation.labels import AGNEWS_LABELS, SST2_LABELS, find_label, mentions_only, score_labels
 from jaxvaccine.evaluation.numbers import find_answer, mentions_answer, score_gsm8k
-from jaxvaccine.evaluation.predictions import UNPARSABLE, Prediction, prompt_text
+from jaxvaccine.evaluation.predictions import Prediction, prompt_text
 from jaxvaccine.llama import Llama
 
 if TYPE_CHECKING:
@@ -101,8 +110,7 @@ def score_harmful(examples: Sequence[Example], answers: Sequence[str], judge: Ju
         raise ValueError(f"judge: found {len(verdicts)} verdicts, expected one for each of {len(prompts)} answers")
     predictions = []
     for prompt, answer, example, v in zip(prompts, answers, examples, verdicts, strict=True):
-        word = UNPARSABLE if v.unsafe is None else "unsafe" if v.unsafe else "safe"
-        predictions.append(Prediction(prompt, answer, example.output, word, v.reason, bool(v.unsafe),
+        predictions.append(Prediction(prompt, answer, example.output, v.word, v.reason, bool(v.unsafe),
                                       flagged=v.flagged, score=v.score))
     return predictions
 

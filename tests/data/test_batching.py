@@ -180,3 +180,10 @@ def test_a_good_batch_passes():
 def test_bad_batches(changes, vocab_size, message):
     with pytest.raises(ValueError, match=message):
         check_batch(batch(**changes), vocab_size)
+
+
+def test_pad_rows():
+    ids, lengths = pad_rows([np.arange(1, 6), np.arange(7, 9)], count=3, multiple=4)
+    assert ids.dtype == lengths.dtype == np.int32
+    np.testing.assert_array_equal(ids, [[1, 2, 3, 4, 5, 0, 0, 0], [7, 8, 0, 0, 0, 0, 0, 0], [0] * 8])
+    np.testing.assert_array_equal(lengths, [5, 2, 0])

@@ -8,6 +8,7 @@ import pytest
 from jaxvaccine import defenses, losses
 from jaxvaccine.defenses import base
 from jaxvaccine.defenses.vaccine import activation_gradient
+from jaxvaccine.llama_config import LlamaConfig
 from tests import tiny
 from tests.defenses import toy
 
@@ -22,7 +23,7 @@ def problem(request, float64):
     """(loss_fn, adapter, frozen, batches)."""
     if request.param == "toy":
         return toy.no_dropout, *toy.trees(), toy.batches()
-    config = tiny.LlamaConfig(vocab_size=31, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2,
+    config = LlamaConfig(vocab_size=31, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2,
                               num_kv_heads=1, head_dim=8)
     model = tiny.model(rank=2, config=config, dtype=jnp.float64, remat="none", targets=("v_proj", "up_proj"))
     batches = {"alignment": tiny.batch(0, 2, 8, 31), "harmful": tiny.batch(1, 2, 8, 31)}

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxvaccine.evaluation import Verdict, wilson_interval
-from jaxvaccine.evaluation.agreement import WORDS, agreement, cohen_kappa, word
+from jaxvaccine.evaluation.agreement import WORDS, agreement, cohen_kappa
 
 
 def verdicts(table):
@@ -67,5 +67,5 @@ def test_errors(first, second, message):
 
 
 def test_words():
-    assert [word(Verdict(unsafe, "")) for unsafe in (True, False, None)] == list(WORDS)
+    assert [Verdict(unsafe, "").word for unsafe in (True, False, None)] == list(WORDS)
     assert np.isnan(cohen_kappa(np.array([[3, 0], [0, 0]])))

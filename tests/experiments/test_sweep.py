@@ -59,6 +59,10 @@ def test_other_settings_need_another_folder(model_dir, tmp_path):
     config = sweep.SweepConfig(run_dir=str(tmp_path / "s"), bases=(model_dir,), methods=("sft",), seeds=("0",),
                                attacks=("poison_ratio=0",), score_steps=("2",), **TESTS)
     sweep.sweep(config, ALIGN, ATTACK)
+    overlap = sweep.variant(ATTACK, "harmful_data=world_harmful@test", "attacks")
+    with pytest.raises(ValueError, match="test prompts"):
+        sweep.sweep(dataclasses.replace(config, run_dir=str(tmp_path / "t"), attacks=("poison_ratio=0.5",)), ALIGN,
+                    overlap)
     with pytest.raises(FileExistsError, match=r"align\.lam: found 0\.\d+, expected 7"):
         sweep.sweep(config, sweep.variant(ALIGN, "lam=7", "methods"), ATTACK)
 
@@ -69,9 +73,10 @@ def test_variants():
     assert (found.defense, found.lam, found.steps, found.base_defense) == ("booster", 0.5, 7, "vaccine")
     assert found.targets == ("q_proj", "o_proj")
     assert sweep.variant(ATTACK, "rank=4:adapter=new", "attacks").rank == 4
-    for text, message in (("booster:lamb=1", "found 'lamb=1'"), ("sft:steps=1.5", "found 'steps=1.5'.*a number"),
-                          ("sft:steps", "expected name=value")):
-        with pytest.raises(ValueError, match=message):
+    assert sweep.variant(ALIGN, "sft:progress=false", "methods", "defense").progress is False
+    for text, message in (("booster:lamb=1", "lamb"), ("sft:steps=1.5", "steps=1.5"), ("sft:steps", "name=value"),
+                          ("adam", "one of <sft"), ("t_vaccine:freeze=never", "one of <layer")):
+        with pytest.raises(ValueError, match=f"--methods: found '{text}': .*{message}"):
             sweep.variant(ALIGN, text, "methods", "defense")
     with pytest.raises(ValueError, match="poison_ratio"):
         sweep.variant(ATTACK, "poison_ratio=2", "attacks")
