@@ -42,6 +42,11 @@ class AlignConfig(common.TrainingConfig):
     probe_every: int = flag(200, "T-Vaccine: K, steps between probes of the layers' harmful gradients.")
     freeze: Literal["layer", "released"] = flag(
         "layer", "T-Vaccine: what is frozen, the other layers whole (the paper), or what the authors' program freezes.")
+    importance: Literal["harmful", "alignment", "uniform"] = flag(
+        "harmful", "T-Vaccine: from whose gradients layers get their probabilities; the others are ablations.")
+    draw: Literal["sample", "top"] = flag("sample", "T-Vaccine: active layers drawn, or (ablation) the most probable.")
+    direction: Literal["gradient", "gaussian"] = flag(
+        "gradient", "Vaccine, T-Vaccine: the perturbation, or (ablation) Gaussian noise of the same norm.")
     lam: float = flag(5.0, "Booster: weight of the regularizer.")
     alpha: float = flag(0.1, "Booster: length of the simulated harmful step.")
 
@@ -59,7 +64,8 @@ class AlignConfig(common.TrainingConfig):
         make_defense(self)(None)  # its hyper-parameters are checked where they are documented
 
     def needs_harmful(self) -> bool:
-        return "t_vaccine" in (self.defense, self.base_defense) or self.defense == "booster"
+        probes = "t_vaccine" in (self.defense, self.base_defense) and self.importance == "harmful"
+        return probes or self.defense == "booster"
 
 
 def make_defense(config: AlignConfig):
@@ -68,9 +74,10 @@ def make_defense(config: AlignConfig):
         loss_fn = causal_lm_loss(model)
         by_name = {
             "sft": lambda: defenses.sft(loss_fn),
-            "vaccine": lambda: defenses.vaccine(loss_fn, config.rho),
+            "vaccine": lambda: defenses.vaccine(loss_fn, config.rho, config.direction),
             "t_vaccine": lambda: defenses.t_vaccine(
-                loss_fn, config.rho, config.layers, config.sample_every, config.probe_every, config.freeze),
+                loss_fn, config.rho, config.layers, config.sample_every, config.probe_every, config.freeze,
+                config.importance, config.draw, config.direction),
             "booster": lambda: defenses.booster(
                 loss_fn, config.lam, config.alpha, base=by_name[config.base_defense]()),
         }

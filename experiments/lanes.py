@@ -115,7 +115,8 @@ def _defense_alone(config: AlignConfig) -> AlignConfig:
     """The config with nothing but its defense, so that what does not change the compiled step compiles nothing anew."""
     return AlignConfig(**{
         **{name: getattr(config, name) for name in ("defense", "base_defense", "rho", "layers", "sample_every",
-                                                     "probe_every", "freeze", "lam", "alpha")},
+                                                     "probe_every", "freeze", "importance", "draw", "direction",
+                                                     "lam", "alpha")},
         "model": "-", "run_dir": "-", "alignment_data": config.alignment_data, "harmful_data": config.harmful_data})
 
 

@@ -1,13 +1,12 @@
 """T-Vaccine: targeted, layer-wise Vaccine (arXiv 2410.09760)."""
 
-import math
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxvaccine.defenses.base import Defense, LossFn, Tree, squared_norm, take_batch
-from jaxvaccine.defenses.vaccine import activation_gradient, perturbed_gradient
+from jaxvaccine.defenses.vaccine import Direction, activation_gradient, check_perturbation, perturbed_gradient
 
 
 class TVaccineState(NamedTuple):
@@ -26,8 +25,13 @@ def sample_layers(key: jax.Array, probabilities: jax.Array, count: int) -> jax.A
     """
     # A finite floor, so that layers with p = 0 come after all others and still in random order.
     scores = jnp.maximum(jnp.log(probabilities), -1e4) + jax.random.gumbel(key, probabilities.shape)
+    return top_layers(scores, count)
+
+
+def top_layers(scores: jax.Array, count: int) -> jax.Array:
+    """[L] bool, true for the `count` largest of [L] numbers; of equal ones the lower layers are taken."""
     _, chosen = jax.lax.top_k(scores, count)
-    return jnp.zeros(probabilities.shape, bool).at[chosen].set(True)
+    return jnp.zeros(scores.shape, bool).at[chosen].set(True)
 
 
 def layer_probabilities(loss_fn: LossFn, adapter, frozen, batch, key) -> jax.Array:
@@ -66,7 +70,8 @@ def released_masks(active_layers: jax.Array, adapter) -> Tree:
 
 def t_vaccine(
     loss_fn: LossFn, rho: float = 3.0, layers: int = 8, sample_every: int = 20, probe_every: int = 200,
-    freeze: Literal["layer", "released"] = "layer",
+    freeze: Literal["layer", "released"] = "layer", importance: Literal["harmful", "alignment", "uniform"] = "harmful",
+    draw: Literal["sample", "top"] = "sample", direction: Direction = "gradient",
 ) -> Defense:
     """Vaccine on S sampled layers: only they are perturbed, the norm is taken over them, and the others are frozen.
 
@@ -82,10 +87,14 @@ def t_vaccine(
       probe_every: K, in steps.
       freeze: "layer" freezes the other layers whole, attention and MLP adapters, as the paper says; "released" what the
         authors' program does not train (`released_masks`), for an adapter with "attention" and "mlp" in its paths.
+      importance: the batch whose gradient the probabilities are taken from; "alignment" and "uniform", 1 / L without a
+        probe, are ablations.
+      draw: "sample", or as an ablation "top", the S most probable layers.
+      direction: as in `vaccine`.
 
     Returns:
-      A defense with state `TVaccineState`. It needs the batches "alignment" and "harmful", and a key. Metrics: loss (at
-      the perturbed activations), activation_gradient_norm, and the state's probabilities and active_layers, [L] each.
+      A defense with state `TVaccineState`. It needs the batch "alignment", for the harmful importance also "harmful",
+      and a key. Metrics: Vaccine's, and the state's probabilities and active_layers, [L] each.
 
     Raises:
       ValueError: an argument is out of range; by init, if S is larger than the number of layers, or if released_masks
@@ -94,10 +103,12 @@ def t_vaccine(
     for name, value in (("layers", layers), ("sample_every", sample_every), ("probe_every", probe_every)):
         if value < 1:
             raise ValueError(f"t_vaccine: {name}: found {value}, expected at least 1")
-    if not 0 <= rho < math.inf:
-        raise ValueError(f"t_vaccine: rho: found {rho}, expected a finite number >= 0")
-    if freeze not in ("layer", "released"):
-        raise ValueError(f"t_vaccine: freeze: found {freeze!r}, expected layer or released")
+    check_perturbation("t_vaccine", rho, direction)
+    for name, value, expected in (("freeze", freeze, ("layer", "released")),
+                                  ("importance", importance, ("harmful", "alignment", "uniform")),
+                                  ("draw", draw, ("sample", "top"))):
+        if value not in expected:
+            raise ValueError(f"t_vaccine: {name}: found {value!r}, expected one of {', '.join(expected)}")
 
     def trainable(state: TVaccineState, adapter) -> Tree:
         return state.active_layers if freeze == "layer" else released_masks(state.active_layers, adapter)
@@ -115,20 +126,24 @@ def t_vaccine(
     def gradient(adapter, frozen, state: TVaccineState, batches, key):
         if key is None:
             raise ValueError("t_vaccine: key: found None, expected a PRNG key to draw layers with")
-        batch, harmful = (take_batch(batches, name, "t_vaccine") for name in ("alignment", "harmful"))
+        batch = take_batch(batches, "alignment", "t_vaccine")
         probe_key, sample_key, key = jax.random.split(key, 3)
-        probabilities = jax.lax.cond(
-            state.step % probe_every == 0,
-            lambda: layer_probabilities(loss_fn, adapter, frozen, harmful, probe_key).astype(
-                state.probabilities.dtype),
-            lambda: state.probabilities)
+        probabilities = state.probabilities
+        if importance != "uniform":  # the state starts with uniform probabilities
+            probed = take_batch(batches, importance, "t_vaccine")
+            probabilities = jax.lax.cond(
+                state.step % probe_every == 0,
+                lambda: layer_probabilities(loss_fn, adapter, frozen, probed, probe_key).astype(
+                    state.probabilities.dtype),
+                lambda: state.probabilities)
         active_layers = jax.lax.cond(
             state.step % sample_every == 0,
-            lambda: sample_layers(sample_key, probabilities, layers),
+            lambda: (sample_layers(sample_key, probabilities, layers) if draw == "sample"
+                     else top_layers(probabilities, layers)),
             lambda: state.active_layers)
         state = TVaccineState(state.step + 1, probabilities, active_layers)
         grads, metrics = perturbed_gradient(
-            loss_fn, rho, active_layers, trainable(state, adapter), adapter, frozen, batch, key)
+            loss_fn, rho, direction, active_layers, trainable(state, adapter), adapter, frozen, batch, key)
         return grads, state, metrics | {"probabilities": probabilities, "active_layers": active_layers}
 
     return Defense(init, gradient, trainable)

@@ -11,6 +11,7 @@ from jaxvaccine.data.batching import (
     bucket_length,
     check_batch,
     collate,
+    pad_rows,
     steps_for,
     stream_seed,
     training_batches,

@@ -7,7 +7,7 @@ import pytest
 
 from jaxvaccine import defenses
 from jaxvaccine.defenses import base
-from jaxvaccine.defenses.t_vaccine import sample_layers
+from jaxvaccine.defenses.t_vaccine import sample_layers, top_layers
 from jaxvaccine.defenses.vaccine import activation_gradient
 from jaxvaccine.losses import causal_lm_loss
 from tests import tiny
@@ -42,6 +42,32 @@ def test_schedule(sample_every, probe_every):
         np.testing.assert_allclose(found_p[step], p, rtol=1e-5)
         np.testing.assert_array_equal(found_active[step], active)
     np.testing.assert_allclose(found_p.sum(axis=1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("importance", ["alignment", "uniform"])
+def test_importance(importance):
+    """The ablations need no harmful batch, and take the alignment batch's norms or none."""
+    defense = defenses.t_vaccine(toy.no_dropout, 1.0, 2, 1, 2, importance=importance)
+    adapter, frozen = toy.trees()
+    expected = np.full(toy.L, 1 / toy.L)
+    state = defense.init(adapter)
+    for step in range(4):
+        batch = toy.batches(step)["alignment"]
+        _, state, _ = defense.gradient(adapter, frozen, state, {"alignment": batch}, jax.random.key(step))
+        if importance == "alignment" and step % 2 == 0:
+            _, sites = activation_gradient(toy.no_dropout, adapter, frozen, batch, None)
+            norms = np.sqrt((np.asarray(sites["site"]) ** 2).sum(axis=(1, 2)))
+            expected = norms / norms.sum()
+        np.testing.assert_allclose(state.probabilities, expected, rtol=1e-5)
+
+
+def test_the_most_probable_layers():
+    for step, (_, state, _) in enumerate(toy.run(
+            defenses.t_vaccine(toy.no_dropout, 1.0, layers=2, sample_every=2, probe_every=1, draw="top"), 6)):
+        if step % 2 == 0:
+            expected = np.sort(np.argsort(-np.asarray(state.probabilities))[:2])
+        np.testing.assert_array_equal(np.flatnonzero(state.active_layers), expected)
+    np.testing.assert_array_equal(top_layers(jnp.array([0.1, 0.4, 0.1, 0.4]), 3), [True, True, False, True])
 
 
 def test_only_the_active_layers_are_perturbed_and_train():
@@ -161,9 +187,11 @@ def test_released_needs_to_know_the_blocks(adapter, name):
     defenses.t_vaccine(toy.loss_fn, layers=2).init(adapter)
 
 
-def test_freeze_is_checked():
-    with pytest.raises(ValueError, match=r"^t_vaccine: freeze: found 'mlp', expected layer or released$"):
-        defenses.t_vaccine(toy.loss_fn, freeze="mlp")
+@pytest.mark.parametrize("name, expected", [
+    ("freeze", "layer, released"), ("importance", "harmful, alignment, uniform"), ("draw", "sample, top")])
+def test_choices_are_checked(name, expected):
+    with pytest.raises(ValueError, match=f"^t_vaccine: {name}: found 'mlp', expected one of {expected}$"):
+        defenses.t_vaccine(toy.loss_fn, **{name: "mlp"})
 
 
 def test_new_layers_never_retrace():

@@ -81,6 +81,51 @@ def test_rho_is_checked(defense, rho):
         defense(toy.loss_fn, rho=rho)
 
 
+@pytest.mark.parametrize("make", [
+    functools.partial(defenses.vaccine, rho=1.5), functools.partial(defenses.t_vaccine, rho=1.5, layers=2)])
+def test_gaussian_perturbations(make):
+    """The gradient at noise of norm rho in the active layers, Gaussian, of another key in every step."""
+    seen = []
+
+    def spied(adapter, frozen, batch, perturbations=None, key=None):
+        loss, aux = toy.no_dropout(adapter, frozen, batch, perturbations)
+        if perturbations is not None:
+            jax.debug.callback(lambda e: seen.append(np.asarray(e)), perturbations["site"])
+        return loss, aux
+
+    out = toy.run(make(spied, direction="gaussian", **({"importance": "uniform"} if make.func is defenses.t_vaccine
+                                                       else {})), 40)
+    jax.effects_barrier()
+    adapter, frozen = toy.trees()
+    gradient = jax.jit(jax.grad(lambda *a: toy.no_dropout(*a)[0]))
+    assert len(seen) == len(out)
+    for step, ((grads, state, metrics), e) in enumerate(zip(out, seen, strict=True)):
+        active = np.asarray(getattr(state, "active_layers", np.ones(toy.L, bool)))
+        np.testing.assert_allclose(np.linalg.norm(e), 1.5, rtol=1e-5)
+        assert (e[~active] == 0).all() and (e[active] != 0).all()
+        expected = gradient(adapter, frozen, toy.batches(step)["alignment"], {"site": e})
+        for name in grads:
+            np.testing.assert_allclose(grads[name][active], expected[name][active], rtol=1e-4, atol=1e-7)
+        assert "activation_gradient_norm" not in metrics
+    # Standardised, the entries of all steps are those of a normal distribution: their mean, variance and kurtosis.
+    entries = np.concatenate([e[e != 0] / e[e != 0].std() for e in seen])
+    assert abs(entries.mean()) < 0.1 and abs((entries**4).mean() - 3) < 0.5
+    assert not np.allclose(seen[0], seen[1])
+
+
+def test_gaussian_perturbations_need_a_key():
+    defense = defenses.vaccine(toy.loss_fn, direction="gaussian")
+    adapter, frozen = toy.trees()
+    with pytest.raises(ValueError, match="direction='gaussian': key: found None"):
+        defense.gradient(adapter, frozen, (), toy.batches(), None)
+
+
+@pytest.mark.parametrize("defense", [defenses.vaccine, defenses.t_vaccine])
+def test_direction_is_checked(defense):
+    with pytest.raises(ValueError, match=f"{defense.__name__}: direction: found 'up', expected gradient or gaussian"):
+        defense(toy.loss_fn, direction="up")
+
+
 @pytest.mark.parametrize("make", [defenses.sft, defenses.vaccine])
 def test_the_alignment_batch_is_named_if_missing(make):
     adapter, frozen = toy.trees()
