@@ -72,6 +72,12 @@ def _compiled(model: Llama, config: AlignConfig | None, optimizer_config: optim.
     return jax.jit(jax.vmap(init, out_axes=axes)), jax.jit(step, donate_argnums=0)
 
 
+def count_steps(config: common.TrainingConfig, sources: Sources) -> int:
+    """How many steps `train` makes."""
+    tokenized, batch_size = next(iter(sources.values()))
+    return config.steps or data.steps_for(len(tokenized.input_ids), batch_size, config.epochs)
+
+
 def train(lanes: Lanes, config: common.TrainingConfig, sources: Sequence[Sources], seeds: Sequence[int],
           observe: Callable[[int, Lanes], None] | None = None) -> tuple[Lanes, dict[str, np.ndarray]]:
     """Trains all lanes; lane i sees sources[i] in the order of seeds[i].
@@ -89,8 +95,7 @@ def train(lanes: Lanes, config: common.TrainingConfig, sources: Sequence[Sources
     Raises:
       FloatingPointError: the loss of a lane is not finite.
     """
-    tokenized, batch_size = next(iter(sources[0].values()))
-    steps = config.steps or data.steps_for(len(tokenized.input_ids), batch_size, config.epochs)
+    steps = count_steps(config, sources[0])
     defense = _defense_alone(config) if isinstance(config, AlignConfig) else None
     init, step_fn = _compiled(lanes.model, defense, config.optimizer(), steps, lanes.own_base)
     streams = [data.training_batches(of, seed, config.bucket) for of, seed in zip(sources, seeds, strict=True)]

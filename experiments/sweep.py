@@ -13,7 +13,7 @@ that are not there yet.
 import dataclasses
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,8 +50,8 @@ class SweepConfig:
     attacks: tuple[str, ...] = flag(("poison_ratio=0", "poison_ratio=0.1"),
                                     "Attacks, as the flags of finetune.py that differ: poison_ratio=0.1:adapter=new.")
     seeds: tuple[str, ...] = flag(("0", "1", "2"), "Seeds, of alignment and attack.")
-    score_steps: tuple[str, ...] = flag(("0", "20", "40", "60", "80", "100"),
-                                         "Attack steps after which a model is scored.")
+    score_steps: tuple[str, ...] = flag(("0", "20", "40", "60", "80", "100", "150", "200", "300", "400"),
+                                         "Attack steps after which a model is scored; the last one always is.")
     harmful_test: str = flag("world_harmful@test[0:100]", "Harmful prompts for HS.")
     sst2_test: str = flag("world_rating@test[0:100]", "The user's task, for FA.")
     benign_test: str = flag("world_benign@test[0:100]", "Harmless requests for over-refusal.")
@@ -155,11 +155,12 @@ def attack(config: FinetuneConfig, align_config: AlignConfig, aligned: lanes.Lan
     sources = [{"alignment": (data.tokenize_examples(
         tokenizer, data.poison(user, harmful, config.n, config.poison_ratio, seed, forbidden), config.max_length),
         config.batch_size)} for seed in seeds]
+    last = lanes.count_steps(config, sources[0])
     start = lanes.merged(aligned, config, seeds) if config.adapter == "new" else aligned
     scores, answers = {}, {}
 
     def observe(step, of):
-        if step in steps:
+        if step in steps or step == last:
             scores[str(step)], answers[str(step)] = scorer(of)
 
     _, metrics = lanes.train(start, config, sources, seeds, observe)
@@ -167,22 +168,22 @@ def attack(config: FinetuneConfig, align_config: AlignConfig, aligned: lanes.Lan
             "loss": np.round(metrics["loss"][::METRICS_EVERY].astype(float), 4).tolist()}
 
 
-def sweep(config: SweepConfig, align_config: AlignConfig, attack_config: FinetuneConfig) -> str:
-    """Carries out the cells that are not there yet; returns the report."""
+def carry_out(config: SweepConfig, align_config: AlignConfig, attack_config: FinetuneConfig,
+              pairs: Iterable[tuple[str, str]]) -> None:
+    """Carries out the cells of these pairs of a method and an attack that are not there yet, on every base."""
     attack_config = dataclasses.replace(attack_config, test_data=config.harmful_test)
-    methods = {text: variant(align_config, text, "methods", "defense") for text in config.methods}
-    attacks = {text: variant(attack_config, text, "attacks") for text in config.attacks}
+    variants = {(text, attack_text): (variant(align_config, text, "methods", "defense"),
+                                      variant(attack_config, attack_text, "attacks")) for text, attack_text in pairs}
     root, seeds, steps = Path(config.run_dir), config.seed_numbers, [int(step) for step in config.score_steps]
     # What may grow from one call to the next is not compared; the cells have it in their paths.
     settings = {"sweep": _fixed(config, ("run_dir", "bases", "methods", "attacks", "overwrite")),
                 "align": _fixed(align_config, ("run_dir", "model", *common.OPERATIONAL)),
                 "attack": _fixed(attack_config, ("run_dir", "aligned", *common.OPERATIONAL))}
-    runs.open_run(root, "sweep", settings, {}, {"bases": config.bases, "methods": config.methods,
-                                                "attacks": config.attacks}, config.overwrite)
+    runs.open_run(root, "sweep", settings, {}, {"bases": config.bases, "cells": sorted(variants)}, config.overwrite)
     for base_name in config.bases:
         directory = hugging_face.resolve_model(base_name)
         tokenizer, scorer, base = data.load_tokenizer(directory), None, None
-        for (text, method), (attack_text, attacked_by) in itertools.product(methods.items(), attacks.items()):
+        for (text, attack_text), (method, attacked_by) in variants.items():
             folder = root / folder_name(base_name) / folder_name(text)
             cell = folder / f"{folder_name(attack_text)}.json"
             if cell.exists():
@@ -197,7 +198,12 @@ def sweep(config: SweepConfig, align_config: AlignConfig, attack_config: Finetun
             last = result["scores"][max(result["scores"], key=int)]
             print(f"{base_name} {text} {attack_text}: " + ", ".join(
                 f"{task} {np.round(values, 1).tolist()}" for task, values in last.items()), flush=True)
-    return sweep_report.write(root, config.bases, config.methods, config.attacks)
+
+
+def sweep(config: SweepConfig, align_config: AlignConfig, attack_config: FinetuneConfig) -> str:
+    """Carries out the cells of every method and attack that are not there yet; returns the report."""
+    carry_out(config, align_config, attack_config, itertools.product(config.methods, config.attacks))
+    return sweep_report.write(Path(config.run_dir), config.bases, config.methods, config.attacks)
 
 
 def _fixed(config: Any, without: Sequence[str]) -> dict[str, Any]:
