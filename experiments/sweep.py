@@ -12,6 +12,7 @@ that are not there yet.
 
 import dataclasses
 import itertools
+import re
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -82,13 +83,13 @@ def variant(config: Config, text: str, flag_name: str, first: str | None = None)
     Raises:
       ValueError: an unknown flag, a value of another type, or one that the config refuses.
     """
-    items = text.split(":")
+    items = re.split(r":(?=\w+=)", text)  # a value may have colons of its own, such as a slice of the data
     if first and "=" not in items[0]:
         items[0] = f"{first}={items[0]}"
     values = flags.FlagValues()
     config_flags.define(type(config), flag_values=values)
     try:
-        if not all("=" in item for item in items):
+        if "=" not in items[0]:
             raise flags.Error("expected name=value")
         values(["", *(f"--{item.replace('+', ',')}" for item in items)])
         fields = [field.name for field in dataclasses.fields(config)]

@@ -74,10 +74,15 @@ def test_variants():
     assert found.targets == ("q_proj", "o_proj")
     assert sweep.variant(ATTACK, "rank=4:adapter=new", "attacks").rank == 4
     assert sweep.variant(ALIGN, "sft:progress=false", "methods", "defense").progress is False
-    for text, message in (("booster:lamb=1", "lamb"), ("sft:steps=1.5", "steps=1.5"), ("sft:steps", "name=value"),
+    for text, message in (("booster:lamb=1", "lamb"), ("sft:steps=1.5", "steps=1.5"), ("sft:steps", "one of <sft"),
                           ("adam", "one of <sft"), ("t_vaccine:freeze=never", "one of <layer")):
         with pytest.raises(ValueError, match=f"--methods: found '{text}': .*{message}"):
             sweep.variant(ALIGN, text, "methods", "defense")
+    text = "booster:harmful_data=world_harmful@harmful[0:20]:alpha=0.3"
+    found = sweep.variant(ALIGN, text, "methods", "defense")
+    assert (found.harmful_data, found.alpha) == ("world_harmful@harmful[0:20]", 0.3)
+    with pytest.raises(ValueError, match="--attacks: found 'new': expected name=value"):
+        sweep.variant(ATTACK, "new", "attacks")
     with pytest.raises(ValueError, match="poison_ratio"):
         sweep.variant(ATTACK, "poison_ratio=2", "attacks")
 
