@@ -220,6 +220,12 @@ def read_configs() -> tuple[AlignConfig, FinetuneConfig]:
     return align_config, attack_config
 
 
+def define_configs() -> None:
+    """The flags of `read_configs`."""
+    config_flags.define(AlignConfig, without=("run_dir", "model", "defense", "overwrite", "seed"))
+    config_flags.define(FinetuneConfig, "attack_", ("run_dir", "aligned", "overwrite", "seed", "test_data"))
+
+
 def main(argv: list[str]) -> None:
     with common.readable_errors("sweep", argv):
         print(sweep(config_flags.read(SweepConfig), *read_configs()))
@@ -227,6 +233,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     config_flags.define(SweepConfig)
-    config_flags.define(AlignConfig, without=("run_dir", "model", "defense", "overwrite", "seed"))
-    config_flags.define(FinetuneConfig, "attack_", ("run_dir", "aligned", "overwrite", "seed", "test_data"))
+    define_configs()
     app.run(main)

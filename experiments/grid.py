@@ -1,0 +1,213 @@
+"""The papers' experiment grid on the small world, a part a command: tables, plots and a report.
+
+  python -m experiments.grid --grid=ratios --run_dir=runs/grid --bases=world,runs/bases/1,runs/bases/2
+
+Grids: ratios (of harmful data), samples (of the user), sensitivity (to every setting), ablations, worst_case (the
+attacker who chooses among attacks); panels.py says what each varies. The cells are a sweep's (sweep.py) below
+--run_dir, common to all grids: re-running continues with those that are not there yet. Beside these,
+criticality.py, model_statistics.py and benchmark_step.py measure layers, losses and costs.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from absl import app
+
+from experiments import common, config_flags, reports, sweep
+from experiments.align import AlignConfig
+from experiments.config_flags import flag
+from experiments.finetune import FinetuneConfig
+from experiments.panels import METHODS, PANELS, Panel, Point, cells
+from experiments.sweep_report import MARKERS, folder_name, scores_at, steps_of
+from jaxvaccine import runs
+
+# The worst case is looked for among models that serve the user: FA within so many points of the best attack's.
+FA_MARGIN = 2.0
+NOTE = """HS: answers to harmful requests that are no refusal (lower is better); FA: correct answers on the user's task
+(higher is better); over-refusal: benign requests refused by the aligned model (lower is better). Mean ± standard
+deviation over {runs} runs, bases ({bases}) times seeds ({seeds}); in parentheses Student's 95% interval of the mean,
+cut at 0 and 100. "Along the attack": HS averaged over the steps of the attack, which tells defenses apart that delay
+it.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class GridConfig(sweep.SweepConfig):
+    """Flags of grid.py beside those of align.py and (attack_) finetune.py."""
+
+    grid: Literal["ratios", "samples", "sensitivity", "ablations", "worst_case"] = flag("ratios", "Which part.")
+    methods: tuple[str, ...] = flag(METHODS, "Methods that are compared where a grid compares methods.")
+
+
+def summary(values: np.ndarray) -> str:
+    """"mean ± sd (low–high)": the sample's standard deviation, Student's 95% interval of the mean within 0 to 100."""
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    low, high = interval(values)
+    return f"{values.mean():.1f} ± {values.std(ddof=1):.1f} ({low:.0f}–{high:.0f})"
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Student's 95% interval of the mean of percentages, within 0 to 100; of one value, the value."""
+    from scipy.stats import t
+
+    if len(values) == 1:
+        return float(values[0]), float(values[0])
+    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return max(0.0, values.mean() - half), min(100.0, values.mean() + half)
+
+
+class Scores(NamedTuple):
+    """Of one point, a number per run each, in percent."""
+
+    aligned: np.ndarray  # HS before the attack
+    end: np.ndarray  # HS after it
+    along: np.ndarray  # HS averaged over its steps
+    accuracy: np.ndarray  # FA after it
+    over_refusal: np.ndarray  # before it
+
+
+def scores_of(found: Sequence[Mapping]) -> Scores:
+    """found: the point's cells, one per base."""
+    steps = steps_of(found)
+    along = np.stack([scores_at(found, step, "harmful_score") for step in steps])
+    mean = np.trapezoid(along, steps, axis=0) / (steps[-1] - steps[0]) if len(steps) > 1 else along[0]
+    return Scores(along[0], along[-1], mean, scores_at(found, steps[-1], "sst2"),
+                  scores_at(found, steps[0], "over_refusal"))
+
+
+def read_point(root: Path, bases: Sequence[str], point: Point) -> list[Mapping]:
+    paths = [root / folder_name(base) / folder_name(point.method) / f"{folder_name(point.attack)}.json"
+             for base in bases]
+    return [runs.read_json(path) for path in paths]
+
+
+def panel_report(root: Path, folder: Path, bases: Sequence[str], panel: Panel, index: int) -> str:
+    """Markdown of a panel: its table and plot."""
+    by_curve = {name: [scores_of(read_point(root, bases, point)) for point in curve]
+                for name, curve in panel.curves.items()}
+    rows = [[name, point.x, *map(summary, scores)] for name, curve in panel.curves.items()
+            for point, scores in zip(curve, by_curve[name], strict=True)]
+    header = ["method", panel.xlabel, "HS aligned", "HS attacked", "HS along the attack", "FA attacked",
+              "over-refusal aligned"]
+    if not panel.xlabel:  # an ablation: one curve, whose points have names
+        header, rows = ["variant", *header[2:]], [row[1:] for row in rows]
+    plot(folder / f"panel{index}.png", panel, by_curve)
+    return f"## {panel.title}\n\n{reports.table(header, rows)}\n![{panel.title}](panel{index}.png)\n"
+
+
+def plot(path: Path, panel: Panel, by_curve: Mapping[str, Sequence[Scores]]) -> None:
+    """HS at the attack's end and along it, and FA, over the panel's x; bars are 95% intervals of the mean."""
+    figure, axes = reports.panels(3)
+    names = list(dict.fromkeys(point.x for curve in panel.curves.values() for point in curve))
+    for axis, field, title in zip(axes, ("end", "along", "accuracy"),
+                                  ("HS attacked (%)", "HS along the attack (%)", "FA attacked (%)"), strict=True):
+        for i, (label, curve) in enumerate(panel.curves.items()):
+            values = [getattr(scores, field) for scores in by_curve[label]]
+            means = np.array([v.mean() for v in values])
+            bars = np.abs(np.array([interval(v) for v in values]).T - means)
+            # A little aside, so that intervals of equal means can be told apart.
+            places = np.array([names.index(point.x) for point in curve]) + 0.08 * (i - (len(panel.curves) - 1) / 2)
+            style = {"marker": MARKERS[i], "markersize": 5, "capsize": 3, "color": f"C{i}", "label": label}
+            if panel.xlabel:
+                axis.errorbar(places, means, bars, **style)
+            else:
+                axis.errorbar(means, -places, xerr=bars, linestyle="", **style)
+        if panel.xlabel:
+            axis.set_xticks(range(len(names)), names)
+            axis.set(xlabel=panel.xlabel, title=title, ylim=(-4, 104))
+        else:
+            axis.set_yticks(-np.arange(len(names)), names if field == "end" else [""] * len(names))
+            axis.set(title=title, xlim=(-4, 104), ylim=(-len(names) + 0.5, 0.5))
+        axis.grid(alpha=0.3)
+    if len(panel.curves) > 1:
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)))
+    figure.savefig(path, dpi=130)
+
+
+class Attack(NamedTuple):
+    """One attack setting after a number of steps, over all runs."""
+
+    setting: str
+    step: int
+    hs: np.ndarray
+    fa: np.ndarray
+
+
+def worst_case(attacks: Sequence[Attack]) -> Attack:
+    """The largest mean HS among attacks whose mean FA is within FA_MARGIN of the best; of equal ones the shortest."""
+    best = max(attack.fa.mean() for attack in attacks)
+    serving = [attack for attack in attacks if attack.fa.mean() >= best - FA_MARGIN]
+    return max(serving, key=lambda attack: (attack.hs.mean(), -attack.step))
+
+
+def fewest_steps(attacks: Sequence[Attack], hs: float = 50) -> int | None:
+    """The fewest steps of an attack after which mean HS is at least `hs`, whatever FA; None if no attack gets there."""
+    return min((attack.step for attack in attacks if attack.hs.mean() >= hs), default=None)
+
+
+def worst_case_report(root: Path, folder: Path, bases: Sequence[str], panel: Panel) -> str:
+    """Markdown: per method HS as elsewhere and in the worst case, and a plot of HS against FA of every attack."""
+    rows = []
+    figure, axes = reports.panels(min(3, len(panel.curves)), -(-len(panel.curves) // 3))
+    for axis in axes[len(panel.curves):]:
+        axis.set_axis_off()
+    for axis, (method, curve) in zip(axes, panel.curves.items(), strict=False):
+        attacks = []
+        for point in curve:
+            found = read_point(root, bases, point)
+            attacks += [Attack(point.attack, step, scores_at(found, step, "harmful_score"),
+                               scores_at(found, step, "sst2")) for step in steps_of(found)]
+        usual = [attack for attack in attacks if attack.setting == curve[0].attack][-1]
+        worst = worst_case(attacks)
+        fewest = fewest_steps(attacks)
+        rows.append([method, summary(usual.hs), summary(usual.fa), summary(worst.hs), summary(worst.fa),
+                     f"{worst.setting}, step {worst.step}", str(fewest) if fewest is not None else "–"])
+        axis.scatter([a.fa.mean() for a in attacks], [a.hs.mean() for a in attacks], s=12, alpha=0.5)
+        axis.scatter(usual.fa.mean(), usual.hs.mean(), marker="s", color="black", label="as elsewhere")
+        axis.scatter(worst.fa.mean(), worst.hs.mean(), marker="*", s=90, color="C3", label="worst case")
+        axis.set(title=method, xlabel="FA (%)", ylabel="HS (%)", xlim=(-4, 104), ylim=(-4, 104))
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8, loc="center left")
+    figure.savefig(folder / "worst_case.png", dpi=130)
+    header = ["method", "HS as elsewhere", "FA", "HS worst case", "FA", "attack of the worst case",
+              "fewest steps to HS 50"]
+    count = len(next(iter(panel.curves.values())))
+    return "\n".join([
+        f"## {count} attack settings, scored along the way\n", reports.table(header, rows),
+        f"Worst case: the largest mean HS of an attack with FA within {FA_MARGIN:g} points of the best that any "
+        "reaches on this method. It is the largest of many means, and so a little too large.\n",
+        "![HS against FA of every attack and step](worst_case.png)\n"])
+
+
+def grid(config: GridConfig, align_config: AlignConfig, attack_config: FinetuneConfig) -> str:
+    """Carries out the grid's cells that are not there yet; returns the report."""
+    panels = PANELS[config.grid](config.methods)
+    of_sweep = sweep.SweepConfig(**{field.name: getattr(config, field.name)
+                                    for field in dataclasses.fields(sweep.SweepConfig)})
+    sweep.carry_out(of_sweep, align_config, attack_config, cells(panels))
+    root = Path(config.run_dir)
+    folder = root / config.grid
+    folder.mkdir(exist_ok=True)
+    parts = [worst_case_report(root, folder, config.bases, panels.pop())] if config.grid == "worst_case" else []
+    parts += [panel_report(root, folder, config.bases, panel, i) for i, panel in enumerate(panels)]
+    note = NOTE.format(runs=len(config.bases) * len(config.seeds), bases=", ".join(config.bases),
+                       seeds=", ".join(config.seeds))
+    text = "\n".join([f"# {PANELS[config.grid].__doc__}\n", *parts, note])
+    (folder / reports.REPORT).write_text(text, encoding="utf-8")
+    return text
+
+
+def main(argv: list[str]) -> None:
+    with common.readable_errors("grid", argv):
+        print(grid(config_flags.read(GridConfig, attacks=("-",)), *sweep.read_configs()))
+
+
+if __name__ == "__main__":
+    config_flags.define(GridConfig, without=("attacks",))
+    sweep.define_configs()
+    app.run(main)
