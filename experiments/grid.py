@@ -9,7 +9,7 @@ criticality.py, model_statistics.py and benchmark_step.py measure layers, losses
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -60,23 +60,34 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return max(0.0, values.mean() - half), min(100.0, values.mean() + half)
 
 
+COLUMNS = {"aligned": "HS % aligned", "end": "HS % attacked", "along": "HS % along the attack",
+           "accuracy": "FA % attacked", "over_refusal": "over-refusal % aligned"}
+
+
 class Scores(NamedTuple):
     """Of one point, a number per run each, in percent."""
 
     aligned: np.ndarray  # HS before the attack
     end: np.ndarray  # HS after it
-    along: np.ndarray  # HS averaged over its steps
+    along: np.ndarray | None  # HS averaged over its steps; None if it was not scored on the way
     accuracy: np.ndarray  # FA after it
-    over_refusal: np.ndarray  # before it
+    over_refusal: np.ndarray | None  # before it; None if that was not scored
 
 
 def scores_of(found: Sequence[Mapping]) -> Scores:
     """found: the point's cells, one per base."""
     steps = steps_of(found)
     along = np.stack([scores_at(found, step, "harmful_score") for step in steps])
-    mean = np.trapezoid(along, steps, axis=0) / (steps[-1] - steps[0]) if len(steps) > 1 else along[0]
-    return Scores(along[0], along[-1], mean, scores_at(found, steps[-1], "sst2"),
-                  scores_at(found, steps[0], "over_refusal"))
+    # Of the start and the end alone there is no mean along the attack.
+    mean = np.trapezoid(along, steps, axis=0) / (steps[-1] - steps[0]) if len(steps) > 2 else None
+    tasks = found[0]["scores"][str(steps[0])]
+    return Scores(along[0], along[-1], mean, scores_at(found, steps[-1], accuracy_task(tasks)),
+                  scores_at(found, steps[0], "over_refusal") if "over_refusal" in tasks else None)
+
+
+def accuracy_task(tasks: Iterable[str]) -> str:
+    """The user's task among tasks."""
+    return next(task for task in reports.TASK_NAMES if task in tasks and reports.TASK_NAMES[task].startswith("FA"))
 
 
 def read_point(root: Path, bases: Sequence[str], point: Point) -> list[Mapping]:
@@ -89,10 +100,10 @@ def panel_report(root: Path, folder: Path, bases: Sequence[str], panel: Panel, i
     """Markdown of a panel: its table and plot."""
     by_curve = {name: [scores_of(read_point(root, bases, point)) for point in curve]
                 for name, curve in panel.curves.items()}
-    rows = [[name, point.x, *map(summary, scores)] for name, curve in panel.curves.items()
-            for point, scores in zip(curve, by_curve[name], strict=True)]
-    header = ["method", panel.xlabel, "HS aligned", "HS attacked", "HS along the attack", "FA attacked",
-              "over-refusal aligned"]
+    shown = [field for field in COLUMNS if getattr(next(iter(by_curve.values()))[0], field) is not None]
+    header = ["method", panel.xlabel, *(COLUMNS[field] for field in shown)]
+    rows = [[name, point.x, *(summary(getattr(scores, field)) for field in shown)]
+            for name, curve in panel.curves.items() for point, scores in zip(curve, by_curve[name], strict=True)]
     if not panel.xlabel:  # an ablation: one curve, whose points have names
         header, rows = ["variant", *header[2:]], [row[1:] for row in rows]
     plot(folder / f"panel{index}.png", panel, by_curve)
@@ -101,10 +112,12 @@ def panel_report(root: Path, folder: Path, bases: Sequence[str], panel: Panel, i
 
 def plot(path: Path, panel: Panel, by_curve: Mapping[str, Sequence[Scores]]) -> None:
     """HS at the attack's end and along it, and FA, over the panel's x; bars are 95% intervals of the mean."""
-    figure, axes = reports.panels(3)
+    shown = [field for field in ("end", "along", "accuracy")
+             if getattr(next(iter(by_curve.values()))[0], field) is not None]
+    figure, axes = reports.panels(len(shown))
     names = list(dict.fromkeys(point.x for curve in panel.curves.values() for point in curve))
-    for axis, field, title in zip(axes, ("end", "along", "accuracy"),
-                                  ("HS attacked (%)", "HS along the attack (%)", "FA attacked (%)"), strict=True):
+    for axis, field in zip(axes, shown, strict=True):
+        title = COLUMNS[field]
         for i, (label, curve) in enumerate(panel.curves.items()):
             values = [getattr(scores, field) for scores in by_curve[label]]
             means = np.array([v.mean() for v in values])
@@ -161,7 +174,8 @@ def worst_case_report(root: Path, folder: Path, bases: Sequence[str], panel: Pan
         for point in curve:
             found = read_point(root, bases, point)
             attacks += [Attack(point.attack, step, scores_at(found, step, "harmful_score"),
-                               scores_at(found, step, "sst2")) for step in steps_of(found)]
+                               scores_at(found, step, accuracy_task(found[0]["scores"][str(step)])))
+                        for step in steps_of(found)]
         usual = [attack for attack in attacks if attack.setting == curve[0].attack][-1]
         worst = worst_case(attacks)
         fewest = fewest_steps(attacks)

@@ -10,6 +10,7 @@ from experiments.presets import WORLD_ALIGN, WORLD_ATTACK
 
 METHODS = ("sft", "vaccine", "t_vaccine", "booster")
 ATTACK = "poison_ratio=0.1"
+WORLD_EPOCHS = WORLD_ATTACK["steps"] * WORLD_ATTACK["batch_size"] / WORLD_ATTACK["n"]
 
 
 class Point(NamedTuple):
@@ -32,29 +33,25 @@ def cells(panels: Iterable[Panel]) -> list[tuple[str, str]]:
     return [pair for method in methods for pair in found if pair[0] == method]
 
 
-def _flags(text: str, name: str, value: str, default: object) -> str:
-    """The cell's text with one more flag, unless the value is the one that it has anyhow."""
-    return text if value == str(default) else f"{text}:{name}={value}"
-
-
-def ratios(methods: Sequence[str]) -> list[Panel]:
+def ratios(methods: Sequence[str], values: Sequence[str] = ("0", "0.05", "0.1", "0.15", "0.2")) -> list[Panel]:
     """HS and FA over the ratio p of harmful data (both papers' main tables)."""
     return [Panel("Ratio of harmful data", "p", {
-        method: [Point(p, method, f"poison_ratio={p}") for p in ("0", "0.05", "0.1", "0.15", "0.2")]
-        for method in methods})]
+        method: [Point(p, method, f"poison_ratio={p}") for p in values] for method in methods})]
 
 
-def samples(methods: Sequence[str]) -> list[Panel]:
+def samples(methods: Sequence[str], values: Sequence[str] = ("100", "500", "1000", "1500", "2000"),
+            length: str = f":steps=0:epochs={WORLD_EPOCHS:g}") -> list[Panel]:
     """HS and FA over the number n of the user's examples, for as many epochs each (both papers' main tables)."""
-    epochs = WORLD_ATTACK["steps"] * WORLD_ATTACK["batch_size"] / WORLD_ATTACK["n"]
-    return [Panel(f"Size of the user's data, {epochs:g} epochs", "n", {
-        method: [Point(n, method, f"{ATTACK}:n={n}:steps=0:epochs={epochs:g}")
-                 for n in ("100", "500", "1000", "1500", "2000")] for method in methods})]
+    return [Panel("Size of the user's data, all for as many epochs", "n", {
+        method: [Point(n, method, f"{ATTACK}:n={n}{length}") for n in values] for method in methods})]
 
 
-def _over(title: str, name: str, values: Sequence[str], methods: Sequence[str]) -> Panel:
-    return Panel(title, name, {method: [Point(value, _flags(method, name, value, WORLD_ALIGN.get(name)))
-                                        for value in values] for method in methods})
+def over(title: str, name: str, values: Sequence[str], methods: Sequence[str],
+         defaults: Mapping[str, object] = WORLD_ALIGN) -> Panel:
+    """A flag of the alignment. The value that is its default has no flag, and so shares the cells of other panels."""
+    return Panel(title, name, {
+        method: [Point(value, method if value == str(defaults[name]) else f"{method}:{name}={value}")
+                 for value in values] for method in methods})
 
 
 def sensitivity(methods: Sequence[str]) -> list[Panel]:
@@ -66,15 +63,15 @@ def sensitivity(methods: Sequence[str]) -> list[Panel]:
         Point(count, "booster" if count == total else f"booster:harmful_data={source}[0:{count}]")
         for count in ("20", "60", "200", total)]})
     return [
-        _over("Vaccine, T-Vaccine: norm of the perturbation", "rho", ("0.5", "1.5", "5.0", "15", "50"), vaccines),
-        _over("T-Vaccine: active layers S of 6", "layers", ("1", "2", "3", "6"), ("t_vaccine",)),
-        _over("T-Vaccine: steps J between draws", "sample_every", ("5", "20", "150"), ("t_vaccine",)),
-        _over("T-Vaccine: steps K between probes", "probe_every", ("5", "20", "150"), ("t_vaccine",)),
-        _over("Booster: weight of the regularizer", "lam", ("0.05", "0.1", "0.2", "0.4", "0.8"), ("booster",)),
-        _over("Booster: length of the simulated step", "alpha", ("0.01", "0.03", "0.1", "0.3"), ("booster",)),
+        over("Vaccine, T-Vaccine: norm of the perturbation", "rho", ("0.5", "1.5", "5.0", "15", "50"), vaccines),
+        over("T-Vaccine: active layers S of 6", "layers", ("1", "2", "3", "6"), ("t_vaccine",)),
+        over("T-Vaccine: steps J between draws", "sample_every", ("5", "20", "150"), ("t_vaccine",)),
+        over("T-Vaccine: steps K between probes", "probe_every", ("5", "20", "150"), ("t_vaccine",)),
+        over("Booster: weight of the regularizer", "lam", ("0.05", "0.1", "0.2", "0.4", "0.8"), ("booster",)),
+        over("Booster: length of the simulated step", "alpha", ("0.01", "0.03", "0.1", "0.3"), ("booster",)),
         harmful,
-        _over("Alignment steps", "steps", ("150", "300"), methods),
-        _over("LoRA rank", "rank", ("2", "8", "32"), ("sft", "booster")),
+        over("Alignment steps", "steps", ("150", "300"), methods),
+        over("LoRA rank", "rank", ("2", "8", "32"), ("sft", "booster")),
         Panel("Projections with an adapter", "targets", {
             method: [Point("q, k, v", f"{method}:targets=q_proj+k_proj+v_proj"), Point("all", method)]
             for method in methods})]
@@ -118,7 +115,7 @@ def worst_case(methods: Sequence[str]) -> list[Panel]:
             for method in methods})]
 
 
-PANELS: dict[str, Callable[[Sequence[str]], list[Panel]]] = {
+PANELS: dict[str, Callable[..., list[Panel]]] = {
     "ratios": ratios, "samples": samples, "sensitivity": sensitivity, "ablations": ablations,
     "worst_case": worst_case,
 }
