@@ -24,9 +24,9 @@ CONFIG = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008
 GIB = 2**30
 
 
-def step_memory(config: AlignConfig, dtype: str) -> tuple[float, float, float]:
+def step_memory(config: AlignConfig, dtype: str, architecture: LlamaConfig = CONFIG) -> tuple[float, float, float]:
     """GiB of the frozen weights, of adapter and optimizer, and of temporary memory in one step."""
-    model = llama.Llama(CONFIG, lora_of(config), jnp.dtype(dtype).type)
+    model = llama.Llama(architecture, lora_of(config), jnp.dtype(dtype).type)
     shapes, defense = llama.tree_shapes(model), make_defense(config)(model)
     optimizer = optim.layer_masked_adamw(config.optimizer(), steps=1000)
     state = jax.eval_shape(lambda adapter: training.init_train_state(adapter, defense, optimizer), shapes["lora"])

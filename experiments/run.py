@@ -25,10 +25,10 @@ from experiments.finetune import FinetuneConfig, finetune
 
 # Flags that are the same in alignment, attack and evaluation, or follow from the others.
 _ALIGN_WITHOUT = ("run_dir", "defense", "overwrite")
-_ATTACK_SHARED = ("dtype", "remat", "bucket", "seed", "save_every", "progress")
-_ATTACK_WITHOUT = ("run_dir", "aligned", "poison_ratio", "overwrite", "test_data", *_ATTACK_SHARED)
-_EVALUATE_SHARED = ("dtype", "progress")
-_EVALUATE_WITHOUT = ("run_dir", "model", "trained", "overwrite", *_EVALUATE_SHARED)
+ATTACK_SHARED = ("dtype", "remat", "bucket", "seed", "save_every", "progress")
+_ATTACK_WITHOUT = ("run_dir", "aligned", "poison_ratio", "overwrite", "test_data", *ATTACK_SHARED)
+EVALUATE_SHARED = ("dtype", "progress")
+_EVALUATE_WITHOUT = ("run_dir", "model", "trained", "overwrite", *EVALUATE_SHARED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +84,10 @@ def grid(config: GridConfig, cells: Mapping[str, Cell], scores: EvaluateConfig) 
 
 def read_cells(config: GridConfig) -> tuple[dict[str, Cell], EvaluateConfig]:
     """All configs, validated before the first run begins."""
-    shared = {name: flags.FLAGS[name].value for name in {*_ATTACK_SHARED, *_EVALUATE_SHARED}}
+    shared = {name: flags.FLAGS[name].value for name in {*ATTACK_SHARED, *EVALUATE_SHARED}}
     scores = config_flags.read(
         EvaluateConfig, run_dir=config.run_dir, model=flags.FLAGS.model, trained="", overwrite=False,
-        **{name: shared[name] for name in _EVALUATE_SHARED})
+        **{name: shared[name] for name in EVALUATE_SHARED})
     cells = {}
     for defense in config.defenses:
         folder = Path(config.run_dir) / defense
@@ -98,7 +98,7 @@ def read_cells(config: GridConfig) -> tuple[dict[str, Cell], EvaluateConfig]:
             ratio: config_flags.read(
                 FinetuneConfig, "attack_", presets.FINETUNE[defense] if config.published else None,
                 run_dir=str(folder / f"p{ratio}"), aligned=aligned.run_dir, poison_ratio=float(ratio), overwrite=False,
-                test_data=scores.harmful_test, **{name: shared[name] for name in _ATTACK_SHARED})
+                test_data=scores.harmful_test, **{name: shared[name] for name in ATTACK_SHARED})
             for ratio in config.poison_ratios}
         cells[defense] = Cell(aligned, attacks)
     return cells, scores
