@@ -115,7 +115,15 @@ def worst_case(methods: Sequence[str]) -> list[Panel]:
             for method in methods})]
 
 
-PANELS: dict[str, Callable[..., list[Panel]]] = {
-    "ratios": ratios, "samples": samples, "sensitivity": sensitivity, "ablations": ablations,
-    "worst_case": worst_case,
+class Grid(NamedTuple):
+    title: str
+    panels: Callable[[Sequence[str]], list[Panel]]  # of the methods that are compared
+
+
+GRIDS = {
+    "ratios": Grid("HS and FA over the ratio of harmful data", ratios),
+    "samples": Grid("HS and FA over the size of the user's data", samples),
+    "sensitivity": Grid("Settings of the alignment", sensitivity),
+    "ablations": Grid("What the parts of the methods are good for", ablations),
+    "worst_case": Grid("The attacker who chooses", worst_case),
 }

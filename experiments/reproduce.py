@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 from absl import app, flags
 
-from experiments import benchmark_memory, common, config_flags, grid, panels, presets, published, reports, sweep
+from experiments import benchmark_memory, common, config_flags, grid_report, panels, presets, published, reports, sweep
 from experiments.align import AlignConfig, align
 from experiments.config_flags import flag
 from experiments.evaluate import EvaluateConfig, evaluate
@@ -162,12 +162,12 @@ def comparison(root: Path, config: ReproduceConfig, cells: Sequence[TableCell]) 
     figures = {(figure.method, figure.poison_ratio, figure.n): figure for figure in published.TABLES[config.paper]}
     rows = []
     for point, p, n in cells:
-        found = grid.read_point(root, config.folders, point)
-        scores, figure = grid.scores_of(found), figures.get((point.method, p, n))
-        task = grid.accuracy_task(found[0]["intervals"])
+        found = grid_report.read_point(root, config.folders, point)
+        scores, figure = grid_report.scores_of(found), figures.get((point.method, p, n))
+        task = grid_report.accuracy_task(found[0]["intervals"])
         for name, values, of in (("HS", scores.end, "harmful_score"), ("FA", scores.accuracy, task)):
             # Of a single seed there is only the interval over its test prompts.
-            low, high = grid.interval(values) if len(values) > 1 else found[0]["intervals"][of]
+            low, high = grid_report.interval(values) if len(values) > 1 else found[0]["intervals"][of]
             row = [point.method, p, str(n), name, "", f"{values.mean():.2f}", "", f"{low:.1f}–{high:.1f}", ""]
             if figure:
                 number = figure.harmful_score if name == "HS" else figure.accuracy
@@ -181,8 +181,8 @@ def comparison(root: Path, config: ReproduceConfig, cells: Sequence[TableCell]) 
 def claim(root: Path, config: ReproduceConfig, recipes: Recipes, cells: Sequence[TableCell]) -> str:
     """What the paper's statement in `published.CLAIMS` is here."""
     if config.paper == "booster":
-        hs = {(cell.point.method, cell.p, cell.n):
-              grid.scores_of(grid.read_point(root, config.folders, cell.point)).end.mean() for cell in cells}
+        found = [(cell, grid_report.read_point(root, config.folders, cell.point)) for cell in cells]
+        hs = {(cell.point.method, cell.p, cell.n): grid_report.scores_of(of).end.mean() for cell, of in found}
         drop, method, p, n = max((hs[method, p, n] - hs["booster", p, n], method, p, n) for method, p, n in hs
                                  if ("booster", p, n) in hs)
         return f"{drop:.1f} points, against {method} at p = {p}, n = {n}"
@@ -211,8 +211,8 @@ def reproduce(config: ReproduceConfig, recipes: Recipes, values: Values) -> str:
         "experiment, and the difference then says how far it carries over.\n",
         comparison(root, config, cells),
         reports.table(["statement", "published", "ours", "source"], statements),
-        *(grid.panel_report(root, root, config.folders, panel, i) for i, panel in enumerate(parts)),
-        grid.NOTE.format(runs=len(config.seeds), bases=config.model, seeds=", ".join(config.seeds))])
+        *(grid_report.panel_report(root, root, config.folders, panel, i) for i, panel in enumerate(parts)),
+        grid_report.NOTE.format(runs=len(config.seeds), bases=config.model, seeds=", ".join(config.seeds))])
     (root / reports.REPORT).write_text(text, encoding="utf-8")
     return text
 

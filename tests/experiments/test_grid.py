@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import grid, panels, presets, sweep
+from experiments import grid, grid_report, panels, presets, sweep
 from experiments.align import AlignConfig
 from experiments.finetune import FinetuneConfig
-from experiments.grid import Attack
+from experiments.grid_report import Attack
 from experiments.sweep_report import folder_name
 
 ALIGN = AlignConfig(**presets.WORLD_ALIGN, run_dir="-", model="-")
 ATTACK = FinetuneConfig(**presets.WORLD_ATTACK, run_dir="-", aligned="-")
 
 
-@pytest.mark.parametrize("name", panels.PANELS)
+@pytest.mark.parametrize("name", panels.GRIDS)
 def test_every_cell_is_a_valid_setting(name):
-    found = panels.cells(panels.PANELS[name](panels.METHODS))
+    found = panels.cells(panels.GRIDS[name].panels(panels.METHODS))
     assert len(found) == len(set(found))
     methods = [method for method, _ in found]
     assert methods == sorted(methods, key=methods.index), "the cells of a method are not together"
@@ -43,13 +43,13 @@ def made_up_cells(root, bases, found):
             path.write_text(json.dumps({"scores": scores}))
 
 
-@pytest.mark.parametrize("name", panels.PANELS)
+@pytest.mark.parametrize("name", panels.GRIDS)
 def test_report(name, tmp_path, monkeypatch):
     """From cells that are there already."""
     monkeypatch.setattr(sweep, "carry_out", lambda config, align, attack, pairs: None)
     bases = ("world", "other/base")
     config = grid.GridConfig(run_dir=str(tmp_path), grid=name, bases=bases, seeds=("0", "1"))
-    found = panels.PANELS[name](config.methods)
+    found = panels.GRIDS[name].panels(config.methods)
     made_up_cells(tmp_path, bases, panels.cells(found))
     report = grid.grid(config, ALIGN, ATTACK)
     assert (tmp_path / name / "report.md").read_text(encoding="utf-8") == report
@@ -77,7 +77,7 @@ def test_scores_of_a_point():
                            for step, hs, fa, refused in zip(("0", "10", "40"), harmful, (1, 2, 3), (4, 5, 6),
                                                             strict=True)}}
 
-    found = grid.scores_of([cell(0.0, 20.0, 80.0), cell(10.0, 10.0, 10.0)])
+    found = grid_report.scores_of([cell(0.0, 20.0, 80.0), cell(10.0, 10.0, 10.0)])
     # (10 · (0 + 20) / 2 + 30 · (20 + 80) / 2) / 40
     np.testing.assert_allclose(found.along, [40.0, 10.0])
     for values, expected in ((found.aligned, [0, 10]), (found.end, [80, 10]), (found.accuracy, [3, 3]),
@@ -91,11 +91,11 @@ def test_the_worst_case_serves_the_user():
 
     attacks = [attack("slow", 50, 30, 99), attack("slow", 100, 70, 98), attack("slow", 200, 70, 100),
                attack("fast", 100, 95, 97), attack("nothing", 0, 0, 100)]
-    assert grid.worst_case(attacks) == attacks[1]  # fast is out for its FA, 200 steps are no worse than 100
-    assert grid.fewest_steps(attacks) == 100
-    assert grid.fewest_steps(attacks[:1]) is None
+    assert grid_report.worst_case(attacks) == attacks[1]  # fast is out for its FA, 200 steps are no worse than 100
+    assert grid_report.fewest_steps(attacks) == 100
+    assert grid_report.fewest_steps(attacks[:1]) is None
 
 
 def test_intervals():
-    assert grid.summary(np.array([50.0])) == "50.0"
-    assert grid.summary(np.array([99.0, 100.0])) == "99.5 ± 0.7 (93–100)"
+    assert grid_report.summary(np.array([50.0])) == "50.0"
+    assert grid_report.summary(np.array([99.0, 100.0])) == "99.5 ± 0.7 (93–100)"
