@@ -55,7 +55,8 @@ def over(title: str, name: str, values: Sequence[str], methods: Sequence[str],
 
 
 def sensitivity(methods: Sequence[str]) -> list[Panel]:
-    """The methods' own settings, and those of the alignment that all share."""
+    """The methods' own settings, and those of the alignment; the methods are given."""
+    del methods
     vaccines = ("vaccine", "t_vaccine")
     total = WORLD_ALIGN["harmful_data"].rpartition("[0:")[2].removesuffix("]")
     source = WORLD_ALIGN["harmful_data"].rpartition("[")[0]
@@ -70,11 +71,11 @@ def sensitivity(methods: Sequence[str]) -> list[Panel]:
         over("Booster: weight of the regularizer", "lam", ("0.05", "0.1", "0.2", "0.4", "0.8"), ("booster",)),
         over("Booster: length of the simulated step", "alpha", ("0.01", "0.03", "0.1", "0.3"), ("booster",)),
         harmful,
-        over("Alignment steps", "steps", ("150", "300"), methods),
-        over("LoRA rank", "rank", ("2", "8", "32"), ("sft", "booster")),
-        Panel("Projections with an adapter", "targets", {
+        over("Alignment steps", "steps", ("150", "300"), ("sft", *vaccines)),
+        over("LoRA rank", "rank", ("8", "32"), ("sft", "booster")),
+        Panel("Projections with an adapter", "projections", {
             method: [Point("q, k, v", f"{method}:targets=q_proj+k_proj+v_proj"), Point("all", method)]
-            for method in methods})]
+            for method in ("sft", *vaccines)})]
 
 
 def ablations(methods: Sequence[str]) -> list[Panel]:
