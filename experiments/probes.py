@@ -1,6 +1,5 @@
 """What is measured of lanes while they are aligned and attacked: losses and gradient norms on harmful examples."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -102,9 +101,7 @@ def align(config: AlignConfig, base: common.Base, tokenizer, seeds: Sequence[int
         named["harmful"] = (config.harmful_data, config.harmful_batch_size)
     sources = {name: (data.tokenize_examples(tokenizer, data.load_examples(source), config.max_length), size)
                for name, (source, size) in named.items()}
-    tokenized, size = sources["alignment"]
-    last = config.steps or data.steps_for(len(tokenized.input_ids), size, config.epochs)
-    steps, measured = [], []
+    last, steps, measured = lanes.count_steps(config, sources), [], []
 
     def observe(step, of):
         if step % every == 0 or step == last:
@@ -122,8 +119,3 @@ def align(config: AlignConfig, base: common.Base, tokenizer, seeds: Sequence[int
 def to_json(values: np.ndarray) -> Any:
     """Nested lists of floats, of seven significant digits."""
     return np.vectorize(lambda x: float(f"{x:.7g}"), otypes=[float])(values).tolist()
-
-
-def resolve(attack_config: FinetuneConfig, method: AlignConfig) -> FinetuneConfig:
-    """The attack on a model aligned by this method, with nothing left open."""
-    return attack_config.resolve(dataclasses.asdict(method))
