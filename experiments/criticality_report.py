@@ -44,14 +44,19 @@ def read_attack(folder: Path, num_layers: int) -> Attacked:
                             for task in cells[0][str(steps[0])]})
 
 
-def rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Spearman's ρ over the last axis of [..., L], equal values sharing their mean rank; NaN where one is constant."""
+def _standard_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks over the last axis, equal values sharing their mean, of mean 0 and norm 1; NaN where all are equal."""
     from scipy.stats import rankdata
 
-    ranks = [rankdata(values, axis=-1) for values in (x, y)]
-    a, b = (r - r.mean(-1, keepdims=True) for r in ranks)
-    norm = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
-    return np.divide((a * b).sum(-1), norm, out=np.full(norm.shape, np.nan), where=norm > 0)
+    ranks = rankdata(values, axis=-1)
+    ranks -= ranks.mean(-1, keepdims=True)
+    norm = np.sqrt((ranks**2).sum(-1, keepdims=True))
+    return np.divide(ranks, norm, out=np.full(ranks.shape, np.nan), where=norm > 0)
+
+
+def rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Spearman's ρ over the last axis of [..., L]; NaN where one of both is constant."""
+    return (_standard_ranks(x) * _standard_ranks(y)).sum(-1)
 
 
 def bootstrap_interval(rho: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
@@ -67,7 +72,7 @@ def bootstrap_interval(rho: np.ndarray, rng: np.random.Generator) -> tuple[float
 
 
 def permutation_p(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> float:
-    """Two-sided p of the mean ρ of [runs, L] if it did not matter which layer is which.
+    """Two-sided p of the mean ρ of [runs, L], none of them constant, if it did not matter which layer is which.
 
     The layers are exchanged in all runs alike: runs share what is due to a layer's place, and are no independent
     evidence of it. All orders of up to seven layers are gone through, else RESAMPLES random ones and the one found.
@@ -77,7 +82,8 @@ def permutation_p(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> flo
         orders = list(itertools.permutations(range(layers)))
     else:
         orders = [np.arange(layers), *(rng.permutation(layers) for _ in range(RESAMPLES))]
-    means = np.array([np.nanmean(rank_correlations(x[:, list(order)], y)) for order in orders])
+    x, y = _standard_ranks(x), _standard_ranks(y)
+    means = np.array([(x[:, list(order)] * y).sum(-1).mean() for order in orders])
     return float((np.abs(means) >= abs(means[0]) - 1e-12).mean())
 
 

@@ -69,10 +69,11 @@ def harmful_losses(of: lanes.Lanes, batches, alpha: float) -> Measured:
 
 
 def stack_batches(tokenizer, examples: Sequence[Sequence[data.Example]], config: common.TrainingConfig) -> Any:
-    """All of every lane's examples as one batch: leaves [N, B, T]. Every lane has equally many."""
+    """Every lane's examples as one batch: leaves [N, B, T]. B is the least that a lane has, after tokenization."""
     tokenized = [data.tokenize_examples(tokenizer, rows, config.max_length) for rows in examples]
+    count = min(len(rows.input_ids) for rows in tokenized)
     length = data.bucket_length(max(len(ids) for rows in tokenized for ids in rows.input_ids), config.bucket)
-    batches = [data.collate(rows, range(len(rows.input_ids)), length) for rows in tokenized]
+    batches = [data.collate(rows, range(count), length) for rows in tokenized]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
 
