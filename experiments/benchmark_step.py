@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app
 
 from experiments import align, common, config_flags, costs
 from experiments.config_flags import flag
@@ -100,7 +100,7 @@ def compile_step(defense: defenses.Defense, adapter, frozen, batches, key, share
 
 
 def measure(cases: Mapping[str, Case], frozen, batches, key, repeats: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{case: seconds of (usual steps, steps with what falls due now and then)}, [repeats] each, or none of the latter."""
+    """{case: seconds of (usual steps, steps in which something falls due)}, [repeats] each, or none of the latter."""
     def timed(step, state):
         jax.block_until_ready(state)
         started = time.perf_counter()
@@ -136,13 +136,14 @@ def report(config: BenchmarkConfig, cases: Mapping[str, Case], seconds: Mapping[
         if case.due.flops:
             extra = np.median((due - usual) / sft_seconds)
             notes.append(
-                f"{name}: where its probe falls due, a step takes {extra:.2f} of SFT's time more, "
-                f"{case.due.flops / sft.always.flops:.2f} of its FLOPs, {case.due.forward} + {case.due.backward} passes; "
-                f"spread over K = {config.probe_every} steps {100 * extra / config.probe_every:.2f}% of SFT's time.\n")
+                f"{name}: a step in which its probe falls due costs {extra:.2f} of SFT's time more, "
+                f"{case.due.flops / sft.always.flops:.2f} of its FLOPs, {case.due.forward} + {case.due.backward} "
+                f"passes; over K = {config.probe_every} steps that is {100 * extra / config.probe_every:.2f}% of SFT's "
+                "time.\n")
     return "\n".join([
         f"{config.model}, {config.rows} rows of {config.length} tokens, {config.supervised} supervised, LoRA rank "
-        f"{config.rank}, {jax.devices()[0].platform}; SFT: {np.median(sft_seconds):.3g} s, {sft.memory / 1e6:.0f} MB of "
-        f"temporary memory, {sft.always.flops / 1e9:.3g} GFLOP\n",
+        f"{config.rank}, {jax.devices()[0].platform}; SFT: {np.median(sft_seconds):.3g} s, {sft.memory / 1e6:.0f} MB "
+        f"of temporary memory, {sft.always.flops / 1e9:.3g} GFLOP\n",
         table(["", "time / SFT's", "temporary memory / SFT's", "FLOPs / SFT's", "passes, forward + backward"], rows),
         f"Time: median of {config.repeats} ratios (least–most), each to SFT's step of the same round. FLOPs: matrix "
         "products, those of rematerialisation too.\n", *notes])

@@ -2,11 +2,11 @@
 
   python -m experiments.criticality --run_dir=runs/criticality --seeds=0,1,2 --bases=world,bases/1,bases/2
 
-Along the alignment the norms ‖∇_{a_l} h‖ of T-Vaccine's probe are taken, by layer. Then the aligned model is attacked on
-one layer alone (only) or on all layers but one (all_but), every layer in turn; what such an attack reaches is the
-layer's effect, and the report has its rank correlation with the norms. An attack is one of these two words, followed by
-what differs from the flags of finetune.py (prefix attack_), as in sweep.py. Cells are a base, a method, an attack and a
-layer; re-running continues with those that are not there yet.
+Along the alignment the norms ‖∇_{a_l} h‖ of T-Vaccine's probe are taken, by layer. Then the aligned model is attacked
+on one layer alone (only) or on all layers but one (all_but), every layer in turn; what such an attack reaches is the
+layer's effect, and the report has its rank correlation with the norms. An attack is one of these two words, followed
+by what differs from the flags of finetune.py (prefix attack_), as in sweep.py. Cells are a base, a method, an attack
+and a layer; re-running continues with those that are not there yet.
 """
 
 import dataclasses

@@ -202,9 +202,10 @@ def _section(root: Path, bases: Sequence[str], method: str, attacks: Sequence[st
         f"## {method}\n",
         reports.table(["layer", *(f"{title}: share %, {when}" for title, when in
                                   itertools.product(NORMS.values(), ("start", "end"))),
-                       *(f"{text}: {what}" for text in attacks for what in ("mean HS %", "HS % at end", "FA % at end"))],
+                       *(f"{text}: {what} %" for text in attacks for what in ("mean HS", "HS at end", "FA at end"))],
                       layers),
-        f"Shares at the alignment's start and end; mean ± standard deviation over bases ({', '.join(bases)}) and seeds.\n",
+        f"Shares at the alignment's start and end; mean ± standard deviation over bases ({', '.join(bases)}) and "
+        "seeds.\n",
         reports.table(["attack", "norm", "taken at", "mean ρ", "95% interval", "p", "ρ > 0", "reading"], correlations),
         f"![norms by layer]({name}_layers.png)\n", f"![HS by layer attacked]({name}_attacks.png)\n",
         f"![norm and effect]({name}_scatter.png)\n"]

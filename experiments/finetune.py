@@ -38,7 +38,7 @@ class FinetuneConfig(common.TrainingConfig):
     lora_alpha: float | None = flag(None, "LoRA alpha of a new adapter; as aligned unless given.")
     dropout: float | None = flag(None, "LoRA dropout; as aligned unless given.")
     targets: tuple[str, ...] | None = flag(None, "Projections of a new adapter; as aligned unless given.")
-    layers: tuple[str, ...] | None = flag(None, "Numbers, from 0, of the layers whose adapters train; all unless given.")
+    layers: tuple[str, ...] | None = flag(None, "Numbers, from 0, of the layers that train; all unless given.")
 
     def __post_init__(self):
         super().__post_init__()

@@ -131,8 +131,8 @@ def read_attack(root: Path, bases: Sequence[str], methods: Sequence[str], attack
     """{method: (steps, [S, runs])}."""
     curves = {}
     for method in methods:
-        cells = [runs.read_json(root / folder_name(base) / folder_name(method) / f"{folder_name(attack)}.json")["scores"]
-                 for base in bases]
+        folders = [root / folder_name(base) / folder_name(method) for base in bases]
+        cells = [runs.read_json(folder / f"{folder_name(attack)}.json")["scores"] for folder in folders]
         steps = sorted(map(int, cells[0]))
         curves[method] = steps, np.concatenate([[cell[str(step)][name] for step in steps] for cell in cells], axis=1)
     return curves
@@ -161,7 +161,7 @@ def write(root: Path, bases: Sequence[str], methods: Sequence[str], attacks: Seq
     """report.md with its plots; returns its text."""
     alignment = {title: read_alignment(root, bases, methods, name) for name, title in ALIGNMENT.items()}
     text = ["# Model statistics\n", "## Along the alignment\n",
-            reports.table(["method", *(f"{title} {when}" for title in ALIGNMENT.values() for when in ("first", "last"))],
+            reports.table(["method", *(f"{title}, {end}" for title in ALIGNMENT.values() for end in ("start", "end"))],
                           [[method, *(spread(curves[method][1][i]) for curves in alignment.values() for i in (0, -1))]
                            for method in methods])]
     for i, attack in enumerate(attacks):
@@ -178,8 +178,8 @@ def write(root: Path, bases: Sequence[str], methods: Sequence[str], attacks: Seq
                 [[method, *map(spread, values)] for method, (_, values) in curves.items()])
             for title, curves in along.items()), f"![model statistics]({image})\n"]
     text.append(
-        f"Mean ± standard deviation over bases ({', '.join(bases)}) and seeds. Harmful training loss and the norm of its "
-        "gradient (all adapters): on the attack's own harmful examples. Harmful test loss and HS: on unseen harmful "
+        f"Mean ± standard deviation over bases ({', '.join(bases)}) and seeds. Harmful training loss and the norm of "
+        "its gradient (all adapters): on the attack's own harmful examples. Harmful test loss and HS: on unseen harmful "
         "prompts. h(w): on harmful examples like those that Booster simulates its step with; w' is w after one step of "
         "length alpha against their normalised gradient.\n")
     report = "\n".join(text)

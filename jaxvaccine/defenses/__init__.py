@@ -1,4 +1,4 @@
-"""Alignment-stage defenses, one paper a file, each a function from a loss to a `Defense`; and what combines with any."""
+"""Alignment-stage defenses, one paper a file, each a function from a loss to a `Defense`; and what goes around any."""
 
 from jaxvaccine.defenses.base import Defense
 from jaxvaccine.defenses.booster import booster

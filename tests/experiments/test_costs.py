@@ -108,7 +108,7 @@ def test_the_benchmark(monkeypatch):
     found = benchmark_step.benchmark(config)
     assert "| sft | 1.00 (1.00–1.00) | 1.00 | 1.00 | 1 + 1 |" in found
     assert "| t_vaccine | " in found
-    assert "t_vaccine: where its probe falls due, a step takes" in found
+    assert "t_vaccine: a step in which its probe falls due costs" in found
 
 
 def test_flags_are_checked():

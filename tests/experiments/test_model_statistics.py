@@ -55,20 +55,21 @@ def test_what_is_measured(model_dir):
     of = lanes.fresh(base, ALIGN, seeds)
     of = of._replace(adapters=jax.tree.map(lambda x: x + 0.05, of.adapters))
     attack = dataclasses.replace(ATTACK, poison_ratio=0.2)
-    scorer = model_statistics.with_statistics(lambda of: ({"harmful_score": [1.0, 2.0]}, "answers"), config, attack, 0.1,
-                                              tokenizer)
+    scorer = model_statistics.with_statistics(
+        lambda of: ({"harmful_score": [1.0, 2.0]}, "answers"), config, attack, 0.1, tokenizer)
     scores, answers = scorer(of)
     assert (scores["harmful_score"], answers) == ([1.0, 2.0], "answers")
     aligning = model_statistics.measure_alignment(config, ALIGN, tokenizer)(0, of)
     booster = defenses.booster(causal_lm_loss(of.model), alpha=ALIGN.alpha)
     gradient = jax.jit(lambda adapter, batch: booster.gradient(
         adapter, base.frozen, (), {"alignment": batch, "harmful": batch}, None)[2])
+
+    def metrics(examples):
+        tokenized = data.tokenize_examples(tokenizer, examples, 16)
+        return gradient(of.lane(i)[0], data.collate(tokenized, range(len(tokenized.input_ids)), 16))
+
     user, harmful = (data.load_examples(source) for source in (attack.user_data, attack.harmful_data))
     for i, seed in enumerate(seeds):
-        def metrics(examples, adapter=of.lane(i)[0]):
-            tokenized = data.tokenize_examples(tokenizer, examples, 16)
-            return gradient(adapter, data.collate(tokenized, range(len(tokenized.input_ids)), 16))
-
         poisoned = data.poison(user, harmful, attack.n, 0.2, seed)
         found = metrics([example for example in poisoned if example in harmful])
         assert scores["harmful_training_loss"][i] == pytest.approx(float(found["harmful_loss"]), rel=1e-4)
