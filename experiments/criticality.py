@@ -117,6 +117,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     config_flags.define(CriticalityConfig)
-    config_flags.define(AlignConfig, without=("run_dir", "model", "defense", "overwrite", "seed"))
-    config_flags.define(FinetuneConfig, "attack_", ("run_dir", "aligned", "overwrite", "seed", "test_data"))
+    sweep.define_configs()
     app.run(main)

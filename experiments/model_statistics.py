@@ -36,8 +36,12 @@ class StatisticsConfig(sweep.SweepConfig):
     """Flags of model_statistics.py beside those of align.py and (attack_) finetune.py."""
 
     attacks: tuple[str, ...] = flag(("poison_ratio=0.1",), "Attacks, as the flags of finetune.py that differ.")
-    harmful_probe: str = flag("world_harmful@harmful[0:100]", "Harmful examples for h(w) during alignment.")
-    measure_every: int = flag(10, "Alignment steps between measurements.")
+    score_steps: tuple[str, ...] = flag(("0", "20", "40", "60", "80", "100"),
+                                        "Attack steps after which a model is measured; the last one always is.")
+    sst2_test: str = flag("", "The user's task, for FA; none by default.")
+    benign_test: str = flag("", "Harmless requests for over-refusal; none by default.")
+    harmful_probe: str = flag("world_harmful@harmful[0:50]", "Harmful examples for h(w) during alignment.")
+    measure_every: int = flag(15, "Alignment steps between measurements.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -79,7 +83,7 @@ def with_statistics(scorer: Callable, config: StatisticsConfig, attack_config: F
         return scores | {
             "harmful_training_loss": probes.to_json(found["harmful_loss"]),
             "harmful_gradient_norm": probes.to_json(found["harmful_gradient_norm"]),
-            "harmful_test_loss": probes.to_json(probes.harmful_losses(of, test, alpha)["harmful_loss"])}, answers
+            "harmful_test_loss": probes.to_json(probes.losses(of, test))}, answers
 
     return score
 
@@ -179,9 +183,9 @@ def write(root: Path, bases: Sequence[str], methods: Sequence[str], attacks: Seq
             for title, curves in along.items()), f"![model statistics]({image})\n"]
     text.append(
         f"Mean ± standard deviation over bases ({', '.join(bases)}) and seeds. Harmful training loss and the norm of "
-        "its gradient (all adapters): on the attack's own harmful examples. Harmful test loss and HS: on unseen harmful "
-        "prompts. h(w): on harmful examples like those that Booster simulates its step with; w' is w after one step of "
-        "length alpha against their normalised gradient.\n")
+        "its gradient (all adapters): on the attack's own harmful examples. Harmful test loss and HS: on unseen "
+        "harmful prompts. h(w): on examples of the harmful data that Booster simulates its step with; w' is w after a "
+        "step of length alpha against their normalised gradient.\n")
     report = "\n".join(text)
     (root / reports.REPORT).write_text(report, encoding="utf-8")
     return report
@@ -194,6 +198,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     config_flags.define(StatisticsConfig)
-    config_flags.define(AlignConfig, without=("run_dir", "model", "defense", "overwrite", "seed"))
-    config_flags.define(FinetuneConfig, "attack_", ("run_dir", "aligned", "overwrite", "seed", "test_data"))
+    sweep.define_configs()
     app.run(main)

@@ -49,6 +49,17 @@ def layer_norms(of: lanes.Lanes, batches) -> Measured:
 
 
 @functools.lru_cache(maxsize=8)
+def _losses(model: Llama, own_base: bool):
+    loss_fn = causal_lm_loss(model)
+    return _over_lanes(lambda adapter, frozen, batch: loss_fn(adapter, frozen, batch)[0], own_base)
+
+
+def losses(of: lanes.Lanes, batches) -> np.ndarray:
+    """The loss of every lane, [N], on its batch; leaves [N, B, T]."""
+    return jax.device_get(_losses(of.model, of.own_base)(of.adapters, of.frozen, batches))
+
+
+@functools.lru_cache(maxsize=8)
 def _harmful_losses(model: Llama, own_base: bool, alpha: float):
     # Booster's gradient for its metrics; XLA leaves out what only the gradient needs.
     booster = defenses.booster(causal_lm_loss(model), lam=0.0, alpha=alpha)
