@@ -82,10 +82,14 @@ def criticality(config: CriticalityConfig, align_config: AlignConfig, attack_con
     attack_config = dataclasses.replace(attack_config, test_data=config.harmful_test)
     methods = {text: sweep.variant(align_config, text, "methods", "defense") for text in config.methods}
     attacks = {text: read_attack(attack_config, text) for text in config.attacks}
+    num_layers = common.read_architecture(config.bases[0]).num_layers
+    for base_name in config.bases:
+        if (found := common.read_architecture(base_name).num_layers) != num_layers:
+            raise ValueError(f"--bases: found {base_name} with {found} layers, expected {num_layers} as in "
+                             f"{config.bases[0]}, so that layers can be compared")
     probes.open_run(config, "criticality", align_config, attack_config)
     root, seeds, steps = Path(config.run_dir), config.seed_numbers, [int(step) for step in config.score_steps]
     for base_name, (text, method) in itertools.product(config.bases, methods.items()):
-        num_layers = common.read_architecture(base_name).num_layers
         folder = root / folder_name(base_name) / folder_name(text)
         cells = {folder / folder_name(attack_text) / f"{layer}.json": dataclasses.replace(
                      attacked_by, layers=attacked_layers(kind, layer, num_layers))

@@ -99,6 +99,13 @@ def correlation_row(norms: Sequence[np.ndarray], effects: Sequence[np.ndarray]) 
             "p": permutation_p(*(values[known] for values in runs_of), np.random.default_rng(0))}
 
 
+def without_largest(norms: np.ndarray, effects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both [..., L − 1], without each run's layer of the largest norm: whether it is that one layer or the order."""
+    kept = np.arange(norms.shape[-1]) != norms.argmax(-1)[..., None]
+    shape = (*norms.shape[:-1], norms.shape[-1] - 1)
+    return norms[kept].reshape(shape), effects[kept].reshape(shape)
+
+
 def verdict(row: Mapping[str, Any]) -> str:
     low, high = row["interval"]
     if not row["p"] < 0.05 or low <= 0 <= high:
@@ -115,13 +122,13 @@ def plot_layers(path: Path, steps: Sequence[int], norms: Mapping[str, np.ndarray
     """A heat map per norm, layer over alignment step: the share, mean over runs. norms: [S, runs, L]."""
     figure, axes = reports.panels(len(NORMS))
     for axis, (name, title) in zip(axes, NORMS.items(), strict=True):
-        values = share(norms[name]).mean(1).T
-        image = axis.imshow(values, aspect="auto", origin="lower", interpolation="nearest", vmin=0)
-        axis.set(xlabel="alignment step", ylabel="layer", title=f"share of {title}")
+        values = 100 * share(norms[name]).mean(1).T
+        image = axis.imshow(values, aspect="auto", origin="lower", interpolation="nearest", norm="log")
+        axis.set(xlabel="alignment step", ylabel="layer", title=f"share of {title} (%)")
         shown = range(0, len(steps), max(1, -(-len(steps) // 6)))
         axis.set_xticks(shown, [str(steps[i]) for i in shown])
         axis.set_yticks(range(len(values)))
-        figure.colorbar(image, ax=axis)
+        _plain_ticks(figure.colorbar(image, ax=axis).ax.yaxis)
     figure.savefig(path, dpi=130)
 
 
@@ -135,8 +142,8 @@ def plot_attack(path: Path, attacks: Mapping[str, Sequence[Attacked]]) -> None:
                       color=_color(layer, len(scores)), label=str(layer))
         axis.set(xlabel="attack step", ylabel="HS (%)", ylim=(-4, 104), title=text.replace(":", "\n", 1))
         axis.grid(alpha=0.3)
-        axis.legend(title="only layer" if text.startswith("only") else "all but layer", fontsize=8,
-                    ncols=1 + len(scores) // 8)
+    figure.legend(*axes[0].get_legend_handles_labels(), title="layer", loc="outside right center",
+                  ncols=1 + len(scores) // 16)
     figure.savefig(path, dpi=130)
 
 
@@ -151,8 +158,9 @@ def plot_scatter(path: Path, norms: Mapping[str, Sequence[np.ndarray]], effects:
                              marker=MARKERS[i % len(MARKERS)], color=_color(layer, norm.shape[1]), linewidth=0)
         row = correlation_row(norms[name], effects[text])
         axis.set(xlabel=f"share of {title} (%)", ylabel="mean HS of the attack (%)",
-                 title=f"{text.partition(':')[0]}: ρ = {row['mean']:.2f} [{row['interval'][0]:.2f}, "
+                 xscale="log", title=f"{text.partition(':')[0]}: ρ = {row['mean']:.2f} [{row['interval'][0]:.2f}, "
                        f"{row['interval'][1]:.2f}]")
+        _plain_ticks(axis.xaxis)
         axis.grid(alpha=0.3)
     handles = [axes[0].scatter([], [], color=_color(layer, norm.shape[1]), label=f"layer {layer}")
                for layer in range(norm.shape[1])]
@@ -161,6 +169,15 @@ def plot_scatter(path: Path, norms: Mapping[str, Sequence[np.ndarray]], effects:
     figure.set_figheight(figure.get_figheight() + 0.6)
     figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8)
     figure.savefig(path, dpi=130)
+
+
+def _plain_ticks(axis) -> None:
+    """5, 10 and 20 on a logarithmic axis, and not powers of ten alone."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _color(layer: int, layers: int):
@@ -189,11 +206,14 @@ def _section(root: Path, bases: Sequence[str], method: str, attacks: Sequence[st
         layers.append(row)
     correlations = []
     for text, (name, title), when in itertools.product(attacks, NORMS.items(), WHEN):
-        row = correlation_row([WHEN[when](n[name]) for n in norms], effects[text])
+        taken = [WHEN[when](n[name]) for n in norms]
+        row = correlation_row(taken, effects[text])
+        others = correlation_row(*zip(*map(without_largest, taken, effects[text]), strict=True))
         known = row["rho"][~np.isnan(row["rho"])]
         correlations.append([
             text, title, when, f"{row['mean']:.2f}", f"{row['interval'][0]:.2f} to {row['interval'][1]:.2f}",
-            f"{row['p']:.3f}", f"{(known > 0).sum()} of {row['rho'].size}", verdict(row)])
+            f"{row['p']:.3f}", f"{(known > 0).sum()} of {row['rho'].size}", verdict(row),
+            f"{others['mean']:.2f} ({others['interval'][0]:.2f} to {others['interval'][1]:.2f})"])
     name = folder_name(method)
     plot_layers(root / f"{name}_layers.png", steps, of_runs)
     plot_attack(root / f"{name}_attacks.png", found)
@@ -206,7 +226,8 @@ def _section(root: Path, bases: Sequence[str], method: str, attacks: Sequence[st
                       layers),
         f"Shares at the alignment's start and end; mean ± standard deviation over bases ({', '.join(bases)}) and "
         "seeds.\n",
-        reports.table(["attack", "norm", "taken at", "mean ρ", "95% interval", "p", "ρ > 0", "reading"], correlations),
+        reports.table(["attack", "norm", "taken at", "mean ρ", "95% interval", "p", "ρ > 0", "reading",
+                       "without the largest"], correlations),
         f"![norms by layer]({name}_layers.png)\n", f"![HS by layer attacked]({name}_attacks.png)\n",
         f"![norm and effect]({name}_scatter.png)\n"]
 
@@ -218,7 +239,8 @@ layers with a large norm are those that the attack needs.
 
 ρ: Spearman's rank correlation over the layers, one for each base and seed, and their mean. The interval draws bases and
 then seeds with replacement. p: how often the mean is as far from 0 if the layers' names are exchanged, in all runs
-alike. A reading needs p < 0.05 and an interval without 0.
+alike. A reading needs p < 0.05 and an interval without 0. Without the largest: mean ρ over the layers but the one with
+the largest norm.
 """
 
 

@@ -145,3 +145,9 @@ def test_readings():
     assert criticality_report.verdict(row(up, -up)) == "larger norm, smaller effect"
     assert criticality_report.verdict(row(up, np.array([1.0, 0, 3, 2, 1, 2]))).startswith("undecided")
     assert criticality_report.verdict(row(up, np.zeros(6))).startswith("undecided")
+
+
+def test_without_the_largest():
+    norms, effects = np.array([[1.0, 9.0, 2.0], [7.0, 5.0, 6.0]]), np.array([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
+    x, y = criticality_report.without_largest(norms, effects)
+    assert x.tolist() == [[1, 2], [5, 6]] and y.tolist() == [[0, 2], [4, 5]]
