@@ -25,9 +25,10 @@ from experiments.sweep_report import ALIGNED, MARKERS, folder_name
 from jaxvaccine import data, runs
 from jaxvaccine.checkpoints import hugging_face
 
-# What is drawn and put in tables: of the alignment's measurements, and of an attack's scores.
-ALIGNMENT = {"harmful_loss": "harmful loss h(w)", "reduction": "h(w) − h(w')"}
-ATTACK = {"harmful_training_loss": "harmful training loss", "harmful_test_loss": "harmful test loss",
+# What is drawn and put in tables, with units: of the alignment's measurements, and of an attack's scores.
+ALIGNMENT = {"harmful_loss": "h(w) (nats per token)", "reduction": "h(w) − h(w') (nats per token)"}
+ATTACK = {"harmful_training_loss": "harmful training loss (nats per token)",
+          "harmful_test_loss": "harmful test loss (nats per token)",
           "harmful_gradient_norm": "norm of the harmful gradient", "harmful_score": "HS (%)"}
 
 
@@ -159,6 +160,8 @@ def plot(axes, panels: Mapping[str, Curves], xlabel: str) -> None:
                               color=f"C{i}", linewidth=0)
         axis.set(xlabel=xlabel, title=title)
         axis.grid(alpha=0.3)
+        if "%" in title:
+            axis.set_ylim(-4, 104)
 
 
 def write(root: Path, bases: Sequence[str], methods: Sequence[str], attacks: Sequence[str]) -> str:
@@ -171,7 +174,7 @@ def write(root: Path, bases: Sequence[str], methods: Sequence[str], attacks: Seq
     for i, attack in enumerate(attacks):
         along = {title: read_attack(root, bases, methods, attack, name) for name, title in ATTACK.items()}
         image = f"statistics_{i}.png" if i else "statistics.png"
-        figure, axes = reports.panels(3, 2)
+        figure, axes = reports.panels(2, 3)
         plot(axes[:2], alignment, "alignment step")
         plot(axes[2:], along, "attack step")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
