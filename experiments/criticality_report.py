@@ -25,10 +25,9 @@ class Attacked(NamedTuple):
     steps: list[int]  # [S], all but 0
     scores: dict[str, np.ndarray]  # task -> [L, S, N] in percent
 
-    @property
-    def mean_harmful_score(self) -> np.ndarray:
-        """[N, L], over the scored steps."""
-        return self.scores["harmful_score"].mean(axis=1).T
+    def mean_over_steps(self, task: str) -> np.ndarray:
+        """[N, L] in percent."""
+        return self.scores[task].mean(axis=1).T
 
 
 def read_alignment(folder: Path) -> tuple[list[int], dict[str, np.ndarray]]:
@@ -191,8 +190,9 @@ def _section(root: Path, bases: Sequence[str], method: str, attacks: Sequence[st
     steps, norms = read_alignment(folders[0])[0], [read_alignment(folder)[1] for folder in folders]
     num_layers = norms[0]["activation_gradient_norm"].shape[-1]
     found = {text: [read_attack(folder / folder_name(text), num_layers) for folder in folders] for text in attacks}
-    effects = {text: [KINDS[text.partition(":")[0]] * attacked.mean_harmful_score for attacked in found[text]]
-               for text in attacks}
+    effects, learning = ({text: [KINDS[text.partition(":")[0]] * attacked.mean_over_steps(task)
+                                 for attacked in found[text]] for text in attacks}
+                         for task in ("harmful_score", "sst2"))
     of_runs = {name: np.concatenate([n[name] for n in norms], axis=1) for name in NORMS}  # [S, runs, L]
 
     layers = []
@@ -208,12 +208,14 @@ def _section(root: Path, bases: Sequence[str], method: str, attacks: Sequence[st
     for text, (name, title), when in itertools.product(attacks, NORMS.items(), WHEN):
         taken = [WHEN[when](n[name]) for n in norms]
         row = correlation_row(taken, effects[text])
+        of_task = correlation_row(taken, learning[text])
         others = correlation_row(*zip(*map(without_largest, taken, effects[text]), strict=True))
         known = row["rho"][~np.isnan(row["rho"])]
         correlations.append([
             text, title, when, f"{row['mean']:.2f}", f"{row['interval'][0]:.2f} to {row['interval'][1]:.2f}",
             f"{row['p']:.3f}", f"{(known > 0).sum()} of {row['rho'].size}", verdict(row),
-            f"{others['mean']:.2f} ({others['interval'][0]:.2f} to {others['interval'][1]:.2f})"])
+            *(f"{more['mean']:.2f} ({more['interval'][0]:.2f} to {more['interval'][1]:.2f})"
+              for more in (others, of_task))])
     name = folder_name(method)
     plot_layers(root / f"{name}_layers.png", steps, of_runs)
     plot_attack(root / f"{name}_attacks.png", found)
@@ -227,7 +229,7 @@ def _section(root: Path, bases: Sequence[str], method: str, attacks: Sequence[st
         f"Shares at the alignment's start and end; mean ± standard deviation over bases ({', '.join(bases)}) and "
         "seeds.\n",
         reports.table(["attack", "norm", "taken at", "mean ρ", "95% interval", "p", "ρ > 0", "reading",
-                       "without the largest"], correlations),
+                       "without the largest", "mean ρ with FA"], correlations),
         f"![norms by layer]({name}_layers.png)\n", f"![HS by layer attacked]({name}_attacks.png)\n",
         f"![norm and effect]({name}_scatter.png)\n"]
 
@@ -240,7 +242,8 @@ layers with a large norm are those that the attack needs.
 ρ: Spearman's rank correlation over the layers, one for each base and seed, and their mean. The interval draws bases and
 then seeds with replacement. p: how often the mean is as far from 0 if the layers' names are exchanged, in all runs
 alike. A reading needs p < 0.05 and an interval without 0. Without the largest: mean ρ over the layers but the one with
-the largest norm.
+the largest norm. With FA: the same with the mean FA in the place of HS, which tells whether the norm is about harm or
+about how fast a layer learns anything.
 """
 
 
