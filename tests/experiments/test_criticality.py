@@ -14,11 +14,14 @@ from jaxvaccine import data
 from jaxvaccine.defenses.t_vaccine import layer_probabilities
 from jaxvaccine.losses import causal_lm_loss
 from tests.experiments.test_lanes import world_model
-from tests.experiments.test_sweep import ALIGN, ATTACK
+from tests.experiments.test_sweep import ALIGN as SMALL
+from tests.experiments.test_sweep import ATTACK
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 SEEDS = (0, 5)
+# Fewer sites compile faster.
+ALIGN = dataclasses.replace(SMALL, targets=("q_proj", "down_proj"))
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +80,15 @@ def test_norms_are_those_of_the_probe(model_dir):
     found = criticality.measure_norms(method, tokenizer, SEEDS)(3, of)
     tokenized = data.tokenize_examples(tokenizer, data.load_examples(ALIGN.harmful_data), ALIGN.max_length)
     loss_fn = causal_lm_loss(of.model)
+    expectation = jax.jit(lambda adapter, batch: (
+        layer_probabilities(loss_fn, adapter, base.frozen, batch, None),
+        jax.grad(lambda a: loss_fn(a, base.frozen, batch)[0])(adapter)))
     for i, seed in enumerate(SEEDS):
         # What alignment with T-Vaccine would see in its step 3.
         batch = data.training_batches({"harmful": (tokenized, 4)}, seed, ALIGN.bucket)(3)["harmful"]
-        expected = layer_probabilities(loss_fn, of.lane(i)[0], base.frozen, batch, None)
+        expected, grads = expectation(of.lane(i)[0], batch)
         norms = found["activation_gradient_norm"][i]
         np.testing.assert_allclose(norms / norms.sum(), expected, rtol=1e-4)
-        grads = jax.jit(jax.grad(lambda a, b=batch: loss_fn(a, base.frozen, b)[0]))(of.lane(i)[0])
         expected = [math.sqrt(sum(float((leaf[layer] ** 2).sum()) for leaf in jax.tree.leaves(grads)))
                     for layer in range(3)]
         np.testing.assert_allclose(found["weight_gradient_norm"][i], expected, rtol=1e-4)
@@ -97,9 +102,8 @@ def test_lanes_of_their_own_base(model_dir):
     examples = data.load_examples("world_harmful@test[0:3]")
     batches = probes.stack_batches(tokenizer, [examples, examples[:2] + examples[:1]], ALIGN)
     assert batches["input_ids"].shape == (2, 3, 16)
-    before = probes.harmful_losses(of, batches, alpha=0.1)
-    after = probes.harmful_losses(lanes.merged(of, ALIGN, SEEDS), batches, alpha=0.1)
-    np.testing.assert_allclose(after["harmful_loss"], before["harmful_loss"], rtol=1e-4)
+    np.testing.assert_allclose(
+        probes.losses(lanes.merged(of, ALIGN, SEEDS), batches), probes.losses(of, batches), rtol=1e-4)
 
 
 def test_rank_correlation_is_scipys():

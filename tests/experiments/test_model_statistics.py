@@ -11,9 +11,13 @@ from experiments import common, lanes, model_statistics
 from jaxvaccine import data, defenses
 from jaxvaccine.losses import causal_lm_loss
 from tests.experiments.test_lanes import world_model
-from tests.experiments.test_sweep import ALIGN, ATTACK, TESTS
+from tests.experiments.test_sweep import ALIGN as SMALL
+from tests.experiments.test_sweep import ATTACK, TESTS
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
+
+# Fewer sites compile faster, and so do four harmful examples wherever some are measured.
+ALIGN = dataclasses.replace(SMALL, targets=("q_proj", "down_proj"))
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +27,7 @@ def model_dir(tmp_path_factory):
 
 def config_of(run_dir, model_dir, **changes):
     return model_statistics.StatisticsConfig(**{
-        "run_dir": str(run_dir), "bases": (model_dir,), "methods": ("sft",), "attacks": ("poison_ratio=0.1",),
+        "run_dir": str(run_dir), "bases": (model_dir,), "methods": ("sft",), "attacks": ("poison_ratio=0.2",),
         "seeds": ("0", "5"), "score_steps": ("0",), "measure_every": 4, "harmful_probe": "world_harmful@harmful[0:4]",
         **TESTS, "sst2_test": "", "benign_test": "", **changes})
 
@@ -38,11 +42,11 @@ def test_a_run_and_its_continuation(model_dir, tmp_path):
     cells = {path: path.read_text() for path in root.rglob("*.json") if path.parent != root}
     by_name = {path.name: json.loads(text) for path, text in cells.items()}
     assert by_name["aligned.json"]["steps"] == [0, 4, 6]
-    scores = by_name["poison_ratio=0.1.json"]["scores"]
+    scores = by_name["poison_ratio=0.2.json"]["scores"]
     assert scores.keys() == {"0", "2"}
     assert all(len(scores["2"][name]) == 2 for name in model_statistics.ATTACK)
 
-    cell = next(path for path in cells if path.name == "poison_ratio=0.1.json")
+    cell = next(path for path in cells if path.name == "poison_ratio=0.2.json")
     cell.unlink()
     assert model_statistics.statistics(config, ALIGN, ATTACK) == report
     assert {path: path.read_text() for path in cells} == cells
