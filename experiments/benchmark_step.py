@@ -1,23 +1,50 @@
-"""Time and temporary memory of one gradient, as ratios to SFT's in the same run; random weights, no data needed.
+"""What a whole training step costs with every method: time, temporary memory, floating-point operations and passes, as
+ratios to SFT's in the same run; random weights, no data needed.
 
-  python -m experiments.benchmark_step
+  python -m experiments.benchmark_step --model=smollm2
+
+Steps of all cases take turns, so that whatever else the machine does meets all of them.
 """
 
+import dataclasses
 import time
+import typing
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+import numpy as np
+from absl import app
 
+from experiments import align, common, config_flags, costs
+from experiments.config_flags import flag
 from experiments.reports import table
-from jaxvaccine import defenses, llama
+from jaxvaccine import defenses, llama, optim, training
 from jaxvaccine.llama_config import LlamaConfig, LoraConfig
 from jaxvaccine.losses import IGNORED, causal_lm_loss, supervised_targets
 
-# SmolLM2-135M's shape.
-CONFIG = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,
-                     num_kv_heads=3, head_dim=64, rope_theta=1e5, tie_word_embeddings=True)
-ROWS, LENGTH, SUPERVISED, REPEATS = 8, 96, 32, 5
+SMOLLM2 = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,
+                      num_kv_heads=3, head_dim=64, rope_theta=1e5, tie_word_embeddings=True)
+BLOCK = 128  # positions whose logits causal_lm_loss takes at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkConfig:
+    """Flags of benchmark_step.py."""
+
+    model: str = flag("smollm2", "smollm2, the shape of SmolLM2-135M, or a model whose config.json is read.")
+    rows: int = flag(8, "Rows of a batch, alignment and harmful.")
+    length: int = flag(96, "Tokens of a row.")
+    supervised: int = flag(32, "How many of them are supervised, at a row's end.")
+    rank: int = flag(8, "LoRA rank, on all projections.")
+    repeats: int = flag(5, "Timed steps of every case.")
+    probe_every: int = flag(200, "K, over how many steps what falls due now and then is spread.")
+
+    def __post_init__(self):
+        for name in ("rows", "rank", "repeats", "probe_every"):
+            common.require(self, name, getattr(self, name) >= 1, "at least 1")
+        common.require(self, "supervised", 1 <= self.supervised < self.length, "at least 1, less than --length")
 
 
 def full_logits_loss(model: llama.Llama):
@@ -33,43 +60,115 @@ def full_logits_loss(model: llama.Llama):
     return loss_fn
 
 
-def measure(defense: defenses.Defense, adapter, frozen, batches) -> tuple[float, float]:
-    """Seconds (the fastest of REPEATS) and MB of temporary memory of one compiled gradient."""
-    key, state = jax.random.key(0), defense.init(adapter)
-    compiled = jax.jit(defense.gradient).lower(adapter, frozen, state, batches, key).compile()
-    seconds = []
-    # A first call that is not counted; T-Vaccine's state of the first step would probe and draw in every call.
-    _, state, _ = jax.block_until_ready(compiled(adapter, frozen, state, batches, key))
-    for _ in range(REPEATS):
+def methods(model: llama.Llama) -> dict[str, defenses.Defense]:
+    """Every defense that align.py has, and Booster on top of the others."""
+    bases = typing.get_args(typing.get_type_hints(align.AlignConfig)["base_defense"])
+    chosen = {name: {"defense": name} for name in align.DEFENSES}
+    chosen |= {f"booster on {base}": {"defense": "booster", "base_defense": base} for base in bases if base != "sft"}
+    anything = {"model": "-", "run_dir": "-", "alignment_data": "embedded_refusal@train",
+                "harmful_data": "embedded_harmful@harmful", "layers": max(1, model.config.num_layers // 4)}
+    return {name: align.make_defense(align.AlignConfig(**anything, **changes))(model)
+            for name, changes in chosen.items()}
+
+
+def variants(model: llama.Llama) -> dict[str, defenses.Defense]:
+    """All that is measured: the methods, and SFT with another loss and other rematerialisation."""
+    return {
+        **methods(model), "sft, logits of every position": defenses.sft(full_logits_loss(model)),
+        **{f"sft, remat={remat}": defenses.sft(causal_lm_loss(model.clone(remat=remat)))
+           for remat in ("dots", "none")}}
+
+
+class Case(NamedTuple):
+    """A compiled training step."""
+
+    step: Any
+    state: training.TrainState
+    memory: int  # bytes, temporary
+    always: costs.Cost
+    due: costs.Cost
+
+
+def compile_step(defense: defenses.Defense, adapter, frozen, batches, key, share_of_blocks: float) -> Case:
+    optimizer = optim.layer_masked_adamw(optim.OptimizerConfig(), steps=1000)
+    state = training.init_train_state(adapter, defense, optimizer)
+    step = training.make_train_step(defense, optimizer)
+    compiled = step.lower(state, frozen, batches, key).compile()
+    layers = jax.tree.leaves(adapter)[0].shape[0]
+    always, due = costs.count(step, state, frozen, batches, key, layers=layers, share_of_blocks=share_of_blocks)
+    return Case(compiled, state, compiled.memory_analysis().temp_size_in_bytes, always, due)
+
+
+def measure(cases: Mapping[str, Case], frozen, batches, key, repeats: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{case: seconds of (usual steps, steps in which something falls due)}, [repeats] each, or none of the latter."""
+    def timed(step, state):
+        jax.block_until_ready(state)
         started = time.perf_counter()
-        jax.block_until_ready(compiled(adapter, frozen, state, batches, key))
-        seconds.append(time.perf_counter() - started)
-    return min(seconds), compiled.memory_analysis().temp_size_in_bytes / 1e6
+        state, _ = jax.block_until_ready(step(state, frozen, batches, key))
+        return state, time.perf_counter() - started
+
+    seconds = {name: ([], []) for name in cases}
+    for _ in range(1 + repeats):
+        for name, case in cases.items():
+            usual, due = seconds[name]
+            state = jax.tree.map(jnp.copy, case.state)
+            if case.due.flops:  # in the first step everything falls due
+                state, taken = timed(case.step, state)
+                due.append(taken)
+            usual.append(timed(case.step, state)[1])
+    # The first round is not counted.
+    return {name: (np.array(usual[1:]), np.array(due[1:])) for name, (usual, due) in seconds.items()}
+
+
+def report(config: BenchmarkConfig, cases: Mapping[str, Case], seconds: Mapping[str, tuple[np.ndarray, np.ndarray]]
+           ) -> str:
+    """Markdown: a table of ratios to SFT's, and what falls due now and then."""
+    sft, (sft_seconds, _) = cases["sft"], seconds["sft"]
+
+    def ratio(values):
+        return f"{np.median(values):.2f} ({values.min():.2f}–{values.max():.2f})"
+
+    rows, notes = [], []
+    for name, case in cases.items():
+        usual, due = seconds[name]
+        rows.append([name, ratio(usual / sft_seconds), f"{case.memory / sft.memory:.2f}",
+                     f"{case.always.flops / sft.always.flops:.2f}", f"{case.always.forward} + {case.always.backward}"])
+        if case.due.flops:
+            extra = np.median((due - usual) / sft_seconds)
+            notes.append(
+                f"{name}: a step in which its probe falls due costs {extra:.2f} of SFT's time more, "
+                f"{case.due.flops / sft.always.flops:.2f} of its FLOPs, {case.due.forward} + {case.due.backward} "
+                f"passes; over K = {config.probe_every} steps that is {100 * extra / config.probe_every:.2f}% of SFT's "
+                "time.\n")
+    return "\n".join([
+        f"{config.model}, {config.rows} rows of {config.length} tokens, {config.supervised} supervised, LoRA rank "
+        f"{config.rank}, {jax.devices()[0].platform}; SFT: {np.median(sft_seconds):.3g} s, {sft.memory / 1e6:.0f} MB "
+        f"of temporary memory, {sft.always.flops / 1e9:.3g} GFLOP\n",
+        table(["", "time / SFT's", "temporary memory / SFT's", "FLOPs / SFT's", "passes, forward + backward"], rows),
+        f"Time: median of {config.repeats} ratios (least–most), each to SFT's step of the same round. FLOPs: matrix "
+        "products, those of rematerialisation too.\n", *notes])
+
+
+def benchmark(config: BenchmarkConfig) -> str:
+    """Carries out the benchmark; returns its report."""
+    architecture = SMOLLM2 if config.model == "smollm2" else common.read_architecture(config.model)
+    model = llama.Llama(architecture, LoraConfig(rank=config.rank))
+    frozen, adapter = llama.init_frozen(model, jax.random.key(1)), llama.init_adapter(model, jax.random.key(2))
+    ids = jax.random.randint(jax.random.key(3), (config.rows, config.length), 0, architecture.vocab_size)
+    supervised = jnp.arange(config.length) >= config.length - config.supervised
+    batch = {"input_ids": ids, "labels": jnp.where(supervised, ids, IGNORED), "attention_mask": jnp.ones_like(ids)}
+    batches, key = {"alignment": batch, "harmful": batch}, jax.random.key(0)
+    blocks, used = (-(-config.rows * tokens // BLOCK) for tokens in (config.length, config.supervised))
+    cases = {name: compile_step(defense, adapter, frozen, batches, key, used / blocks)
+             for name, defense in variants(model).items()}
+    return report(config, cases, measure(cases, frozen, batches, key, config.repeats))
 
 
 def main(argv: list[str]) -> None:
-    del argv
-    base = llama.Llama(CONFIG, LoraConfig(rank=8))
-    frozen, adapter = llama.init_frozen(base, jax.random.key(1)), llama.init_adapter(base, jax.random.key(2))
-    ids = jax.random.randint(jax.random.key(3), (ROWS, LENGTH), 0, CONFIG.vocab_size)
-    batch = {"input_ids": ids, "labels": jnp.where(jnp.arange(LENGTH) >= LENGTH - SUPERVISED, ids, IGNORED),
-             "attention_mask": jnp.ones_like(ids)}
-    batches = {"alignment": batch, "harmful": batch}
-    loss_fn = causal_lm_loss(base)
-    cases = {
-        "SFT": defenses.sft(loss_fn), "Vaccine": defenses.vaccine(loss_fn), "T-Vaccine": defenses.t_vaccine(loss_fn),
-        "Booster": defenses.booster(loss_fn), "SFT, logits of every position": defenses.sft(full_logits_loss(base)),
-        **{f"SFT, remat={remat}": defenses.sft(causal_lm_loss(base.clone(remat=remat)))
-           for remat in ("dots", "none")},
-    }
-    measured = {name: measure(defense, adapter, frozen, batches) for name, defense in cases.items()}
-    seconds, megabytes = measured["SFT"]
-    print(f"{ROWS} rows of {LENGTH} tokens, {SUPERVISED} supervised, {jax.devices()[0].platform}; "
-          f"SFT: {seconds:.2f} s, {megabytes:.0f} MB of temporary memory\n")
-    print(table(["", "time / SFT's", "temporary memory / SFT's"],
-                [[name, f"{s / seconds:.2f}", f"{m / megabytes:.2f}"] for name, (s, m) in measured.items()]))
+    with common.readable_errors("benchmark_step", argv):
+        print(benchmark(config_flags.read(BenchmarkConfig)))
 
 
 if __name__ == "__main__":
-    flags.declare_key_flag("verbosity")
+    config_flags.define(BenchmarkConfig)
     app.run(main)

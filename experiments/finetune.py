@@ -8,13 +8,14 @@
 import dataclasses
 from typing import Literal
 
+import numpy as np
 from absl import app, flags
 
 from experiments import common, config_flags, presets
 from experiments.config_flags import flag
 from jaxvaccine import data, defenses, runs
 from jaxvaccine.checkpoints import hugging_face
-from jaxvaccine.llama import init_adapter
+from jaxvaccine.llama import Llama, init_adapter
 from jaxvaccine.llama_config import LoraConfig
 from jaxvaccine.losses import causal_lm_loss
 
@@ -37,6 +38,7 @@ class FinetuneConfig(common.TrainingConfig):
     lora_alpha: float | None = flag(None, "LoRA alpha of a new adapter; as aligned unless given.")
     dropout: float | None = flag(None, "LoRA dropout; as aligned unless given.")
     targets: tuple[str, ...] | None = flag(None, "Projections of a new adapter; as aligned unless given.")
+    layers: tuple[str, ...] | None = flag(None, "Numbers, from 0, of the layers that train; all unless given.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,7 +49,19 @@ class FinetuneConfig(common.TrainingConfig):
                        "a data source, unless --poison_ratio=0")
         common.require(self, "user_data", bool(self.user_data) or round(self.n * self.poison_ratio) == self.n,
                        "a data source, unless --poison_ratio=1")
+        if self.layers is not None:
+            common.require(self, "layers", bool(self.layers) and all(text.isdecimal() for text in self.layers),
+                           "numbers of layers")
         common.check_sources(self, "user_data", "harmful_data", "test_data")
+
+    def layer_mask(self, num_layers: int) -> np.ndarray | None:
+        """[L] bool, true where a layer trains; None for all. Raises ValueError for a layer that the model lacks."""
+        if self.layers is None:
+            return None
+        numbers = [int(text) for text in self.layers]
+        common.require(self, "layers", max(numbers) < num_layers,
+                       f"numbers below {num_layers}, the model's number of layers")
+        return np.isin(np.arange(num_layers), numbers)
 
     def resolve(self, aligned: dict) -> "FinetuneConfig":
         """The config with nothing left open, given the aligned run's flags."""
@@ -65,6 +79,12 @@ class FinetuneConfig(common.TrainingConfig):
         return dataclasses.replace(self, adapter=adapter, **lora)
 
 
+def fine_tuning(model: Llama, layers) -> defenses.Defense:
+    """Fine-tuning as it is, of all layers or of those where `layers` ([L] bool) is true."""
+    defense = defenses.sft(causal_lm_loss(model))
+    return defense if layers is None else defenses.only_layers(defense, layers)
+
+
 def finetune(config: FinetuneConfig) -> None:
     """Carries out the run; returns at once if it has finished."""
     aligned = common.require_finished("aligned", config.aligned)
@@ -78,6 +98,7 @@ def finetune(config: FinetuneConfig) -> None:
     examples = data.poison(common.load_sources(config.user_data), harmful, config.n, config.poison_ratio, config.seed,
                            forbidden)
     model_path = aligned["flags"]["model"]
+    layers = config.layer_mask(common.read_architecture(model_path).num_layers)
     tokenizer = data.load_tokenizer(hugging_face.resolve_model(model_path))
     tokenized = data.tokenize_examples(tokenizer, examples, config.max_length)
 
@@ -92,7 +113,7 @@ def finetune(config: FinetuneConfig) -> None:
     adapter = base.adapter
     if config.adapter == "new":
         adapter = init_adapter(base.model.clone(lora=lora), common.fresh_key(config))
-    common.train(config, run_dir, base, lora, adapter, lambda model: defenses.sft(causal_lm_loss(model)),
+    common.train(config, run_dir, base, lora, adapter, lambda model: fine_tuning(model, layers),
                  {"alignment": (tokenized, config.batch_size)}, model_path,
                  f"Fine-tuning of {config.aligned} with p = {config.poison_ratio:g}")
 

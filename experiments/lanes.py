@@ -15,10 +15,10 @@ import numpy as np
 
 from experiments import common
 from experiments.align import AlignConfig, make_defense
-from jaxvaccine import data, defenses, optim, training
+from experiments.finetune import FinetuneConfig, fine_tuning
+from jaxvaccine import data, optim, training
 from jaxvaccine.data.batching import stream_seed
 from jaxvaccine.llama import Llama, init_adapter, merge_adapter
-from jaxvaccine.losses import causal_lm_loss
 
 Tree = Any
 Sources = Mapping[str, tuple[data.TokenizedExamples, int]]
@@ -59,16 +59,21 @@ def _lane_axes(state: Tree) -> Tree:
 @functools.lru_cache(maxsize=32)
 def _compiled(model: Llama, config: AlignConfig | None, optimizer_config: optim.OptimizerConfig, steps: int,
               own_base: bool):
-    """(init, step) over lanes. config None is plain fine-tuning."""
-    defense = defenses.sft(causal_lm_loss(model)) if config is None else make_defense(config)(model)
+    """(init, step) over lanes. config None is fine-tuning, of the layers that the step's last argument names."""
     optimizer = optim.layer_masked_adamw(optimizer_config, steps)
 
+    def defense(layers):
+        return fine_tuning(model, layers) if config is None else make_defense(config)(model)
+
     def init(adapter):
-        return training.init_train_state(adapter, defense, optimizer)
+        return training.init_train_state(adapter, defense(None), optimizer)
+
+    def step(state, frozen, batches, key, layers=None):
+        # Traced, so that other layers compile nothing anew.
+        return training.make_train_step(defense(layers), optimizer)(state, frozen, batches, key)
 
     axes = _lane_axes(jax.eval_shape(init, jax.eval_shape(lambda: init_adapter(model, jax.random.key(0)))))
-    step = jax.vmap(training.make_train_step(defense, optimizer), in_axes=(axes, 0 if own_base else None, 0, 0),
-                    out_axes=(axes, 0))
+    step = jax.vmap(step, in_axes=(axes, 0 if own_base else None, 0, 0, None), out_axes=(axes, 0))
     return jax.jit(jax.vmap(init, out_axes=axes)), jax.jit(step, donate_argnums=0)
 
 
@@ -84,7 +89,7 @@ def train(lanes: Lanes, config: common.TrainingConfig, sources: Sequence[Sources
 
     Args:
       lanes: where training starts.
-      config: an `AlignConfig` trains with its defense, any other by plain fine-tuning. Its own seed is not used.
+      config: an `AlignConfig` trains with its defense, a `FinetuneConfig` its layers. Its own seed is not used.
       sources: of `data.training_batches`, of the same sizes in every lane.
       seeds: of each lane.
       observe: called with the number of steps done, from 0 on, and the lanes as they are then.
@@ -97,6 +102,7 @@ def train(lanes: Lanes, config: common.TrainingConfig, sources: Sequence[Sources
     """
     steps = count_steps(config, sources[0])
     defense = _defense_alone(config) if isinstance(config, AlignConfig) else None
+    layers = config.layer_mask(lanes.model.config.num_layers) if isinstance(config, FinetuneConfig) else None
     init, step_fn = _compiled(lanes.model, defense, config.optimizer(), steps, lanes.own_base)
     streams = [data.training_batches(of, seed, config.bucket) for of, seed in zip(sources, seeds, strict=True)]
     keys = jnp.stack([jax.random.key(stream_seed(seed, "training") % 2**32) for seed in seeds])
@@ -105,7 +111,8 @@ def train(lanes: Lanes, config: common.TrainingConfig, sources: Sequence[Sources
         if observe is not None:
             observe(step, lanes._replace(adapters=state.adapter))
         batches = [stream(step) for stream in streams]
-        state, metrics = step_fn(state, lanes.frozen, jax.tree.map(lambda *b: np.stack(b), *batches), keys)
+        state, metrics = step_fn(state, lanes.frozen, jax.tree.map(lambda *b: np.stack(b), *batches), keys,
+                                 layers)
         log.append(metrics)
     lanes = lanes._replace(adapters=state.adapter)
     metrics = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(log))

@@ -71,11 +71,11 @@ def test_lanes_are_the_runs_of_align(model_dir, tmp_path, name):
     assert not np.allclose(metrics["loss"][:, 0], metrics["loss"][:, 1])
 
 
-@pytest.mark.parametrize("adapter", ["continue", "new"])
-def test_lanes_are_the_runs_of_finetune(model_dir, tmp_path, adapter):
+@pytest.mark.parametrize("adapter, layers", [("continue", None), ("new", None), ("continue", ("2", "0"))])
+def test_lanes_are_the_runs_of_finetune(model_dir, tmp_path, adapter, layers):
     config = align.AlignConfig(**ALIGN, defense="sft", model=model_dir, run_dir="-", progress=False)
     align.align(dataclasses.replace(config, run_dir=str(tmp_path / "aligned"), seed=SEEDS[1]))
-    attack = finetune.FinetuneConfig(**{**ATTACK, "adapter": adapter}, aligned=str(tmp_path / "aligned"),
+    attack = finetune.FinetuneConfig(**{**ATTACK, "adapter": adapter}, layers=layers, aligned=str(tmp_path / "aligned"),
                                      run_dir=str(tmp_path / "attacked"), seed=SEEDS[1], progress=False)
     finetune.finetune(attack)
     # After it: --adapter=new donates the base that it finds loaded.
@@ -89,6 +89,12 @@ def test_lanes_are_the_runs_of_finetune(model_dir, tmp_path, adapter):
     found, _ = lanes.train(lanes.merged(start, attack, SEEDS) if adapter == "new" else start, attack, sources, SEEDS,
                            lambda step, of: seen.append((step, of.lane(1)[0])))
     assert_same_adapter(found.lane(1)[0], tmp_path / "attacked", found.model)
+    if layers:  # the others are those of the aligned run, in both
+        aligned = load_adapter(common.adapter_dir(attack.aligned), found.model)
+        attacked = load_adapter(common.adapter_dir(attack.run_dir), found.model)
+        for (path, before), after in zip(*map(jax.tree_util.tree_leaves_with_path, (aligned, attacked)), strict=True):
+            moved = [bool((x != y).any()) for x, y in zip(before, after[1], strict=True)]
+            assert moved == [True, False, True], path
     assert [step for step, _ in seen] == [0, 1, 2, 3]
     merged = common.load_base(model_dir, "checkpoint", attack.run_dir).frozen
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5, rtol=1e-3), found.lane(1)[1], merged)
@@ -98,12 +104,13 @@ def test_t_vaccine_probes_only_when_due(model_dir):
     """The step number is common to all lanes, so that the schedule's branches stay branches."""
     config = align.AlignConfig(**ALIGN, defense="t_vaccine", model=model_dir, run_dir="-")
     start = lanes.fresh(common.load_base(model_dir, "checkpoint"), config, SEEDS)
-    init, step = lanes._compiled(start.model, lanes._normalised(config), config.optimizer(), 6, False)
+    init, step = lanes._compiled(start.model, lanes._defense_alone(config), config.optimizer(), 6, False)
     state = init(start.adapters)
     assert state.step.shape == state.defense.step.shape == ()
     row = {name: jnp.ones((2, 2, 16), jnp.int32) for name in ("input_ids", "labels", "attention_mask")}
     keys = jax.random.split(jax.random.key(0))
-    jaxpr = jax.make_jaxpr(step)(state, start.frozen, {"alignment": row, "harmful": row}, keys)
+    jaxpr = jax.make_jaxpr(step)(state, start.frozen, {"alignment": row, "harmful": row}, keys,
+                                 None)
     conditions = [eqn for eqn in jaxprs.equations(jaxpr) if eqn.primitive.name == "cond"]
     assert sum(eqn.invars[0].aval.shape == () for eqn in conditions) >= 2
 

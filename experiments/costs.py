@@ -1,0 +1,85 @@
+"""What a traced function costs: matrix products, and passes through the layers, counted in its jaxpr.
+
+XLA's own cost analysis counts the body of a loop once, however often it runs; the layers are a loop.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Cost(NamedTuple):
+    """Of what always runs; costs add up."""
+
+    flops: float = 0.0  # of matrix products, 2 for a multiplication and an addition
+    forward: int = 0  # loops over the layers from the first to the last
+    backward: int = 0  # and from the last to the first
+
+    def __add__(self, other: "Cost") -> "Cost":  # of a tuple it would be concatenation
+        return Cost(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def count(fn, *args, layers: int, share_of_blocks: float = 1.0) -> tuple[Cost, Cost]:
+    """(cost of every call, cost of what a call adds where a branch on the schedule falls due).
+
+    Args:
+      fn: traced with `args`, which may be ShapeDtypeStructs.
+      layers: length of a loop over layers.
+      share_of_blocks: how many of the loss's blocks of positions have any that is supervised; branches inside of a loop
+        are taken that often, since what they skip are blocks without.
+    """
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    from jax.interpreters import partial_eval
+
+    # What nothing depends on is not computed.
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(jaxpr, layers, share_of_blocks, in_loop=False)
+
+
+def _count(jaxpr, layers: int, share: float, in_loop: bool) -> tuple[Cost, Cost]:
+    always, due = Cost(), Cost()
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "dot_general":
+            always += Cost(flops=_product_flops(equation))
+            continue
+        inner = [_count(j, layers, share, in_loop or name in ("scan", "while")) for j in _inner(equation)]
+        if not inner:
+            continue
+        if name == "cond":
+            dearest = max(inner, key=lambda costs: costs[0].flops + costs[1].flops)
+            total = dearest[0] + dearest[1]
+            if in_loop:
+                always += total._replace(flops=share * total.flops)
+            else:
+                due += total
+            continue
+        times = equation.params["length"] if name == "scan" else 1
+        for a, d in inner:
+            always += a._replace(flops=times * a.flops)
+            due += d._replace(flops=times * d.flops)
+        if name == "scan" and times == layers and inner[0][0].flops and not _has_branch(equation):
+            always += Cost(**{"backward" if equation.params["reverse"] else "forward": 1})
+    return always, due
+
+
+def _inner(equation) -> Iterator[Any]:
+    for parameter in equation.params.values():
+        for value in parameter if isinstance(parameter, tuple | list) else [parameter]:
+            jaxpr = getattr(value, "jaxpr", value)
+            if hasattr(jaxpr, "eqns"):
+                yield jaxpr
+
+
+def _has_branch(equation) -> bool:
+    """A loop over the loss's blocks, and not over layers."""
+    return equation.primitive.name == "cond" or any(
+        _has_branch(e) for jaxpr in _inner(equation) for e in jaxpr.eqns)
+
+
+def _product_flops(equation) -> float:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
