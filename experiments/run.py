@@ -27,7 +27,7 @@ from experiments.finetune import FinetuneConfig, finetune
 _ALIGN_WITHOUT = ("run_dir", "defense", "overwrite")
 _ATTACK_SHARED = ("dtype", "remat", "bucket", "seed", "save_every", "progress")
 _ATTACK_WITHOUT = ("run_dir", "aligned", "poison_ratio", "overwrite", "test_data", *_ATTACK_SHARED)
-_EVALUATE_SHARED = ("dtype", "progress")
+_EVALUATE_SHARED = ("dtype", "progress", "seed")
 _EVALUATE_WITHOUT = ("run_dir", "model", "trained", "overwrite", *_EVALUATE_SHARED)
 
 

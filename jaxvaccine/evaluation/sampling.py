@@ -45,11 +45,10 @@ def keep_likely(logits_BxV, top_k: int, top_p: float):
         least_Bx1 = jax.lax.top_k(logits_BxV, top_k)[0][:, -1:]
         logits_BxV = jnp.where(logits_BxV >= least_Bx1, logits_BxV, -jnp.inf)
     if top_p < 1:
-        sorted_BxV = -jnp.sort(-logits_BxV, axis=-1)
-        p_BxV = jax.nn.softmax(sorted_BxV, axis=-1)
-        # A token stays if those before it do not reach top_p yet; the first always does.
-        stays_BxV = jnp.cumsum(p_BxV, axis=-1) - p_BxV < top_p
-        least_Bx1 = jnp.min(jnp.where(stays_BxV, sorted_BxV, jnp.inf), axis=-1, keepdims=True)
+        sorted_BxV = jnp.sort(logits_BxV, axis=-1)
+        # Summed from the least likely on, as in transformers: near 1, float32 has no digits for rare tokens.
+        stays_BxV = jnp.cumsum(jax.nn.softmax(sorted_BxV, axis=-1), axis=-1) > 1 - top_p
+        least_Bx1 = jnp.min(jnp.where(stays_BxV.at[:, -1].set(True), sorted_BxV, jnp.inf), axis=-1, keepdims=True)
         logits_BxV = jnp.where(logits_BxV >= least_Bx1, logits_BxV, -jnp.inf)
     return logits_BxV
 
