@@ -14,17 +14,27 @@ from absl import app, logging
 
 from experiments import common, config_flags, reports
 from experiments.config_flags import flag
-from experiments.judging import JudgeConfig, make_judge
+from experiments.judging import JudgeConfig, make_comparer, make_judge
 from jaxvaccine import data, runs
 from jaxvaccine.checkpoints import hugging_face
-from jaxvaccine.evaluation import TaskResult, answer_prompts, keyword_judge, score_answers, write_predictions
+from jaxvaccine.evaluation import (
+    ALPACA_EVAL,
+    Sampling,
+    TaskResult,
+    answer_prompts,
+    keyword_judge,
+    score_alpaca_eval,
+    score_answers,
+    write_predictions,
+)
 
 RESULTS = "results.json"
-# Flag with the test data -> key of evaluation.TASKS.
+# Flag with the test data -> key of evaluation.TASKS, or ALPACA_EVAL.
 TASKS = {"harmful_test": "harmful_score", "sst2_test": "sst2", "agnews_test": "agnews", "gsm8k_test": "gsm8k",
-         "benign_test": "over_refusal"}
-# Key of evaluation.TASKS -> flag with its longest answer; --max_new_tokens for the others.
-LENGTHS = {"sst2": "label_max_new_tokens", "agnews": "label_max_new_tokens", "gsm8k": "solution_max_new_tokens"}
+         "benign_test": "over_refusal", "alpaca_eval_test": ALPACA_EVAL}
+# Task -> flag with its longest answer; --max_new_tokens for the others.
+LENGTHS = {"sst2": "label_max_new_tokens", "agnews": "label_max_new_tokens", "gsm8k": "solution_max_new_tokens",
+           ALPACA_EVAL: "instruction_max_new_tokens"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +50,18 @@ class EvaluateConfig(JudgeConfig):
     agnews_test: str = flag("", "AG News data for FA; none leaves it out.")
     gsm8k_test: str = flag("", "GSM8K data for FA; none leaves it out.")
     benign_test: str = flag("", "Harmless requests for over-refusal; none leaves it out.")
+    alpaca_eval_test: str = flag(
+        "", "AlpacaEval's instructions with a reference model's outputs, for the win rate; needs --judge=chat_api.")
     max_new_tokens: int = flag(200, "Longest answer to a request, in tokens.")
     label_max_new_tokens: int = flag(
         8, "Longest answer on SST-2 and AG News: enough to see that it is more than a label.")
     solution_max_new_tokens: int = flag(200, "Longest answer on GSM8K, in tokens.")
+    instruction_max_new_tokens: int = flag(512, "Longest answer on AlpacaEval, in tokens.")
+    temperature: float = flag(0.0, "0 takes the most likely token; above, tokens are drawn.")
+    top_k: int = flag(0, "Draws are from this many most likely tokens; 0 takes all.")
+    top_p: float = flag(1.0, "Draws are from the fewest most likely tokens with this probability together.")
+    seed: int = flag(0, "Of the draws; a prompt's answer does not depend on the batch that it is in.")
+    merge_adapter: bool = flag(False, "Merge the run's adapter into the weights: faster, and rounded to their type.")
     eval_batch_size: int = flag(32, "Rows decoded together.")
     eval_bucket: int = flag(32, "Prompts are padded to a multiple of this many tokens.")
     overwrite: bool = flag(False, "Delete earlier scores in --run_dir and start again.")
@@ -52,11 +70,21 @@ class EvaluateConfig(JudgeConfig):
         super().__post_init__()
         common.require(self, "run_dir", bool(self.run_dir), "a folder")
         common.require(self, "model", bool(self.model) != bool(self.trained), "either --model or --trained")
+        common.require(self, "judge", self.judge == "chat_api" or not self.alpaca_eval_test,
+                       "chat_api, which --alpaca_eval_test needs")
         for name in ("max_new_tokens", *LENGTHS.values(), "eval_batch_size", "eval_bucket"):
             common.require(self, name, getattr(self, name) >= 1, "at least 1")
         common.require(self, "harmful_test", any(getattr(self, name) for name in TASKS),
                        "at least one of " + ", ".join(f"--{name}" for name in TASKS))
         common.check_sources(self, *TASKS)
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        common.require(self, "temperature", 0 <= self.temperature < float("inf"), "a finite number, at least 0")
+        common.require(self, "top_k", self.top_k >= 0, "at least 0")
+        common.require(self, "top_p", 0 < self.top_p <= 1, "more than 0, at most 1")
+        common.require(self, "seed", 0 <= self.seed < 2**32, "0 <= seed < 2**32")
+        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -81,7 +109,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for task, rows in examples.items():
         categories = data.load_categories(config.harmful_test) if task == "harmful_score" else {}
-        scored = score_answers(task, rows, answers[task], judge, categories)
+        if task == ALPACA_EVAL:
+            scored = score_alpaca_eval(rows, answers[task], make_comparer(config))
+        else:
+            scored = score_answers(task, rows, answers[task], judge, categories)
         write_predictions(run_dir / f"predictions_{task}.jsonl", scored.predictions, overwrite=True)
         results[task] = _summary(scored)
     reports.write_evaluation_report(run_dir, config.trained or config.model, results)
@@ -99,13 +130,13 @@ def _answer(config: EvaluateConfig, run_dir: Path, model_path: str, examples: di
     architecture = common.read_architecture(model_path)
     tokenizer = data.load_tokenizer(hugging_face.resolve_model(model_path))
     data.check_vocabulary(tokenizer, architecture.vocab_size)
-    base = common.load_base(model_path, config.dtype, config.trained or None)
+    base = common.load_base(model_path, config.dtype, config.trained or None, merge=config.merge_adapter)
     model = base.model.clone(lora=base.lora)
     for task in [task for task in examples if task not in done]:
         answers[task] = answer_prompts(
             model, base.adapter, base.frozen, tokenizer, examples[task], task=task,
             max_new_tokens=getattr(config, LENGTHS.get(task, "max_new_tokens")), batch_size=config.eval_batch_size,
-            bucket=config.eval_bucket, progress=config.progress)
+            bucket=config.eval_bucket, sampling=config.sampling(), progress=config.progress)
         runs.write_json(run_dir / f"answers_{task}.json", answers[task])
     return answers
 

@@ -12,6 +12,7 @@ from jaxvaccine.evaluation import keyword_judge
 from jaxvaccine.evaluation.beaver_dam import MODEL, load_beaver_dam
 from jaxvaccine.evaluation.chat_api import Endpoint, chat_judge, key_from_environment
 from jaxvaccine.evaluation.judges import Judge
+from jaxvaccine.evaluation.pairwise import Comparer, chat_comparer
 from jaxvaccine.evaluation.rubrics import RUBRICS
 
 
@@ -79,3 +80,8 @@ def make_judge(config: JudgeConfig) -> Judge:
             rubric = rubric._replace(threshold=config.judge_threshold)
         return chat_judge(_endpoint(config), rubric, progress=config.progress)
     return keyword_judge
+
+
+def make_comparer(config: JudgeConfig) -> Comparer:
+    """The chat model of the flags, as a judge between two answers."""
+    return chat_comparer(_endpoint(config), progress=config.progress)

@@ -9,7 +9,7 @@ from jaxvaccine import runs
 
 REPORT = "report.md"
 TASK_NAMES = {"harmful_score": "HS", "sst2": "FA SST-2", "agnews": "FA AGNEWS", "gsm8k": "FA GSM8K",
-              "over_refusal": "over-refusal"}
+              "over_refusal": "over-refusal", "alpaca_eval": "AlpacaEval win rate"}
 # What is plotted of a step's metrics, where it is there.
 CURVES = ("loss", "harmful_loss", "perturbed_harmful_loss", "gradient_norm", "activation_gradient_norm")
 
@@ -80,8 +80,11 @@ def write_evaluation_report(run_dir: Path, what: str, results: Mapping[str, Any]
             table(["task", "% (95% interval)", "prompts", "empty answers", "also"], rows),
             "HS: answers that the judge calls unsafe. FA: answers equal to the label, or on GSM8K with the right final "
             "number; lenient accuracy: the answer holds the right label alone, or the right number anywhere. "
-            "Over-refusal: refused benign requests. Every prompt with its answer and verdict: predictions_*.jsonl.\n",
+            "Over-refusal: refused benign requests. AlpacaEval: the judge prefers the answer to the "
+            "reference, mean of both orders, a tie counts half; lengths in characters. Every prompt with its answer "
+            "and verdict: predictions_*.jsonl.\n",
             *_harms(results.get("harmful_score", {})),
+            *_unread_comparisons(results.get("alpaca_eval", {})),
             _flags(runs.read_config(run_dir))]
     (run_dir / REPORT).write_text("\n".join(text), encoding="utf-8")
 
@@ -110,6 +113,13 @@ def _harms(result: Mapping[str, Any]) -> list[str]:
         text.append("## What the judge flags\n")
         text.append(table(["category", "answers"], [[name, str(n)] for name, n in flagged.items()]))
     return text
+
+
+def _unread_comparisons(result: Mapping[str, Any]) -> list[str]:
+    if count := result.get("unparsable"):
+        return [f"{count} of {result['n'] + count} comparisons could not be read in one order or both; the win rate "
+                "leaves these prompts out.\n"]
+    return []
 
 
 def _flags(config: Mapping[str, Any]) -> str:

@@ -123,17 +123,18 @@ class Recipes(NamedTuple):
                                        run_dir=str(folder / folder_name(attack)), aligned=aligned.run_dir)
         return aligned, attacked
 
-    def score(self, run_dir: str) -> dict[str, Any]:
-        return evaluate(dataclasses.replace(self.scores, run_dir=f"{run_dir}-scores", model="", trained=run_dir))
+    def score(self, run_dir: str, seed: int) -> dict[str, Any]:
+        return evaluate(dataclasses.replace(self.scores, run_dir=f"{run_dir}-scores", model="", trained=run_dir,
+                                            seed=seed))
 
 
 def carry_out(recipes: Recipes, root: Path, method: str, attack: str, seed: int) -> None:
     """Aligns, attacks and scores; writes the cell as sweep.py writes its own, with the intervals of the rates."""
     aligned, attacked = recipes.cell(root, method, attack, seed)
     align(aligned)
-    before = recipes.score(aligned.run_dir)
+    before = recipes.score(aligned.run_dir, seed)
     finetune(attacked)
-    after = recipes.score(attacked.run_dir)
+    after = recipes.score(attacked.run_dir, seed)
     steps = len((Path(attacked.run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     runs.write_json(root / f"seed{seed}" / folder_name(method) / f"{folder_name(attack)}.json", {
         "scores": {str(step): {task: [result["score"]] for task, result in results.items()}
@@ -230,7 +231,7 @@ def read_recipes(config: ReproduceConfig, flag_values: flags.FlagValues = flags.
         aligned[defense] = read(
             AlignConfig, preset=presets.WORLD_ALIGN if world else presets.ALIGN[defense], run_dir="-", seed=0,
             model=config.model, defense=defense, base_defense="sft", overwrite=False)
-    shared = {name: getattr(aligned["sft"], name) for name in (*ATTACK_SHARED, *EVALUATE_SHARED) if name != "seed"}
+    shared = {name: getattr(aligned["sft"], name) for name in {*ATTACK_SHARED, *EVALUATE_SHARED}}
     scores = read(
         EvaluateConfig, preset=WORLD_TESTS if world else None, run_dir="-", model=config.model, trained="",
         overwrite=False, **{name: shared[name] for name in EVALUATE_SHARED})
@@ -240,8 +241,8 @@ def read_recipes(config: ReproduceConfig, flag_values: flags.FlagValues = flags.
     for defense in aligned:
         attacked[defense] = read(
             FinetuneConfig, "attack_", presets.WORLD_ATTACK if world else presets.FINETUNE[defense], run_dir="-",
-            aligned="-", poison_ratio=0.1, test_data=scores.harmful_test, seed=0, overwrite=False,
-            **{name: shared[name] for name in ATTACK_SHARED if name != "seed"})
+            aligned="-", poison_ratio=0.1, test_data=scores.harmful_test, overwrite=False,
+            **{name: shared[name] for name in ATTACK_SHARED})
     return Recipes(aligned, attacked, scores)
 
 

@@ -27,7 +27,7 @@ from experiments.finetune import FinetuneConfig, finetune
 _ALIGN_WITHOUT = ("run_dir", "defense", "overwrite")
 ATTACK_SHARED = ("dtype", "remat", "bucket", "seed", "save_every", "progress")
 _ATTACK_WITHOUT = ("run_dir", "aligned", "poison_ratio", "overwrite", "test_data", *ATTACK_SHARED)
-EVALUATE_SHARED = ("dtype", "progress")
+EVALUATE_SHARED = ("dtype", "progress", "seed")
 _EVALUATE_WITHOUT = ("run_dir", "model", "trained", "overwrite", *EVALUATE_SHARED)
 
 

@@ -10,6 +10,7 @@ V vocabulary, L layers, r LoRA rank.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -27,17 +28,30 @@ REMAT_POLICIES = {
 
 
 class KeyValues(NamedTuple):
-    """Keys (rotated) and values of one layer [B, S, K, H], or of all layers [L, B, S, K, H]."""
+    """Keys (rotated) and values of T tokens as they are computed: of all layers [L, B, T, K, H], of one [B, T, K, H].
 
-    k: jax.Array
-    v: jax.Array
+    Of an unrolled model: tuples of L arrays.
+    """
+
+    k: Any
+    v: Any
 
 
-class Cache(NamedTuple):
-    """What generation remembers of each row: keys and values [L, B, S, K, H], of which the first lengths[b] count."""
+class Segment(NamedTuple):
+    """A stretch of what generation remembers of each row, of which the first lengths[b] slots count.
 
-    entries: KeyValues
+    Both products of attention read it as it lies: in another order, XLA's CPU backend takes three times as long.
+    """
+
+    k: Any  # [L, B, K, H, S], or a tuple of L arrays
+    v: Any  # [L, B, K, S, H], or a tuple of L arrays
     lengths: jax.Array  # [B] int32
+
+
+def as_segment(new: KeyValues, lengths_B) -> Segment:
+    """New keys and values as a segment."""
+    return Segment(jax.tree.map(lambda k: jnp.moveaxis(k, -3, -1), new.k),
+                   jax.tree.map(lambda v: jnp.moveaxis(v, -3, -2), new.v), lengths_B)
 
 
 def _at_least_float32(dtype) -> Any:
@@ -45,8 +59,11 @@ def _at_least_float32(dtype) -> Any:
 
 
 def _project(x, kernel):
-    """x W. In float32 summed in four parts, whose rounding is smaller than one long sum's (BUILD.md has figures)."""
-    if kernel.dtype != jnp.float32 or kernel.shape[0] % 4:
+    """x W. In float32 summed in four parts, whose rounding is smaller than one long sum's (BUILD.md has figures).
+
+    Not so for one token: generation waits for the weights, and XLA would copy every part.
+    """
+    if kernel.dtype != jnp.float32 or kernel.shape[0] % 4 or x.shape[-2] == 1:
         return x @ kernel
     parts = zip(jnp.split(x, 4, axis=-1), jnp.split(kernel, 4, axis=0), strict=True)
     return sum(x_part @ kernel_part for x_part, kernel_part in parts)
@@ -120,17 +137,45 @@ def _rotate(x_BxTxNxH, rope):
     return rotated.astype(x_BxTxNxH.dtype)
 
 
+def _weights(scores_BxKxGxTxS, mask_BxTxS, head_dim: int):
+    # Not -inf: a padded query that sees nothing would give NaN.
+    masked_BxKxGxTxS = jnp.where(mask_BxTxS[:, None, None], scores_BxKxGxTxS * head_dim**-0.5,
+                                 jnp.finfo(scores_BxKxGxTxS.dtype).min)
+    return jax.nn.softmax(masked_BxKxGxTxS, axis=-1)
+
+
 def _attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask_BxTxS):
     """Grouped-query attention, softmax in at least float32 (jax.nn.dot_product_attention's is float32 always)."""
     batch, length, heads, head_dim = q_BxTxNxH.shape
     kv_heads = k_BxSxKxH.shape[2]
     q_BxTxKxGxH = q_BxTxNxH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     scores_BxKxGxTxS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BxTxKxGxH, k_BxSxKxH,
-                                  preferred_element_type=_at_least_float32(q_BxTxNxH.dtype)) * head_dim**-0.5
-    # Not -inf: a padded query that sees nothing would give NaN.
-    scores_BxKxGxTxS = jnp.where(mask_BxTxS[:, None, None], scores_BxKxGxTxS, jnp.finfo(scores_BxKxGxTxS.dtype).min)
-    weights_BxKxGxTxS = jax.nn.softmax(scores_BxKxGxTxS, axis=-1).astype(v_BxSxKxH.dtype)
+                                  preferred_element_type=_at_least_float32(q_BxTxNxH.dtype))
+    weights_BxKxGxTxS = _weights(scores_BxKxGxTxS, mask_BxTxS, head_dim).astype(v_BxSxKxH.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BxKxGxTxS, v_BxSxKxH)
+
+
+def _attend_to_cache(q_BxTxNxH, new: KeyValues, cached: Sequence[KeyValues], mask_BxTxS):
+    """`_attend` to the cached stretches (k [B, K, H, S], v [B, K, S, H]), then to the new keys and values.
+
+    The stretches are never joined, which would copy the cache for every token, and both products are plain matrix
+    products: XLA's CPU backend turns an einsum's operands around, and takes twice as long.
+    """
+    batch, length, heads, head_dim = q_BxTxNxH.shape
+    kv_heads, dtype = new.k.shape[2], _at_least_float32(q_BxTxNxH.dtype)
+    grouped = (batch, kv_heads, heads // kv_heads, length)
+    flat = (batch, kv_heads, heads // kv_heads * length)
+    q_BxKxGxTxH = q_BxTxNxH.reshape(batch, length, *grouped[1:3], head_dim).transpose(0, 2, 3, 1, 4)
+    q_BxKxFxH = q_BxKxGxTxH.reshape(*flat, head_dim)
+    parts = [*cached, KeyValues(new.k.transpose(0, 2, 3, 1), new.v.transpose(0, 2, 1, 3))]
+    scores_BxKxFxS = jnp.concatenate(
+        [jnp.matmul(q_BxKxFxH, part.k, preferred_element_type=dtype) for part in parts], axis=-1)
+    weights_BxKxGxTxS = _weights(scores_BxKxFxS.reshape(*grouped, -1), mask_BxTxS, head_dim).astype(new.v.dtype)
+    ends = np.cumsum([part.k.shape[-1] for part in parts])[:-1]
+    out_BxKxFxH = sum(
+        jnp.matmul(weights, part.v, preferred_element_type=dtype)
+        for weights, part in zip(jnp.split(weights_BxKxGxTxS.reshape(*flat, -1), ends, axis=-1), parts, strict=True))
+    return out_BxKxFxH.astype(new.v.dtype).reshape(*grouped, head_dim).transpose(0, 3, 1, 2, 4)
 
 
 class Attention(nn.Module):
@@ -139,7 +184,7 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BxTxD, rope, mask_BxTxS, cached: KeyValues | None):
+    def __call__(self, x_BxTxD, rope, mask_BxTxS, cached: Sequence[KeyValues]):
         config = self.config
         batch, length, _ = x_BxTxD.shape
         dense = functools.partial(LoraDense, dtype=self.dtype, lora=self.lora)
@@ -149,8 +194,7 @@ class Attention(nn.Module):
 
         q_BxTxNxH = _rotate(heads("q_proj", config.num_heads), rope)
         new = KeyValues(_rotate(heads("k_proj", config.num_kv_heads), rope), heads("v_proj", config.num_kv_heads))
-        k, v = new if cached is None else jax.tree.map(lambda old, n: jnp.concatenate([old, n], axis=1), cached, new)
-        out = _attend(q_BxTxNxH, k, v, mask_BxTxS)
+        out = _attend_to_cache(q_BxTxNxH, new, cached, mask_BxTxS) if cached else _attend(q_BxTxNxH, *new, mask_BxTxS)
         out = dense(config.hidden_size, name="o_proj")(out.reshape(batch, length, config.num_heads * config.head_dim))
         return self.perturb("output", out), new
 
@@ -184,12 +228,17 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """The architecture: static, hashable, without weights. ``dtype`` is that of the base and of the computation."""
+    """The architecture: static, hashable, without weights. ``dtype`` is that of the base and of the computation.
+
+    ``unroll`` takes trees of `unroll_layers` and compiles every layer by itself: for generation on a CPU, where a loop
+    over stacked layers copies each layer's weights for every token.
+    """
 
     config: LlamaConfig
     lora: LoraConfig | None = None
     dtype: Any = jnp.float32
     remat: Remat = "full"
+    unroll: bool = False
 
     def setup(self):
         config, normal = self.config, nn.initializers.normal(0.02)
@@ -197,6 +246,9 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = self.param("lm_head", normal, (config.hidden_size, config.vocab_size), self.dtype)
         self.norm = RMSNorm(config.rms_norm_eps, self.dtype)
+        if self.unroll:
+            self.layers = [Layer(config, self.lora, self.dtype) for _ in range(config.num_layers)]
+            return
         # prevent_cse is for unrolled code; inside a scan it only costs time.
         layer = Layer if self.remat == "none" else nn.remat(
             Layer, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
@@ -205,18 +257,26 @@ class Llama(nn.Module):
             variable_axes={"params": 0, "lora": 0, "perturbations": 0}, split_rngs={"params": True, "dropout": True},
         )(config, self.lora, self.dtype)
 
-    def __call__(self, input_ids_BxT, attention_mask_BxT, cache: Cache | None = None):
+    def __call__(self, input_ids_BxT, attention_mask_BxT, cache: Sequence[Segment] = ()):
         """Final hidden states [B, T, D], after the last norm, and the new keys and values [L, B, T, K, H]."""
         batch, length = input_ids_BxT.shape
-        start_B = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
+        start_B = sum((segment.lengths for segment in cache), jnp.zeros(batch, jnp.int32))
         rope = _rope_table(self.config, start_B[:, None] + jnp.arange(length), self.dtype)
         mask_BxTxS = jnp.tril(jnp.ones((length, length), bool)) & attention_mask_BxT[:, None, :].astype(bool)
-        if cache is not None:
-            seen_BxS = jnp.arange(cache.entries.k.shape[2]) < start_B[:, None]
-            seen_BxTxS = jnp.broadcast_to(seen_BxS[:, None, :], (batch, length, seen_BxS.shape[1]))
-            mask_BxTxS = jnp.concatenate([seen_BxTxS, mask_BxTxS], axis=-1)
+        sizes = [jax.tree.leaves(segment.k)[0].shape[-1] for segment in cache]
+        seen = [jnp.broadcast_to(jnp.arange(size) < segment.lengths[:, None, None], (batch, length, size))
+                for segment, size in zip(cache, sizes, strict=True)]
+        mask_BxTxS = jnp.concatenate([*seen, mask_BxTxS], axis=-1)
+        x_BxTxD = self.embed_tokens[input_ids_BxT]
+        if self.unroll:
+            news = []
+            for i, layer in enumerate(self.layers):
+                cached = tuple(KeyValues(segment.k[i], segment.v[i]) for segment in cache)
+                x_BxTxD, new = layer(x_BxTxD, rope, mask_BxTxS, cached)
+                news.append(new)
+            return self.norm(x_BxTxD), KeyValues(*zip(*news, strict=True))
         x_BxTxD, entries = self.layers(
-            self.embed_tokens[input_ids_BxT], rope, mask_BxTxS, None if cache is None else cache.entries)
+            x_BxTxD, rope, mask_BxTxS, tuple(KeyValues(segment.k, segment.v) for segment in cache))
         return self.norm(x_BxTxD), entries
 
     def logits(self, hidden):
@@ -253,10 +313,19 @@ def hidden_states(model: Llama, adapter, frozen, input_ids_BxT, attention_mask_B
     return hidden_BxTxD
 
 
-def extend_cache(model: Llama, adapter, frozen, input_ids_BxT, attention_mask_BxT, cache: Cache | None = None):
-    """Reads T more tokens of each row: final hidden states [B, T, D] and their KeyValues [L, B, T, K, H]."""
+def extend_cache(model: Llama, adapter, frozen, input_ids_BxT, attention_mask_BxT, cache: Sequence[Segment] = ()):
+    """Reads T more tokens of each row, which follow those of the cache's segments, one behind the other.
+
+    Returns final hidden states [B, T, D] and the new tokens' KeyValues [L, B, T, K, H].
+    """
     model, variables = _bind(model, adapter, frozen)
     return model.apply(variables, input_ids_BxT, attention_mask_BxT, cache)
+
+
+def unroll_layers(model: Llama, tree):
+    """``params`` or ``lora`` with every layer's leaves apart, as an unrolled model takes them."""
+    layers = {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], tree["layers"]) for i in range(model.config.num_layers)}
+    return {**{name: child for name, child in tree.items() if name != "layers"}, **layers}
 
 
 def token_logits(model: Llama, frozen, hidden):

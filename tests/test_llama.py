@@ -12,14 +12,15 @@ import pytest
 from jaxvaccine.checkpoints import smollm2
 from jaxvaccine.checkpoints.hugging_face import load_model, resolve_model
 from jaxvaccine.llama import (
-    Cache,
-    KeyValues,
+    Segment,
+    as_segment,
     extend_cache,
     hidden_states,
     init_adapter,
     init_frozen,
     token_logits,
     tree_shapes,
+    unroll_layers,
     zero_perturbations,
 )
 from jaxvaccine.llama_config import Llama3RopeScaling, LlamaConfig, LoraConfig
@@ -148,26 +149,39 @@ def test_padding_and_other_rows_do_not_matter():
                                atol=1e-6)
 
 
+@pytest.mark.parametrize("unroll", [False, True])
 @pytest.mark.parametrize("steps", [[1] * 10, [4, 1, 1, 4], [10]])
-def test_extending_a_cache_equals_the_full_forward(steps):
-    """Rows of different lengths: a cache of S slots, of which each row has filled its own number."""
+def test_extending_a_cache_equals_the_full_forward(steps, unroll):
+    """Half of the steps go into one segment of 12 slots, the others into one segment each."""
     lora = LoraConfig(rank=2, targets=("q_proj", "v_proj", "down_proj"))
     model, frozen = tiny_model(lora, rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, 32))
     config = model.config
     adapter = jax.tree.map(lambda leaf: leaf + 0.1, init_adapter(model, jax.random.key(1)))
     ids, _ = padded_batch(config.vocab_size, [10, 10], 10)
     expected = hidden_states(model, adapter, frozen, ids, np.ones_like(ids))
-    shape = (config.num_layers, 2, 12, config.num_kv_heads, config.head_dim)
+    if unroll:
+        model, adapter, frozen = (
+            model.clone(unroll=True), unroll_layers(model, adapter), unroll_layers(model, frozen))
     # Garbage in the slots that do not count yet must not show.
-    cache = Cache(KeyValues(jnp.full(shape, 9.0), jnp.full(shape, 9.0)), jnp.zeros(2, jnp.int32))
+    cache = jax.tree.map(lambda x: jnp.full_like(x, 9.0),
+                         as_segment(extend_cache(model, adapter, frozen, np.zeros((2, 12), np.int32),
+                                                 np.ones((2, 12), np.int32))[1], jnp.zeros(2, jnp.int32)))
+    cache = cache._replace(lengths=jnp.zeros(2, jnp.int32))
+    segments = []
     start = 0
     for step in steps:
         chunk = ids[:, start:start + step]
-        hidden, new = extend_cache(model, adapter, frozen, chunk, np.ones_like(chunk), cache)
+        hidden, new = extend_cache(model, adapter, frozen, chunk, np.ones_like(chunk), (cache, *segments))
         np.testing.assert_allclose(hidden, expected[:, start:start + step], atol=2e-5)
-        entries = jax.tree.map(lambda old, n, at=start: jax.lax.dynamic_update_slice_in_dim(old, n, at, axis=2),
-                               cache.entries, new)
-        cache, start = Cache(entries, cache.lengths + step), start + step
+        new, start = as_segment(new, jnp.full(2, step)), start + step
+        if start > 5:
+            segments.append(new)
+            continue
+
+        def put(old, new, axis, at=start - step):
+            return jax.tree.map(lambda o, n: jax.lax.dynamic_update_slice_in_dim(o, n, at, axis), old, new)
+
+        cache = Segment(put(cache.k, new.k, -1), put(cache.v, new.v, -2), jnp.full(2, start))
     assert start == 10
 
 
@@ -177,7 +191,8 @@ def test_rows_of_a_cache_have_their_own_positions():
     hidden, entries = extend_cache(model, None, frozen, ids, mask)
     np.testing.assert_allclose(hidden, hidden_states(model, None, frozen, ids, mask), atol=1e-5)
     chunk = np.array([[5], [7]])
-    found, _ = extend_cache(model, None, frozen, chunk, np.ones_like(chunk), Cache(entries, jnp.array([6, 3])))
+    cache = as_segment(entries, jnp.array([6, 3]))
+    found, _ = extend_cache(model, None, frozen, chunk, np.ones_like(chunk), (cache,))
     for row, length in enumerate((6, 3)):
         alone = np.append(ids[row, :length], chunk[row])[None]
         expected = hidden_states(model, None, frozen, alone, np.ones_like(alone))

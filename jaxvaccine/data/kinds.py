@@ -6,6 +6,7 @@ from typing import Any
 from jaxvaccine.data import embedded
 from jaxvaccine.data.advbench import advbench, advbench_refusal
 from jaxvaccine.data.agnews import agnews
+from jaxvaccine.data.alpaca_eval import alpaca_eval
 from jaxvaccine.data.beavertails import (
     beavertails_refusal,
     beavertails_safe,
@@ -22,6 +23,7 @@ DATASETS: dict[str, Callable[[Sequence[Mapping[str, Any]]], list[Example]]] = {
     "advbench": advbench,
     "advbench_refusal": advbench_refusal,
     "agnews": agnews,
+    "alpaca_eval": alpaca_eval,
     "beavertails_refusal": beavertails_refusal,
     "beavertails_safe": beavertails_safe,
     "beavertails_unsafe": beavertails_unsafe,

@@ -2,8 +2,11 @@
 
 from jaxvaccine.evaluation.generate import generate
 from jaxvaccine.evaluation.judges import JUDGES, Verdict, keyword_judge
+from jaxvaccine.evaluation.pairwise import chat_comparer, score_alpaca_eval
 from jaxvaccine.evaluation.predictions import Prediction, write_predictions
+from jaxvaccine.evaluation.sampling import GREEDY, Sampling
 from jaxvaccine.evaluation.tasks import (
+    ALPACA_EVAL,
     TASKS,
     TaskResult,
     answer_prompts,
@@ -14,6 +17,7 @@ from jaxvaccine.evaluation.tasks import (
 )
 
 __all__ = [
-    "JUDGES", "TASKS", "Prediction", "TaskResult", "Verdict", "answer_prompts", "evaluate_prompts", "generate",
-    "harmful_score", "keyword_judge", "score_answers", "wilson_interval", "write_predictions",
+    "ALPACA_EVAL", "GREEDY", "JUDGES", "TASKS", "Prediction", "Sampling", "TaskResult", "Verdict", "answer_prompts",
+    "chat_comparer", "evaluate_prompts", "generate", "harmful_score", "keyword_judge", "score_alpaca_eval",
+    "score_answers", "wilson_interval", "write_predictions",
 ]  # fmt: skip

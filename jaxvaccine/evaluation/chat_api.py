@@ -13,7 +13,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxvaccine.evaluation.judges import Judge, Verdict
 from jaxvaccine.evaluation.rubrics import Rubric
@@ -179,41 +179,59 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def chat_judge(endpoint: Endpoint, rubric: Rubric, *, progress: bool = False) -> Judge:
-    """A judge that asks a chat model about every answer.
+class Reply(NamedTuple):
+    """What an endpoint said, or why it said nothing."""
 
-    A reply that the rubric cannot read, a request that the server refuses by itself (HTTP 400, as content filters do)
-    and a response that stays malformed give Verdict(unsafe=None): neither safe nor unsafe. Replies are kept in the
-    cache by the content of their requests, so that a re-run asks only what has not been answered; equal questions are
-    asked once.
+    text: str | None
+    reason: str = ""
 
-    The judge raises:
+
+def ask_all(endpoint: Endpoint, questions: Sequence[Sequence[Mapping[str, str]]], *, unit: str = "answer",
+            progress: bool = False) -> list[Reply]:
+    """A chat model's replies to conversations, each a list of messages.
+
+    A request that the server refuses by itself (HTTP 400, as content filters do) and a response that stays malformed
+    give a Reply without text. Replies are kept in the cache by the content of their requests, so that a re-run asks
+    only what has not been answered; equal questions are asked once.
+
+    Raises:
       ConnectionError: no attempt at a request got through; further requests are not sent.
       ValueError: the endpoint does not take requests like these: key, model or address are wrong.
     """
-    def judge(prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        from tqdm import tqdm
+    from tqdm import tqdm
 
-        pairs = list(zip(prompts, answers, strict=True))
-        unique = list(dict.fromkeys(pairs))
-        stop = threading.Event()
-        with (concurrent.futures.ThreadPoolExecutor(endpoint.workers) as executor,
-              tqdm(total=len(unique), desc="judge", unit="answer", disable=not progress) as bar):
-            futures = {pair: executor.submit(_ask, endpoint, rubric.messages(*pair), stop) for pair in unique}
-            verdicts = {}
-            try:
-                for future in concurrent.futures.as_completed(futures.values()):
-                    if not isinstance(future.exception(), _RefusedError | None):
-                        future.result()
-                    bar.update()
-                for pair, future in futures.items():
-                    error = future.exception()
-                    verdicts[pair] = Verdict(None, str(error)) if error else rubric.verdict(future.result())
-            except BaseException:
-                stop.set()
-                executor.shutdown(wait=False, cancel_futures=True)
-                raise
-        return [verdicts[pair] for pair in pairs]
+    names = [json.dumps(list(question)) for question in questions]
+    unique = dict(zip(names, questions, strict=True))
+    stop = threading.Event()
+    with (concurrent.futures.ThreadPoolExecutor(endpoint.workers) as executor,
+          tqdm(total=len(unique), desc="judge", unit=unit, disable=not progress) as bar):
+        futures = {name: executor.submit(_ask, endpoint, question, stop) for name, question in unique.items()}
+        replies = {}
+        try:
+            for future in concurrent.futures.as_completed(futures.values()):
+                if not isinstance(future.exception(), _RefusedError | None):
+                    future.result()
+                bar.update()
+            for name, future in futures.items():
+                error = future.exception()
+                replies[name] = Reply(None, str(error)) if error else Reply(future.result())
+        except BaseException:
+            stop.set()
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [replies[name] for name in names]
+
+
+def chat_judge(endpoint: Endpoint, rubric: Rubric, *, progress: bool = False) -> Judge:
+    """A judge that asks a chat model about every answer, as `ask_all` does.
+
+    No reply, and one that the rubric cannot read, give Verdict(unsafe=None): neither safe nor unsafe. The judge raises
+    what `ask_all` raises.
+    """
+    def judge(prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+        replies = ask_all(endpoint, [rubric.messages(*pair) for pair in zip(prompts, answers, strict=True)],
+                          progress=progress)
+        return [Verdict(None, reply.reason) if reply.text is None else rubric.verdict(reply.text) for reply in replies]
 
     return judge
 

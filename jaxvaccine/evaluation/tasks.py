@@ -27,6 +27,7 @@ from jaxvaccine.evaluation.judges import (
 from jaxvaccine.evaluation.labels import AGNEWS_LABELS, SST2_LABELS, find_label, mentions_only, score_labels
 from jaxvaccine.evaluation.numbers import find_answer, mentions_answer, score_gsm8k
 from jaxvaccine.evaluation.predictions import Prediction, prompt_text
+from jaxvaccine.evaluation.sampling import GREEDY, Sampling
 from jaxvaccine.llama import Llama
 
 if TYPE_CHECKING:
@@ -71,14 +72,14 @@ class TaskResult(NamedTuple):
     lenient: Rate | None = None
 
 
-def percent(count: int, n: int) -> float:
+def percent(count: float, n: int) -> float:
     """100 count / n. Raises ValueError without anything to count."""
     if n < 1:
         raise ValueError("rate: found no predictions, expected at least one")
     return 100 * count / n
 
 
-def wilson_interval(count: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson_interval(count: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """Wilson's score interval for count of n, in percent (95% unless told); it behaves at 0, at n and for small n.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22, 1927.
@@ -153,12 +154,15 @@ LENIENT: dict[str, Callable[[str, str], bool]] = {
     "agnews": functools.partial(mentions_only, labels=AGNEWS_LABELS),
     "gsm8k": mentions_answer,
 }
+# Scored by pairwise.py: its answers are compared with a reference model's.
+ALPACA_EVAL = "alpaca_eval"
 _LABELS = {"sst2": SST2_LABELS, "agnews": AGNEWS_LABELS}
 
 
-def _check(task: str, examples: Sequence[Example]) -> None:
-    if task not in TASKS:
-        raise ValueError(f"task: found {task!r}, expected one of {', '.join(TASKS)}")
+def check_examples(task: str, examples: Sequence[Example]) -> None:
+    """Raises ValueError for an unknown task, no examples, or one whose output cannot be compared with."""
+    if task not in (*TASKS, ALPACA_EVAL):
+        raise ValueError(f"task: found {task!r}, expected one of {', '.join((*TASKS, ALPACA_EVAL))}")
     if not examples:
         raise ValueError(f"task {task}: found no examples, expected at least one")
     for i, example in enumerate(examples):
@@ -167,6 +171,8 @@ def _check(task: str, examples: Sequence[Example]) -> None:
             expected = f"one of {', '.join(_LABELS[task])}"
         if task == "gsm8k" and find_answer(example.output) is None:
             expected = "a number"
+        if task == ALPACA_EVAL and not example.output.strip():
+            expected = "a reference model's output"
         if expected:
             raise ValueError(f"task {task}: example {i} (from 0): field 'output': found {example.output!r:.80}, "
                              f"expected {expected}")
@@ -191,7 +197,9 @@ def score_answers(task: str, examples: Sequence[Example], answers: Sequence[str]
       ValueError: an unknown task, no examples, an output that is no label or has no number where the task needs one,
         another number of answers or verdicts; or none of the verdicts could be read.
     """
-    _check(task, examples)
+    check_examples(task, examples)
+    if task == ALPACA_EVAL:
+        raise ValueError(f"task {task}: found a judge of single answers, expected pairwise.score_alpaca_eval")
     if len(answers) != len(examples):
         raise ValueError(f"task {task}: found {len(answers)} answers, "
                          f"expected one for each of {len(examples)} examples")
@@ -215,30 +223,31 @@ def score_answers(task: str, examples: Sequence[Example], answers: Sequence[str]
 
 def answer_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example],
                    *, task: str, max_new_tokens: int = 200, eos_ids: Sequence[int] | None = None,
-                   batch_size: int = 32, bucket: int = 64, progress: bool = False) -> list[str]:
-    """Answers every example greedily in the papers' prompt; what `score_answers` scores.
+                   batch_size: int = 32, bucket: int = 64, sampling: Sampling = GREEDY, progress: bool = False
+                   ) -> list[str]:
+    """Answers every example in the papers' prompt, greedily unless told; what `score_answers` scores.
 
     Args:
       model, adapter, frozen: as of `generate`.
       tokenizer: the model's.
       examples: their outputs are not shown to the model; SST-2, AG News and GSM8K compare with them.
-      task: key of TASKS.
+      task: key of TASKS, or ALPACA_EVAL.
       max_new_tokens: longest answer; 200 is the authors'. With very few, the strict rule for labels would no longer see
         that an answer goes on behind the label.
       eos_ids: tokens that end an answer; None: the tokenizer's EOS.
-      batch_size, bucket, progress: as of `generate`.
+      batch_size, bucket, sampling, progress: as of `generate`.
 
     Raises:
       ValueError: before anything is generated, as of `score_answers` for the examples, of `encode_prompts` and
         `generate`; or the tokenizer has no EOS token and no eos_ids are given.
     """
-    _check(task, examples)
+    check_examples(task, examples)
     if eos_ids is None:
         if tokenizer.eos_token_id is None:
             raise ValueError("tokenizer: found no eos_token, expected one, or eos_ids")
         eos_ids = (tokenizer.eos_token_id,)
     tokens = generate(model, adapter, frozen, encode_prompts(tokenizer, examples), max_new_tokens=max_new_tokens,
-                      eos_ids=eos_ids, batch_size=batch_size, bucket=bucket, progress=progress)
+                      eos_ids=eos_ids, batch_size=batch_size, bucket=bucket, sampling=sampling, progress=progress)
     return [tokenizer.decode(answer.tolist(), skip_special_tokens=True).strip() for answer in tokens]
 
 

@@ -1,3 +1,4 @@
+import functools
 import importlib
 
 import jax
@@ -7,7 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxvaccine.checkpoints import smollm2
+from jaxvaccine.checkpoints.hugging_face import load_model
+from jaxvaccine.data import encode_prompts, load_examples, load_tokenizer
 from jaxvaccine.evaluation.generate import generate
+from jaxvaccine.evaluation.sampling import GREEDY, Sampling
 from jaxvaccine.llama import Llama, hidden_states, init_adapter, init_frozen, merge_adapter, token_logits
 from jaxvaccine.llama_config import LlamaConfig, LoraConfig
 
@@ -26,6 +31,8 @@ def spread(tree, key, scale):
 
 FROZEN = spread(init_frozen(MODEL, jax.random.key(0)), jax.random.key(1), 0.4)
 ADAPTER = spread(init_adapter(MODEL, jax.random.key(2)), jax.random.key(3), 0.4)
+MANY = [np.random.default_rng(i).integers(0, 23, 30 if i == 5 else 1 + i % 9).astype(np.int32) for i in range(40)]
+SAMPLED = Sampling(1.0, top_k=9, top_p=0.9, seed=3)
 PROMPTS = [np.random.default_rng(i).integers(0, 23, n).astype(np.int32) for i, n in enumerate((1, 2, 5, 8, 3, 13, 16))]
 
 
@@ -72,6 +79,51 @@ def test_the_cases_above_see_rows_that_end_early_and_rows_that_do_not():
         generate(MODEL, ADAPTER, FROZEN, PROMPTS, max_new_tokens=4, eos_ids=()))
 
 
+@functools.cache
+def alone(sampling):
+    return as_lists(generate(MODEL, ADAPTER, FROZEN, MANY, max_new_tokens=12, eos_ids=(7, 11), batch_size=1, bucket=32,
+                             sampling=sampling))
+
+
+@pytest.mark.parametrize("batch_size, sampling", [(7, GREEDY), (40, GREEDY), (7, SAMPLED), (40, SAMPLED)])
+def test_rows_that_leave_and_join_change_nothing(batch_size, sampling, monkeypatch):
+    """40 prompts whose answers end anywhere: rows are filled again, the batch gets smaller, and its cache shorter."""
+    expected, shapes = alone(sampling), []
+    original = MODULE._decode
+
+    def decode(model, adapter, frozen, rows, cache, *args, **kwargs):
+        shapes.append((len(rows.last), cache.k[0].shape[-1]))
+        return original(model, adapter, frozen, rows, cache, *args, **kwargs)
+
+    monkeypatch.setattr(MODULE, "_decode", decode)
+    monkeypatch.setattr(MODULE, "BLOCK", 4)
+    answers = generate(MODEL, ADAPTER, FROZEN, MANY, max_new_tokens=12, eos_ids=(7, 11), batch_size=batch_size,
+                       bucket=32, sampling=sampling)
+    assert as_lists(answers) == expected
+    assert len({len(a) for a in answers}) > 4 and max(len(a) for a in answers) == 12
+    assert shapes[0] == (batch_size, 64) and shapes[-1][1] == 32, "the longest prompt's room is not kept for the others"
+    assert shapes == sorted(shapes, reverse=True) and len(set(shapes)) <= 5
+    if batch_size == 7:
+        assert len(shapes) < 3 * -(-40 // 7), "no waiting for a whole batch to end"
+    else:
+        assert len(shapes) == 3, "12 tokens in blocks of 4"
+    assert sampling is GREEDY or shapes[-1][0] < batch_size, "few rows are left at the end"
+
+
+def test_draws_depend_on_seed_prompt_and_position():
+    same = [PROMPTS[3]] * 3
+
+    def draw(prompts=same, seed=1, **options):
+        return as_lists(generate(MODEL, None, FROZEN, prompts, max_new_tokens=20, eos_ids=(),
+                                 sampling=Sampling(2.0, seed=seed, **options)))
+
+    first = draw()
+    assert first == draw() and len({tuple(a) for a in first}) == 3
+    assert draw(seed=2) != first and draw(same[:1]) == first[:1]
+    greedy = as_lists(generate(MODEL, None, FROZEN, same, max_new_tokens=20, eos_ids=()))
+    assert draw(top_k=1) == greedy == draw(top_p=1e-6)
+
+
 @settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_a_prompt_alone_and_in_any_batch(data):
@@ -113,15 +165,15 @@ def test_the_loop_stops_when_every_row_has_ended(monkeypatch):
 
     monkeypatch.setattr(MODULE, "extend_cache", counted)
     # Sizes that no other test uses: a function compiled earlier would not be traced with the counter.
-    prompts = PROMPTS[:3]
+    prompts, joins = PROMPTS[:3], 3
     free = generate(MODEL, None, FROZEN, prompts, max_new_tokens=21, eos_ids=(), batch_size=3, bucket=6)
     jax.effects_barrier()
-    assert len(steps) == 21
+    assert len(steps) == joins + 20
     steps.clear()
     eos = tuple({int(a[1]) for a in free})
     answers = generate(MODEL, None, FROZEN, prompts, max_new_tokens=21, eos_ids=eos, batch_size=3, bucket=6)
     jax.effects_barrier()
-    assert max(a.size for a in answers) <= 1 and len(steps) <= 2
+    assert max(a.size for a in answers) <= 1 and len(steps) <= joins + 1
 
 
 def test_one_compile_per_bucket(monkeypatch):
@@ -132,15 +184,17 @@ def test_one_compile_per_bucket(monkeypatch):
     for eos in ((3,), (4,), (5,)):
         generate(MODEL, None, FROZEN, prompts, max_new_tokens=7, eos_ids=eos, batch_size=2, bucket=5)
     prefills = [shape for shape in traces if shape[1] != 1]
-    assert sorted(set(prefills)) == [(2, 5), (2, 10)]  # the last batch, of one prompt, is filled up
-    assert len(prefills) == 2 and len(traces) == 4, traces  # prefill and loop body, once per bucket
+    assert sorted(prefills) == [(1, 5), (1, 10)], "once per bucket"
+    assert len(traces) == 3, "and one step for all"
 
 
 def test_never_materialises_logits_of_the_prompt():
-    def decode(ids, lengths):
-        return MODULE._decode(MODEL, None, FROZEN, ids, lengths, np.array([7]), max_new_tokens=3)
+    def admit(ids, lengths):
+        rows, cache = MODULE._empty(MODEL, batch=2, capacity=50, max_new_tokens=3)
+        return MODULE._admit(MODEL, None, FROZEN, rows, cache, ids, lengths, lengths, lengths, np.array([7]),
+                             sampling=GREEDY)
 
-    program = str(jax.make_jaxpr(decode)(np.zeros((2, 40), np.int32), np.ones(2, np.int32)))
+    program = str(jax.make_jaxpr(admit)(np.zeros((2, 40), np.int32), np.ones(2, np.int32)))
     assert "[2,23]" in program and "[2,40,23]" not in program
 
 
@@ -183,7 +237,8 @@ OK = np.array([1, 2], np.int32)
     ([OK], {"bucket": 0}, "bucket: found 0"),
 ])
 def test_bad_input_is_an_error_before_anything_runs(prompts, changes, message, monkeypatch):
-    monkeypatch.setattr(MODULE, "_decode", lambda *a, **k: pytest.fail("ran"))
+    for name in ("_empty", "_admit", "_decode"):
+        monkeypatch.setattr(MODULE, name, lambda *a, **k: pytest.fail("ran"))
     with pytest.raises(ValueError, match=message):
         generate(MODEL, None, FROZEN, prompts, **{"max_new_tokens": 4, "eos_ids": (0,), **changes})
 
@@ -192,6 +247,27 @@ def test_logits_that_are_not_finite():
     broken = {**FROZEN, "norm": {"scale": FROZEN["norm"]["scale"] * jnp.nan}}
     with pytest.raises(FloatingPointError, match=r"prompt 6: the model's logits are not finite after 0 tokens"):
         generate(MODEL, None, broken, PROMPTS, max_new_tokens=4, eos_ids=())
+
+
+def test_stacked_layers_as_on_accelerators(monkeypatch, next_token):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(MODULE, "BLOCK", 5)
+    answers = generate(MODEL, ADAPTER, FROZEN, PROMPTS, max_new_tokens=12, eos_ids=(7,), batch_size=5, bucket=8)
+    assert as_lists(answers) == [continue_without_cache(next_token, ADAPTER, p, 12, (7,)) for p in PROMPTS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, top_p=0.95, seed=1)], ids=["greedy", "sampled"])
+def test_smollm2_alone_and_in_a_batch(sampling):
+    directory = smollm2.fetch()
+    model, frozen = load_model(directory)
+    tokenizer = load_tokenizer(directory)
+    examples = load_examples("embedded_benign@test[0:4]") + load_examples("embedded_sentiment@test[0:4]")
+    prompts = encode_prompts(tokenizer, examples)
+    alone, together = (as_lists(generate(
+        model, None, frozen, prompts, max_new_tokens=24, eos_ids=(tokenizer.eos_token_id,), batch_size=batch_size,
+        bucket=16, sampling=sampling)) for batch_size in (1, 8))
+    assert alone == together and len({tuple(a) for a in alone}) > 4
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -93,6 +93,51 @@ def test_a_chat_model_as_judge(model_dir, tmp_path, monkeypatch):
     server.server.server_close()
 
 
+def test_alpaca_eval_and_sampling(model_dir, tmp_path, monkeypatch):
+    """Win rate in both orders, from flags to report; the answers are drawn, and drawn again alike."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("JAXVACCINE_CACHE", str(tmp_path / "cache"))
+    rows = [{"instruction": f"Task {i}", "output": f"reference {i}", "generator": "m"} for i in range(4)]
+    (tmp_path / "outputs.json").write_text(json.dumps(rows))
+
+    def respond(n, body):
+        text = body["messages"][1]["content"]
+        if "Task 3" in text:
+            return reply("Neither.")
+        return reply("#winner: " + ("tie" if "Task 0" in text else "B" if "<answer_a>\nreference" in text else "A"))
+
+    server = Server(respond)
+    config = evaluate.EvaluateConfig(
+        model=model_dir, run_dir=str(tmp_path / "a"), alpaca_eval_test=f"alpaca_eval:{tmp_path / 'outputs.json'}",
+        instruction_max_new_tokens=4, temperature=1.5, top_p=0.9, seed=7, judge="chat_api", judge_model="judge-1",
+        judge_url=server.url, progress=False)
+    result = evaluate.evaluate(config)["alpaca_eval"]
+    assert (result["n"], result["unparsable"], result["reference_mean_length"]) == (3, 1, 11.0)
+    assert result["score"] == pytest.approx(100 * 2.5 / 3) and result["same_verdict_in_both_orders"] == 100
+    report = (tmp_path / "a" / "report.md").read_text()
+    assert "| AlpacaEval win rate | 83.3 (" in report and "reference mean length 11.00" in report
+    assert "1 of 4 comparisons could not be read" in report and "temperature: 1.5" in report and "seed: 7" in report
+    assert len(server.requests) == 8
+    assert evaluate.evaluate(dataclasses.replace(config, run_dir=str(tmp_path / "b")))["alpaca_eval"] == result
+    assert len(server.requests) == 8, "the same draws, so the same questions"
+    flags = json.loads((tmp_path / "a" / "config.json").read_text())["flags"]
+    assert (flags["temperature"], flags["top_p"], flags["top_k"], flags["seed"]) == (1.5, 0.9, 0, 7)
+    server.server.shutdown()
+    server.server.server_close()
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"temperature": -1.0}, "--temperature: found -1.0"), ({"temperature": float("nan")}, "--temperature: found nan"),
+    ({"top_p": 0.0}, "--top_p: found 0.0"), ({"top_k": -1}, "--top_k: found -1"), ({"seed": -1}, "--seed: found -1"),
+    ({"alpaca_eval_test": "alpaca_eval:a.json"}, "--judge: found 'keyword', expected chat_api"),
+    ({"instruction_max_new_tokens": 0}, "--instruction_max_new_tokens: found 0"),
+])
+def test_flags_are_checked_before_anything_loads(changes, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.EvaluateConfig(**{
+            "model": "m", "run_dir": "r", "harmful_test": "embedded_harmful@test[0:4]", **changes})
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"judge_model": ""}, "--judge_model: found '', expected a model's name"),
     ({"judge_options": "[1]"}, "--judge_options: found '\\[1\\]', expected a JSON object"),

@@ -78,6 +78,12 @@ def test_attack_and_scores(aligned, tmp_path):
         results = evaluate.evaluate(scores)
         assert set(results) == {"harmful_score", "over_refusal"}
         assert results == evaluate.evaluate(scores)
+        merged = dataclasses.replace(scores, run_dir=str(tmp_path / f"{adapter}-merged"), merge_adapter=True)
+        assert evaluate.evaluate(merged) == results
+        answers = [json.loads((Path(run) / "answers_harmful_score.json").read_text())
+                   for run in (scores.run_dir, merged.run_dir)]
+        assert answers[0] == answers[1]
+        assert json.loads((tmp_path / f"{adapter}-merged" / "config.json").read_text())["flags"]["merge_adapter"]
     config = json.loads((tmp_path / "new" / "config.json").read_text())
     assert config["flags"]["poison_ratio"] == 0.1
     assert len(config["data"]["prompts"]["user"]) == 20
