@@ -145,6 +145,18 @@ def test_poison_ratio(ratio):
                                 harmful_data="embedded_harmful@attack", poison_ratio=ratio)
 
 
+def test_layers_to_train(aligned, tmp_path):
+    attack = finetune.FinetuneConfig(aligned=aligned.run_dir, run_dir=str(tmp_path / "r"), **ATTACK)
+    assert attack.layer_mask(4) is None
+    assert dataclasses.replace(attack, layers=("3", "0", "3")).layer_mask(4).tolist() == [True, False, False, True]
+    for layers in ((), ("a",), ("-1",)):
+        with pytest.raises(ValueError, match=r"--layers: found .*expected numbers of layers"):
+            dataclasses.replace(attack, layers=layers)
+    with pytest.raises(ValueError, match=r"--layers: found \('4',\), expected numbers below 4"):
+        finetune.finetune(dataclasses.replace(attack, layers=("4",)))
+    assert not (tmp_path / "r").exists()
+
+
 def test_too_many_active_layers(model_dir, tmp_path):
     config = align.AlignConfig(
         model=model_dir, run_dir=str(tmp_path / "r"), defense="t_vaccine", layers=5, **DATA, **SMALL)
