@@ -14,6 +14,7 @@ from jaxvaccine.data.prompts import Example, format_prompt
 from jaxvaccine.evaluation import (
     TASKS,
     Prediction,
+    Sampling,
     Verdict,
     evaluate_prompts,
     generate,
@@ -227,10 +228,11 @@ def test_evaluate_prompts_hands_over_what_generation_needs(tokenizer, tiny, monk
 
     monkeypatch.setattr(MODULE, "generate", fake)
     run = {"adapter": "the adapter", "frozen": None, "tokenizer": tokenizer, "task": "sst2"}
-    result = evaluate_prompts(tiny[0], examples=sentiment("positive", "negative"), batch_size=7, bucket=9, **run)
+    result = evaluate_prompts(tiny[0], examples=sentiment("positive", "negative"), batch_size=7, bucket=9,
+                              sampling=Sampling(0.5), **run)
     assert result.score == 100 and [p.answer for p in result.predictions] == ["positive", "negative"]
     assert seen == {"adapter": "the adapter", "max_new_tokens": 200, "eos_ids": (0,), "batch_size": 7, "bucket": 9,
-                    "progress": False}
+                    "sampling": Sampling(0.5), "progress": False}
     evaluate_prompts(tiny[0], examples=sentiment("positive", "negative"), eos_ids=(3, 4), **run)
     assert seen["eos_ids"] == (3, 4)
 
