@@ -108,11 +108,7 @@ def align(config: AlignConfig, base: common.Base, tokenizer, seeds: Sequence[int
     paths = [folder / f"seed{seed}" for seed in seeds]
     if result.exists():
         return start._replace(adapters=lanes.stack([load_adapter(path, start.model) for path in paths]))
-    named = {"alignment": (config.alignment_data, config.batch_size)}
-    if config.needs_harmful():
-        named["harmful"] = (config.harmful_data, config.harmful_batch_size)
-    sources = {name: (data.tokenize_examples(tokenizer, data.load_examples(source), config.max_length), size)
-               for name, (source, size) in named.items()}
+    sources = sweep.align_sources(config, tokenizer)
     last, steps, measured = lanes.count_steps(config, sources), [], []
 
     def observe(step, of):

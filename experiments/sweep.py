@@ -121,6 +121,15 @@ class Scorer:
                                 max_new_tokens=self.max_new_tokens, batch_size=len(rows))
 
 
+def align_sources(config: AlignConfig, tokenizer) -> lanes.Sources:
+    """What the alignment reads, the same in every lane."""
+    named = {"alignment": (config.alignment_data, config.batch_size)}
+    if config.needs_harmful():
+        named["harmful"] = (config.harmful_data, config.harmful_batch_size)
+    return {name: (data.tokenize_examples(tokenizer, data.load_examples(source), config.max_length), size)
+            for name, (source, size) in named.items()}
+
+
 def align(config: AlignConfig, base: common.Base, tokenizer, seeds: Sequence[int], folder: Path, scorer: Scorer
           ) -> lanes.Lanes:
     """Aligned lanes: those of an earlier call, or new ones, which are scored and saved, one adapter per seed."""
@@ -128,11 +137,7 @@ def align(config: AlignConfig, base: common.Base, tokenizer, seeds: Sequence[int
     start = lanes.fresh(base, config, seeds)
     if (folder / f"{ALIGNED}.json").exists():
         return start._replace(adapters=lanes.stack([load_adapter(path, start.model) for path in adapters]))
-    examples = {"alignment": (config.alignment_data, config.batch_size)}
-    if config.needs_harmful():
-        examples["harmful"] = (config.harmful_data, config.harmful_batch_size)
-    sources = {name: (data.tokenize_examples(tokenizer, data.load_examples(source), config.max_length), size)
-               for name, (source, size) in examples.items()}
+    sources = align_sources(config, tokenizer)
     started = time.monotonic()
     aligned, metrics = lanes.train(start, config, [sources] * len(seeds), seeds)
     seconds = time.monotonic() - started
