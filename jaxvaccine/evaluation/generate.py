@@ -17,9 +17,11 @@ from jaxvaccine.evaluation.sampling import GREEDY, Sampling, choose
 from jaxvaccine.llama import Llama, Segment, as_segment, extend_cache, token_logits, unroll_layers
 
 # Tokens between two looks at which rows have ended. More waste work on ended rows; fewer, on looking.
-BLOCK = 16
-# Waiting prompts join when an eighth of the rows is free; when a quarter is all that is left, the batch gets smaller.
-_JOIN, _SHRINK = 8, 4
+BLOCK = 8
+# Waiting prompts join when an eighth of the rows is free.
+_JOIN = 8
+# A smaller batch is hardly faster: a step takes as long as reading the weights.
+_SMALLEST = 8
 _FREE = -1
 
 
@@ -154,8 +156,8 @@ def generate(model: Llama, adapter, frozen, prompts: Sequence[np.ndarray], *, ma
 
     Prompts are taken longest first, right-padded to a multiple of ``bucket``. At most ``batch_size`` rows are decoded
     together, in blocks of BLOCK tokens; after a block, rows that have ended leave, and waiting prompts take their
-    places. When none waits any more and most rows have ended, the others go on in a smaller batch; when half of the
-    cache's positions are enough for all that is left, the others are given up. Reading prompts is compiled once per
+    places. When none waits any more and half of the rows have ended, the others go on in a smaller batch; when half of
+    the cache's positions are enough for all that is left, the rest is given up. Reading prompts is compiled once per
     bucket, a step once per size of the batch and of the cache. On a CPU, the weights are held twice meanwhile.
 
     Args:
@@ -223,8 +225,8 @@ def generate(model: Llama, adapter, frozen, prompts: Sequence[np.ndarray], *, ma
                     eos_ids_E, sampling=sampling)
             active = [b for b, i in enumerate(owners) if i != _FREE]
             size = len(owners)
-            if not waiting and len(active) <= size // _SHRINK:
-                size = 1 << (len(active) - 1).bit_length()
+            if not waiting and len(active) <= size // 2:
+                size = min(size, max(_SMALLEST, 1 << (len(active) - 1).bit_length()))
             needed = capacity([owners[b] for b in active] + waiting)
             if size < len(owners) or needed <= room // 2:
                 kept = (active + [b for b, i in enumerate(owners) if i == _FREE])[:size]
