@@ -76,8 +76,8 @@ def make_defense(config: AlignConfig):
             "sft": lambda: defenses.sft(loss_fn),
             "vaccine": lambda: defenses.vaccine(loss_fn, config.rho, config.direction),
             "t_vaccine": lambda: defenses.t_vaccine(
-                loss_fn, config.rho, config.layers, config.sample_every, config.probe_every, config.freeze,
-                config.importance, config.draw, config.direction),
+                loss_fn, config.rho, config.layers, config.sample_every, config.probe_every, freeze=config.freeze,
+                importance=config.importance, draw=config.draw, direction=config.direction),
             "booster": lambda: defenses.booster(
                 loss_fn, config.lam, config.alpha, base=by_name[config.base_defense]()),
         }

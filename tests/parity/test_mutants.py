@@ -226,9 +226,11 @@ MUTANTS = {
     "p from squared norms": ("t_vaccine", replace(
         t_vaccine, "squared_norm", lambda tree, first_axis: base.squared_norm(tree, first_axis) ** 2)),
     "the released freezing for the paper's": ("t_vaccine", lambda monkeypatch: monkeypatch.setattr(
-        defenses, "t_vaccine", lambda *args, make=defenses.t_vaccine: make(*args[:-1], "released"))),
+        defenses, "t_vaccine", lambda *args, make=defenses.t_vaccine, **more: make(
+            *args, **{**more, "freeze": "released"}))),
     "the paper's freezing for the released": ("t_vaccine_released", lambda monkeypatch: monkeypatch.setattr(
-        defenses, "t_vaccine", lambda *args, make=defenses.t_vaccine: make(*args[:-1], "layer"))),
+        defenses, "t_vaccine", lambda *args, make=defenses.t_vaccine, **more: make(
+            *args, **{**more, "freeze": "layer"}))),
     "MLP adapters that are never frozen": ("t_vaccine_released", lambda monkeypatch: monkeypatch.setattr(
         t_vaccine, "released_masks", lambda active, adapter: {"layers": {
             "attention": active, "mlp": jnp.ones_like(active)}})),
