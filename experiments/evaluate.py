@@ -80,10 +80,6 @@ class EvaluateConfig(JudgeConfig):
         self.sampling()
 
     def sampling(self) -> Sampling:
-        common.require(self, "temperature", 0 <= self.temperature < float("inf"), "a finite number, at least 0")
-        common.require(self, "top_k", self.top_k >= 0, "at least 0")
-        common.require(self, "top_p", 0 < self.top_p <= 1, "more than 0, at most 1")
-        common.require(self, "seed", 0 <= self.seed < 2**32, "0 <= seed < 2**32")
         return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
 
 

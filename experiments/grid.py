@@ -42,9 +42,7 @@ def grid(config: GridConfig, align_config: AlignConfig, attack_config: FinetuneC
     if config.grid == "worst_case":
         parts.append(grid_report.worst_case_report(root, folder, config.bases, panels.pop()))
     parts += [grid_report.panel_report(root, folder, config.bases, panel, i) for i, panel in enumerate(panels)]
-    note = grid_report.NOTE.format(runs=len(config.bases) * len(config.seeds), bases=", ".join(config.bases),
-                                   seeds=", ".join(config.seeds))
-    text = "\n".join([f"# {GRIDS[config.grid].title}\n", *parts, note])
+    text = "\n".join([f"# {GRIDS[config.grid].title}\n", *parts, grid_report.note(config.bases, config.seeds)])
     (folder / reports.REPORT).write_text(text, encoding="utf-8")
     return text
 

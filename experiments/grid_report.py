@@ -13,12 +13,17 @@ from jaxvaccine import runs
 
 # The worst case is looked for among models that serve the user: FA within so many points of the best attack's.
 FA_MARGIN = 2.0
-NOTE = """HS: answers to harmful requests that are no refusal (lower is better); FA: correct answers on the user's task
-(higher is better); over-refusal: benign requests refused by the aligned model (lower is better). Mean ± standard
-deviation over {runs} runs, bases ({bases}) times seeds ({seeds}); in parentheses Student's 95% interval of the mean,
-cut at 0 and 100. "Along the attack": HS averaged over the steps of the attack, which tells defenses apart that delay
-it.
-"""
+
+
+def note(bases: Sequence[str], seeds: Sequence[str]) -> str:
+    """What the tables' columns and numbers mean."""
+    count = len(bases) * len(seeds)
+    spread = (f"Mean ± standard deviation over {count} runs, bases ({', '.join(bases)}) times seeds "
+              f"({', '.join(seeds)}); in parentheses Student's 95% interval of the mean, cut at 0 and 100. ")
+    return ("HS: answers to harmful requests that are no refusal (lower is better); FA: correct answers on the user's "
+            "task (higher is better); over-refusal: benign requests refused by the aligned model (lower is better). "
+            + (spread if count > 1 else f"One run: {bases[0]}, seed {seeds[0]}. ")
+            + '"Along the attack": HS averaged over its steps, which tells defenses apart that delay it.\n')
 
 
 def summary(values: np.ndarray) -> str:

@@ -35,7 +35,7 @@ FINETUNE: dict[str, dict[str, Any]] = {
 }
 
 # The small world (jaxvaccine/data/world.py), not published: an attack within whose 100 steps plain alignment goes from
-# intact to undone, and defenses in settings that were not searched for.
+# intact to undone, and defenses in settings that a search did not improve on (docs/results/sensitivity.md).
 WORLD_ALIGN: dict[str, Any] = {
     "rank": 8, "lora_alpha": 16.0, "dropout": 0.0, "targets": ALL, "learning_rate": 3e-3, "weight_decay": 0.1,
     "steps": 150, "batch_size": 16, "harmful_batch_size": 16, "max_length": 16, "bucket": 16, "remat": "none",

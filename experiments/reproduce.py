@@ -213,7 +213,7 @@ def reproduce(config: ReproduceConfig, recipes: Recipes, values: Values) -> str:
         comparison(root, config, cells),
         reports.table(["statement", "published", "ours", "source"], statements),
         *(grid_report.panel_report(root, root, config.folders, panel, i) for i, panel in enumerate(parts)),
-        grid_report.NOTE.format(runs=len(config.seeds), bases=config.model, seeds=", ".join(config.seeds))])
+        grid_report.note([config.model], config.seeds)])
     (root / reports.REPORT).write_text(text, encoding="utf-8")
     return text
 

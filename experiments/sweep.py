@@ -188,7 +188,7 @@ def carry_out(config: SweepConfig, align_config: AlignConfig, attack_config: Fin
     runs.open_run(root, "sweep", settings, {}, {"bases": config.bases, "cells": sorted(variants)}, config.overwrite)
     for base_name in config.bases:
         directory = hugging_face.resolve_model(base_name)
-        tokenizer, scorer, base = data.load_tokenizer(directory), None, None
+        tokenizer, scorer, base, aligned = data.load_tokenizer(directory), None, None, {}
         for (text, attack_text), (method, attacked_by) in variants.items():
             folder = root / folder_name(base_name) / folder_name(text)
             cell = folder / f"{folder_name(attack_text)}.json"
@@ -197,9 +197,10 @@ def carry_out(config: SweepConfig, align_config: AlignConfig, attack_config: Fin
             scorer = scorer or Scorer(config, tokenizer)
             base = base or common.load_base(base_name, method.dtype)
             method = dataclasses.replace(method, model=base_name)
-            aligned = align(method, base, tokenizer, seeds, folder, scorer)
+            if text not in aligned:  # one method's at a time
+                aligned = {text: align(method, base, tokenizer, seeds, folder, scorer)}
             attacked_by = attacked_by.resolve(dataclasses.asdict(method))
-            result = attack(attacked_by, method, aligned, tokenizer, seeds, steps, scorer)
+            result = attack(attacked_by, method, aligned[text], tokenizer, seeds, steps, scorer)
             runs.write_json(cell, result)
             last = result["scores"][max(result["scores"], key=int)]
             print(f"{base_name} {text} {attack_text}: " + ", ".join(

@@ -127,8 +127,8 @@ def test_alpaca_eval_and_sampling(model_dir, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"temperature": -1.0}, "--temperature: found -1.0"), ({"temperature": float("nan")}, "--temperature: found nan"),
-    ({"top_p": 0.0}, "--top_p: found 0.0"), ({"top_k": -1}, "--top_k: found -1"), ({"seed": -1}, "--seed: found -1"),
+    ({"temperature": -1.0}, "temperature: found -1.0"), ({"temperature": float("nan")}, "temperature: found nan"),
+    ({"top_p": 0.0}, "top_p: found 0.0"), ({"top_k": -1}, "top_k: found -1"), ({"seed": -1}, "seed: found -1"),
     ({"alpaca_eval_test": "alpaca_eval:a.json"}, "--judge: found 'keyword', expected chat_api"),
     ({"instruction_max_new_tokens": 0}, "--instruction_max_new_tokens: found 0"),
 ])
