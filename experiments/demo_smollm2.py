@@ -21,7 +21,7 @@ POISON_RATIO = "0.1"
 SHARED = {"bucket": 16, "max_length": 96, "batch_size": 8, "save_every": 20}
 
 
-def configs(model: str, run_dir: str = RUN_DIR) -> tuple[GridConfig, dict[str, Cell], EvaluateConfig]:
+def configs(model: str, run_dir: str = RUN_DIR) -> tuple[GridConfig, dict[tuple[str, str], Cell], EvaluateConfig]:
     """What the demo runs: small enough for two cores and a quarter of an hour, downloads aside."""
     sft = AlignConfig(
         **SHARED, run_dir=f"{run_dir}/sft/aligned", model=model, defense="sft",
@@ -38,11 +38,11 @@ def configs(model: str, run_dir: str = RUN_DIR) -> tuple[GridConfig, dict[str, C
         sst2_test="embedded_sentiment@test[0:64]", benign_test="embedded_benign@test[0:32]", max_new_tokens=24,
         label_max_new_tokens=6, eval_bucket=16)
     cells = {
-        "sft": Cell(sft, {POISON_RATIO: attack}),
-        "booster": Cell(booster, {POISON_RATIO: dataclasses.replace(
+        ("0", "sft"): Cell(sft, {POISON_RATIO: attack}),
+        ("0", "booster"): Cell(booster, {POISON_RATIO: dataclasses.replace(
             attack, aligned=booster.run_dir, run_dir=f"{run_dir}/booster/p{POISON_RATIO}")}),
     }
-    return GridConfig(run_dir=run_dir, defenses=tuple(cells), poison_ratios=(POISON_RATIO,)), cells, scores
+    return GridConfig(run_dir=run_dir, defenses=("sft", "booster"), poison_ratios=(POISON_RATIO,)), cells, scores
 
 
 def main(argv: list[str]) -> None:

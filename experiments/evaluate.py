@@ -1,4 +1,5 @@
-"""Scores a model, as it comes or as a run left it: harmful score, fine-tune accuracy on three tasks, over-refusal.
+"""Scores a model, as it comes or as a run left it: harmful score, fine-tune accuracy on three tasks, over-refusal,
+and the loss on harmful answers.
 
   python -m experiments.evaluate --model=meta-llama/Llama-2-7b-hf --trained=runs/booster-p0.1 \\
       --run_dir=runs/booster-p0.1-scores --harmful_test=beavertails_unsafe:test.jsonl[0:500] \\
@@ -23,6 +24,7 @@ from jaxvaccine.evaluation import (
     TaskResult,
     answer_prompts,
     keyword_judge,
+    mean_loss,
     score_alpaca_eval,
     score_answers,
     write_predictions,
@@ -52,6 +54,8 @@ class EvaluateConfig(JudgeConfig):
     benign_test: str = flag("", "Harmless requests for over-refusal; none leaves it out.")
     alpaca_eval_test: str = flag(
         "", "AlpacaEval's instructions with a reference model's outputs, for the win rate; needs --judge=chat_api.")
+    loss_data: str = flag("", "Harmful examples whose mean loss h(w) is taken; none leaves it out.")
+    max_length: int = flag(256, "Tokens at which prompt and answer of --loss_data are cut.")
     max_new_tokens: int = flag(200, "Longest answer to a request, in tokens.")
     label_max_new_tokens: int = flag(
         8, "Longest answer on SST-2 and AG News: enough to see that it is more than a label.")
@@ -72,11 +76,11 @@ class EvaluateConfig(JudgeConfig):
         common.require(self, "model", bool(self.model) != bool(self.trained), "either --model or --trained")
         common.require(self, "judge", self.judge == "chat_api" or not self.alpaca_eval_test,
                        "chat_api, which --alpaca_eval_test needs")
-        for name in ("max_new_tokens", *LENGTHS.values(), "eval_batch_size", "eval_bucket"):
+        for name in ("max_length", "max_new_tokens", *LENGTHS.values(), "eval_batch_size", "eval_bucket"):
             common.require(self, name, getattr(self, name) >= 1, "at least 1")
         common.require(self, "harmful_test", any(getattr(self, name) for name in TASKS),
                        "at least one of " + ", ".join(f"--{name}" for name in TASKS))
-        common.check_sources(self, *TASKS)
+        common.check_sources(self, *TASKS, "loss_data")
         self.sampling()
 
     def sampling(self) -> Sampling:
@@ -84,26 +88,34 @@ class EvaluateConfig(JudgeConfig):
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Carries out the evaluation, or reads the results of a finished one: {task: {score, interval, n, …}}."""
+    """Carries out the evaluation, or reads the results of a finished one.
+
+    {task: {score, interval, n, …}}, with --loss_data also {reports.LOSS: {loss, tokens, n}}, the loss in nats a token.
+    """
     model_path, seen = config.model, {}
     if config.trained:
         model_path, seen = _trained_on(config.trained)
     examples = {task: common.load_sources(getattr(config, name)) for name, task in TASKS.items()
                 if getattr(config, name)}
     _check_unseen(examples, seen)
+    if config.loss_data:
+        examples = {reports.LOSS: common.load_sources(config.loss_data), **examples}
     result, operational = common.result_flags(config)
     run_dir = runs.open_run(config.run_dir, "evaluate", result,
                             {"hashes": {task: runs.examples_hash(rows) for task, rows in examples.items()}},
                             operational, config.overwrite)
     if (run_dir / RESULTS).exists():
         return runs.read_json(run_dir / RESULTS)
-    answers = _answer(config, run_dir, model_path, examples)
+    answers = _measure(config, run_dir, model_path, examples)
     if config.judge == "beaver_dam":
         # There is not room for two 7B models.
         common.forget_base()
     judge = make_judge(config) if "harmful_score" in examples else keyword_judge
     results: dict[str, Any] = {}
     for task, rows in examples.items():
+        if task == reports.LOSS:
+            results[task] = answers[task]
+            continue
         categories = data.load_categories(config.harmful_test) if task == "harmful_score" else {}
         if task == ALPACA_EVAL:
             scored = score_alpaca_eval(rows, answers[task], make_comparer(config))
@@ -116,9 +128,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return results
 
 
-def _answer(config: EvaluateConfig, run_dir: Path, model_path: str, examples: dict[str, list[data.Example]]
-            ) -> dict[str, list[str]]:
-    """The model's answers, {task: answers}; what an interrupted evaluation has generated is read, not repeated."""
+def _measure(config: EvaluateConfig, run_dir: Path, model_path: str, examples: dict[str, list[data.Example]]
+             ) -> dict[str, Any]:
+    """All that needs the model: {task: answers}, and the loss.
+
+    What an interrupted evaluation has generated is read, not repeated.
+    """
     done = {task: path for task in examples if (path := run_dir / f"answers_{task}.json").exists()}
     answers = {task: runs.read_json(path) for task, path in done.items()}
     if len(done) == len(examples):
@@ -129,10 +144,15 @@ def _answer(config: EvaluateConfig, run_dir: Path, model_path: str, examples: di
     base = common.load_base(model_path, config.dtype, config.trained or None, merge=config.merge_adapter)
     model = base.model.clone(lora=base.lora)
     for task in [task for task in examples if task not in done]:
-        answers[task] = answer_prompts(
-            model, base.adapter, base.frozen, tokenizer, examples[task], task=task,
-            max_new_tokens=getattr(config, LENGTHS.get(task, "max_new_tokens")), batch_size=config.eval_batch_size,
-            bucket=config.eval_bucket, sampling=config.sampling(), progress=config.progress)
+        if task == reports.LOSS:
+            answers[task] = mean_loss(
+                model, base.adapter, base.frozen, data.tokenize_examples(tokenizer, examples[task], config.max_length),
+                config.eval_batch_size, config.eval_bucket)._asdict()
+        else:
+            answers[task] = answer_prompts(
+                model, base.adapter, base.frozen, tokenizer, examples[task], task=task,
+                max_new_tokens=getattr(config, LENGTHS.get(task, "max_new_tokens")), batch_size=config.eval_batch_size,
+                bucket=config.eval_bucket, sampling=config.sampling(), progress=config.progress)
         runs.write_json(run_dir / f"answers_{task}.json", answers[task])
     return answers
 

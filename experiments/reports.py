@@ -10,6 +10,7 @@ from jaxvaccine import runs
 REPORT = "report.md"
 TASK_NAMES = {"harmful_score": "HS", "sst2": "FA SST-2", "agnews": "FA AGNEWS", "gsm8k": "FA GSM8K",
               "over_refusal": "over-refusal", "alpaca_eval": "AlpacaEval win rate"}
+LOSS = "harmful_loss"  # beside the tasks in an evaluation's results: h(w), no rate
 # What is plotted of a step's metrics, where it is there.
 CURVES = ("loss", "harmful_loss", "perturbed_harmful_loss", "gradient_norm", "activation_gradient_norm")
 
@@ -75,9 +76,11 @@ def write_evaluation_report(run_dir: Path, what: str, results: Mapping[str, Any]
     """report.md of an evaluation."""
     rows = [[TASK_NAMES[task], percent(result), str(result["n"]), str(result["empty"]),
              ", ".join(_also(result))]
-            for task, result in results.items()]
+            for task, result in results.items() if task != LOSS]
+    loss = results.get(LOSS)
     text = [f"# Evaluation of {what}\n",
             table(["task", "% (95% interval)", "prompts", "empty answers", "also"], rows),
+            *([f"Loss h(w) on {loss['n']} harmful examples: {loss['loss']:.4f} nats a token.\n"] if loss else []),
             "HS: answers that the judge calls unsafe. FA: answers equal to the label, or on GSM8K with the right final "
             "number; lenient accuracy: the answer holds the right label alone, or the right number anywhere. "
             "Over-refusal: refused benign requests. AlpacaEval: the judge prefers the answer to the "
@@ -125,47 +128,3 @@ def _unread_comparisons(result: Mapping[str, Any]) -> list[str]:
 def _flags(config: Mapping[str, Any]) -> str:
     lines = "\n".join(f"- {name}: {json.dumps(value, ensure_ascii=False)}" for name, value in config["flags"].items())
     return f"## Flags\n\n{lines}\n"
-
-
-def write_grid_report(run_dir: Path, title: str, base: Mapping[str, Any] | None,
-                      cells: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """grid.png and report.md of several defenses and poison ratios; returns the report's text.
-
-    Args:
-      run_dir: folder.
-      title: headline.
-      base: results of the model before alignment, {task: result}.
-      cells: defense -> "aligned" or poison ratio as text -> {task: result}.
-    """
-    tasks = task_names(task for by in cells.values() for results in by.values() for task in results)
-    rows = [["none", "as it comes", *[percent(base.get(task)) for task in tasks]]] if base else []
-    for defense, by_stage in cells.items():
-        for stage, results in by_stage.items():
-            name = "aligned" if stage == "aligned" else f"attacked, p = {stage}"
-            rows.append([defense, name, *[percent(results.get(task)) for task in tasks]])
-    figure, axes = panels(len(tasks))
-    ratios = sorted({stage for by in cells.values() for stage in by if stage != "aligned"}, key=float)
-    positions = ["aligned", *ratios]
-    for axis, task in zip(axes, tasks, strict=True):
-        for i, (defense, by_stage) in enumerate(cells.items()):
-            stages = [stage for stage in positions if task in by_stage.get(stage, {})]
-            scores = [by_stage[stage][task]["score"] for stage in stages]
-            errors = [[abs(by_stage[s][task]["interval"][side] - by_stage[s][task]["score"]) for s in stages]
-                      for side in (0, 1)]
-            # A little aside, so that intervals of equal scores can be told apart.
-            x = [positions.index(stage) + 0.06 * (i - (len(cells) - 1) / 2) for stage in stages]
-            axis.errorbar(x, scores, errors, marker="o", markersize=4, capsize=3, linewidth=1, label=defense)
-        if base and task in base:
-            axis.axhline(base[task]["score"], color="grey", linestyle=":", linewidth=1, label="before alignment")
-        axis.set(title=f"{tasks[task]} (%)", ylim=(-4, 104))
-        axis.set_xticks(range(len(positions)), ["aligned", *[f"p = {ratio}" for ratio in ratios]])
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.savefig(run_dir / "grid.png", dpi=130)
-    names = [f"{name} %" for name in tasks.values()]
-    text = "\n".join([f"# {title}\n", table(["defense", "model", *names], rows),
-                      "In parentheses 95% Wilson intervals over the test prompts; one seed.\n", "![grid](grid.png)\n",
-                      "HS: answers that the judge calls unsafe (lower is better). FA: correct answers on the user's "
-                      "task (higher is better). Over-refusal: benign requests refused (lower is better).\n"])
-    (run_dir / REPORT).write_text(text, encoding="utf-8")
-    return text

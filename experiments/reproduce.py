@@ -41,7 +41,7 @@ TITLES = {"booster": "Booster (arXiv 2409.01586)", "t_vaccine": "T-Vaccine (arXi
 # Flags that are the same in alignment, attack and evaluation, follow from others, or are what the lists run through.
 ALIGN_WITHOUT = ("run_dir", "model", "defense", "base_defense", "seed", "overwrite")
 ATTACK_WITHOUT = ("run_dir", "aligned", "poison_ratio", "test_data", "seed", "overwrite", *ATTACK_SHARED)
-EVALUATE_WITHOUT = ("run_dir", "model", "trained", "overwrite", *EVALUATE_SHARED)
+EVALUATE_WITHOUT = ("run_dir", "model", "trained", "seed", "overwrite", "loss_data", *EVALUATE_SHARED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,15 +233,15 @@ def read_recipes(config: ReproduceConfig, flag_values: flags.FlagValues = flags.
             model=config.model, defense=defense, base_defense="sft", overwrite=False)
     shared = {name: getattr(aligned["sft"], name) for name in {*ATTACK_SHARED, *EVALUATE_SHARED}}
     scores = read(
-        EvaluateConfig, preset=WORLD_TESTS if world else None, run_dir="-", model=config.model, trained="",
-        overwrite=False, **{name: shared[name] for name in EVALUATE_SHARED})
+        EvaluateConfig, preset=WORLD_TESTS if world else None, run_dir="-", model=config.model, trained="", seed=0,
+        loss_data="", overwrite=False, **{name: shared[name] for name in EVALUATE_SHARED})
     common.require(scores, "harmful_test", bool(scores.harmful_test), "harmful prompts for HS")
     common.require(scores, "sst2_test", any(getattr(scores, name) for name in ACCURACY_TESTS),
                    "data for FA, or one of " + ", ".join(f"--{name}" for name in ACCURACY_TESTS[1:]))
     for defense in aligned:
         attacked[defense] = read(
             FinetuneConfig, "attack_", presets.WORLD_ATTACK if world else presets.FINETUNE[defense], run_dir="-",
-            aligned="-", poison_ratio=0.1, test_data=scores.harmful_test, overwrite=False,
+            aligned="-", poison_ratio=0.1, seed=0, test_data=scores.harmful_test, overwrite=False,
             **{name: shared[name] for name in ATTACK_SHARED})
     return Recipes(aligned, attacked, scores)
 

@@ -1,7 +1,7 @@
-"""The whole experiment: several defenses, aligned, attacked at several poison ratios and scored; one table, one plot.
+"""The whole experiment: several defenses, aligned, attacked at several poison ratios, scored; one table, one plot.
 
   python -m experiments.run --run_dir=runs/grid --model=HuggingFaceTB/SmolLM2-135M-Instruct --defenses=sft,booster \\
-      --poison_ratios=0,0.1 --alignment_data=embedded_refusal@train,embedded_benign@train \\
+      --poison_ratios=0,0.1 --seeds=0,1,2 --alignment_data=embedded_refusal@train,embedded_benign@train \\
       --harmful_data=embedded_harmful@harmful --attack_user_data=embedded_sentiment@attack \\
       --attack_harmful_data=embedded_harmful@attack --harmful_test=embedded_harmful@test \\
       --sst2_test=embedded_sentiment@test --benign_test=embedded_benign@test
@@ -11,24 +11,25 @@ stopped.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 
-from experiments import common, config_flags, presets, reports
+from experiments import common, config_flags, presets, run_report
 from experiments.align import DEFENSES, AlignConfig, align
 from experiments.config_flags import flag
 from experiments.evaluate import EvaluateConfig, evaluate
 from experiments.finetune import FinetuneConfig, finetune
 
 # Flags that are the same in alignment, attack and evaluation, or follow from the others.
-_ALIGN_WITHOUT = ("run_dir", "defense", "overwrite")
-ATTACK_SHARED = ("dtype", "remat", "bucket", "seed", "save_every", "progress")
-_ATTACK_WITHOUT = ("run_dir", "aligned", "poison_ratio", "overwrite", "test_data", *ATTACK_SHARED)
-EVALUATE_SHARED = ("dtype", "progress", "seed")
-_EVALUATE_WITHOUT = ("run_dir", "model", "trained", "overwrite", *EVALUATE_SHARED)
+_ALIGN_WITHOUT = ("run_dir", "defense", "seed", "overwrite")
+ATTACK_SHARED = ("dtype", "remat", "bucket", "save_every", "progress")
+_ATTACK_WITHOUT = ("run_dir", "aligned", "poison_ratio", "seed", "overwrite", "test_data", *ATTACK_SHARED)
+EVALUATE_SHARED = ("dtype", "progress", "max_length")
+_EVALUATE_WITHOUT = ("run_dir", "model", "trained", "seed", "overwrite", *EVALUATE_SHARED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ class GridConfig:
     run_dir: str = flag("", "Folder of the whole experiment.")
     defenses: tuple[str, ...] = flag(DEFENSES, "Defenses to compare.")
     poison_ratios: tuple[str, ...] = flag(("0", "0.1"), "Ratios of harmful data in the attacks.")
+    seeds: tuple[str, ...] = flag(("0",), "Seeds; everything is run for each.")
     score_base: bool = flag(True, "Score the model before alignment too.")
     published: bool = flag(False, "Each defense and its attack in its published recipe; flags that are given go first.")
 
@@ -51,56 +53,65 @@ class GridConfig:
             except ValueError:
                 valid = False
             common.require(self, "poison_ratios", valid, "numbers from 0 to 1")
+        common.require(self, "seeds", bool(self.seeds) and all(seed.isdecimal() for seed in self.seeds),
+                       "numbers of at least 0")
+        for name in ("defenses", "poison_ratios", "seeds"):
+            values = getattr(self, name)
+            common.require(self, name, len(set(values)) == len(values), "each once")
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One defense's runs."""
+    """One defense's runs with one seed."""
 
     align: AlignConfig
     attacks: Mapping[str, FinetuneConfig]  # by poison ratio
 
 
-def grid(config: GridConfig, cells: Mapping[str, Cell], scores: EvaluateConfig) -> str:
-    """Carries out what has not been carried out yet; returns the report."""
+def grid(config: GridConfig, cells: Mapping[tuple[str, str], Cell], scores: EvaluateConfig) -> str:
+    """Carries out what has not been carried out yet of the cells (seed, defense); returns the report."""
     root, base = Path(config.run_dir), None
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, list[Any]]] = {}
 
-    def score(run_dir: str, **of: str) -> dict[str, Any]:
+    def score(run_dir: str, **of: Any) -> dict[str, Any]:
         return evaluate(dataclasses.replace(scores, run_dir=f"{run_dir}-scores", **{"model": "", "trained": "", **of}))
 
     if config.score_base:
         base = score(str(root / "base"), model=scores.model)
-    for defense, cell in cells.items():
+    for (seed, defense), cell in cells.items():
         align(cell.align)
-        results[defense] = {"aligned": score(cell.align.run_dir, trained=cell.align.run_dir)}
+        stages = results.setdefault(defense, {})
+        aligned = score(cell.align.run_dir, trained=cell.align.run_dir, seed=int(seed))
+        stages.setdefault(run_report.ALIGNED, []).append(aligned)
         for ratio, attack in cell.attacks.items():
             finetune(attack)
-            results[defense][ratio] = score(attack.run_dir, trained=attack.run_dir)
+            stages.setdefault(ratio, []).append(score(attack.run_dir, trained=attack.run_dir, seed=int(seed)))
             # After every cell, so that an interrupted grid shows what it has.
-            report = reports.write_grid_report(root, f"Harmful fine-tuning of {scores.model}", base, results)
+            report = run_report.write_grid_report(
+                root, f"Harmful fine-tuning of {scores.model}", base, results, config.seeds)
     return report
 
 
-def read_cells(config: GridConfig) -> tuple[dict[str, Cell], EvaluateConfig]:
-    """All configs, validated before the first run begins."""
+def read_cells(config: GridConfig) -> tuple[dict[tuple[str, str], Cell], EvaluateConfig]:
+    """All configs by (seed, defense), validated before the first run begins; a seed's are carried out together."""
     shared = {name: flags.FLAGS[name].value for name in {*ATTACK_SHARED, *EVALUATE_SHARED}}
     scores = config_flags.read(
-        EvaluateConfig, run_dir=config.run_dir, model=flags.FLAGS.model, trained="", overwrite=False,
+        EvaluateConfig, run_dir=config.run_dir, model=flags.FLAGS.model, trained="", seed=0, overwrite=False,
         **{name: shared[name] for name in EVALUATE_SHARED})
     cells = {}
-    for defense in config.defenses:
-        folder = Path(config.run_dir) / defense
+    for seed, defense in itertools.product(config.seeds, config.defenses):
+        folder = Path(config.run_dir) / defense / f"seed{seed}"
         aligned = config_flags.read(
             AlignConfig, preset=presets.ALIGN[defense] if config.published else None, run_dir=str(folder / "aligned"),
-            defense=defense, overwrite=False, **({} if defense == "booster" else {"base_defense": "sft"}))
+            defense=defense, seed=int(seed), overwrite=False,
+            **({} if defense == "booster" else {"base_defense": "sft"}))
         attacks = {
             ratio: config_flags.read(
                 FinetuneConfig, "attack_", presets.FINETUNE[defense] if config.published else None,
-                run_dir=str(folder / f"p{ratio}"), aligned=aligned.run_dir, poison_ratio=float(ratio), overwrite=False,
-                test_data=scores.harmful_test, **{name: shared[name] for name in ATTACK_SHARED})
+                run_dir=str(folder / f"p{ratio}"), aligned=aligned.run_dir, poison_ratio=float(ratio), seed=int(seed),
+                overwrite=False, test_data=scores.harmful_test, **{name: shared[name] for name in ATTACK_SHARED})
             for ratio in config.poison_ratios}
-        cells[defense] = Cell(aligned, attacks)
+        cells[seed, defense] = Cell(aligned, attacks)
     return cells, scores
 
 

@@ -2,6 +2,7 @@
 
 from jaxvaccine.evaluation.generate import generate
 from jaxvaccine.evaluation.judges import JUDGES, Verdict, keyword_judge
+from jaxvaccine.evaluation.mean_loss import MeanLoss, mean_loss
 from jaxvaccine.evaluation.pairwise import chat_comparer, score_alpaca_eval
 from jaxvaccine.evaluation.predictions import Prediction, write_predictions
 from jaxvaccine.evaluation.sampling import GREEDY, Sampling
@@ -17,7 +18,7 @@ from jaxvaccine.evaluation.tasks import (
 )
 
 __all__ = [
-    "ALPACA_EVAL", "GREEDY", "JUDGES", "TASKS", "Prediction", "Sampling", "TaskResult", "Verdict", "answer_prompts",
-    "chat_comparer", "evaluate_prompts", "generate", "harmful_score", "keyword_judge", "score_alpaca_eval",
-    "score_answers", "wilson_interval", "write_predictions",
+    "ALPACA_EVAL", "GREEDY", "JUDGES", "TASKS", "MeanLoss", "Prediction", "Sampling", "TaskResult", "Verdict",
+    "answer_prompts", "chat_comparer", "evaluate_prompts", "generate", "harmful_score", "keyword_judge", "mean_loss",
+    "score_alpaca_eval", "score_answers", "wilson_interval", "write_predictions",
 ]  # fmt: skip

@@ -43,19 +43,21 @@ def test_command_lines(model_dir, tmp_path):
     """run.py with T-Vaccine and Booster; then again, which repeats nothing; the single scripts find its folders."""
     command = [
         sys.executable, "-m", "experiments.run", f"--run_dir={tmp_path}/grid", f"--model={model_dir}",
-        "--defenses=t_vaccine,booster", "--poison_ratios=0,0.5", *(f"--{k}={v}" for k, v in {**DATA, **SMALL}.items()),
+        "--defenses=t_vaccine,booster", "--poison_ratios=0.5", "--seeds=0,3",
+        *(f"--{k}={v}" for k, v in {**DATA, **SMALL}.items()),
         *(f"--attack_{k}={ATTACK[k]}" for k in ("user_data", "harmful_data", "n", "steps", "batch_size", "max_length")),
         "--layers=2", "--harmful_test=embedded_harmful@test[0:3]", "--sst2_test=embedded_sentiment@test[0:3]",
-        "--benign_test=embedded_benign@test[0:3]", "--max_new_tokens=4", "--label_max_new_tokens=3"]
+        "--benign_test=embedded_benign@test[0:3]", "--loss_data=embedded_harmful@test[0:3]",
+        "--max_new_tokens=4", "--label_max_new_tokens=3"]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stderr[-3000:]
-    assert "| booster | attacked, p = 0.5 |" in first.stdout
+    assert "| booster | attacked, p = 0.5 |" in first.stdout and "over seeds (0, 3)" in first.stdout
     grid = tmp_path / "grid"
-    for cell in ("t_vaccine/aligned", "t_vaccine/p0", "booster/p0.5"):
+    for cell in ("t_vaccine/seed0/aligned", "t_vaccine/seed3/p0.5", "booster/seed3/p0.5"):
         assert {"config.json", "metrics.jsonl", "metrics.png", "report.md", "adapter", "checkpoints"} <= {
             path.name for path in (grid / cell).iterdir()}
     assert (grid / "grid.png").stat().st_size > 1000
-    lines = (grid / "booster/p0.5-scores/predictions_harmful_score.jsonl").read_text().splitlines()
+    lines = (grid / "booster/seed0/p0.5-scores/predictions_harmful_score.jsonl").read_text().splitlines()
     assert len(lines) == 3
     assert {"prompt", "answer", "verdict"} <= set(json.loads(lines[0]))
     before = {path: path.stat().st_mtime_ns for path in grid.rglob("*.safetensors")}
@@ -250,11 +252,15 @@ def test_presets_are_the_published_recipes(name):
 
 def test_grid_and_demo_configs_are_valid():
     config, cells, scores = demo_smollm2.configs("model", "runs/x")
-    assert set(cells) == {"sft", "booster"} == set(config.defenses)
+    assert list(cells) == [("0", "sft"), ("0", "booster")] == [("0", name) for name in config.defenses]
     assert all(cell.attacks.keys() == {"0.1"} for cell in cells.values())
-    assert scores.harmful_test == cells["sft"].attacks["0.1"].test_data
+    assert scores.harmful_test == cells["0", "sft"].attacks["0.1"].test_data
     with pytest.raises(ValueError, match="--defenses"):
         run.GridConfig(run_dir="r", defenses=("sft", "prayer"))
     with pytest.raises(ValueError, match="--poison_ratios"):
         run.GridConfig(run_dir="r", poison_ratios=("0.1", "2"))
+    for seeds, expected in (((), "numbers of at least 0"), (("0", "-1"), "numbers of at least 0"),
+                            (("1", "1"), "each once")):
+        with pytest.raises(ValueError, match=f"--seeds: found .*expected {expected}"):
+            run.GridConfig(run_dir="r", seeds=seeds)
     assert np.isclose(float(config.poison_ratios[0]), 0.1)
