@@ -1,3 +1,5 @@
+"""Drawing tokens: temperature, top-k and top-p against their definitions."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
