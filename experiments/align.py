@@ -49,6 +49,7 @@ class AlignConfig(common.TrainingConfig):
         "gradient", "Vaccine, T-Vaccine: the perturbation, or (ablation) Gaussian noise of the same norm.")
     lam: float = flag(5.0, "Booster: weight of the regularizer.")
     alpha: float = flag(0.1, "Booster: length of the simulated harmful step.")
+    exact: bool = flag(False, "Booster: the exact gradient of the regularizer, by a second derivative.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -79,7 +80,7 @@ def make_defense(config: AlignConfig):
                 loss_fn, config.rho, config.layers, config.sample_every, config.probe_every, freeze=config.freeze,
                 importance=config.importance, draw=config.draw, direction=config.direction),
             "booster": lambda: defenses.booster(
-                loss_fn, config.lam, config.alpha, base=by_name[config.base_defense]()),
+                loss_fn, config.lam, config.alpha, base=by_name[config.base_defense](), exact=config.exact),
         }
         return by_name[config.defense]()
 

@@ -87,7 +87,7 @@ def criticality(config: CriticalityConfig, align_config: AlignConfig, attack_con
         if (found := common.read_architecture(base_name).num_layers) != num_layers:
             raise ValueError(f"--bases: found {base_name} with {found} layers, expected {num_layers} as in "
                              f"{config.bases[0]}, so that layers can be compared")
-    probes.open_run(config, "criticality", align_config, attack_config)
+    probes.open_run(config, "criticality", align=align_config, attack=attack_config)
     root, seeds, steps = Path(config.run_dir), config.seed_numbers, [int(step) for step in config.score_steps]
     for base_name, (text, method) in itertools.product(config.bases, methods.items()):
         folder = root / folder_name(base_name) / folder_name(text)

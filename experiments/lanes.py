@@ -124,12 +124,9 @@ def train(lanes: Lanes, config: common.TrainingConfig, sources: Sequence[Sources
 
 
 def _defense_alone(config: AlignConfig) -> AlignConfig:
-    """The config with nothing but its defense, so that what does not change the compiled step compiles nothing anew."""
-    return AlignConfig(**{
-        **{name: getattr(config, name) for name in ("defense", "base_defense", "rho", "layers", "sample_every",
-                                                     "probe_every", "freeze", "importance", "draw", "direction",
-                                                     "lam", "alpha")},
-        "model": "-", "run_dir": "-", "alignment_data": config.alignment_data, "harmful_data": config.harmful_data})
+    """The config without the flags of every training run, so that another length or seed compiles nothing anew."""
+    every_run = {field.name: field.default for field in dataclasses.fields(common.TrainingConfig)}
+    return dataclasses.replace(config, **every_run | {"run_dir": "-", "model": "-"})
 
 
 def fresh(base: common.Base, config: Any, seeds: Sequence[int]) -> Lanes:

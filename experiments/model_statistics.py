@@ -97,7 +97,7 @@ def statistics(config: StatisticsConfig, align_config: AlignConfig, attack_confi
     for text, attacked_by in attacks.items():
         if round(attacked_by.n * attacked_by.poison_ratio) == 0:
             raise ValueError(f"--attacks: found {text!r}, an attack without harmful examples, expected at least one")
-    probes.open_run(config, "model_statistics", align_config, attack_config)
+    probes.open_run(config, "model_statistics", align=align_config, attack=attack_config)
     root, seeds, steps = Path(config.run_dir), config.seed_numbers, [int(step) for step in config.score_steps]
     for base_name, (text, method) in itertools.product(config.bases, methods.items()):
         folder = root / folder_name(base_name) / folder_name(text)

@@ -11,7 +11,6 @@ import numpy as np
 
 from experiments import common, lanes, sweep
 from experiments.align import AlignConfig
-from experiments.finetune import FinetuneConfig
 from experiments.sweep_report import ALIGNED
 from jaxvaccine import data, defenses, runs
 from jaxvaccine.checkpoints.peft import load_adapter, save_adapter
@@ -88,13 +87,17 @@ def stack_batches(tokenizer, examples: Sequence[Sequence[data.Example]], config:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
 
-def open_run(config: sweep.SweepConfig, script: str, align_config: AlignConfig, attack_config: FinetuneConfig) -> None:
-    """The folder of a run like a sweep's: bases, methods and attacks may grow from one call to the next."""
+def open_run(config: Any, script: str, **configs: common.TrainingConfig) -> None:
+    """The folder of a run like a sweep's: bases, methods and attacks may grow from one call to the next.
+
+    config: the script's flags; configs: those of the alignment and, where there is one, of the attack.
+    """
     grows = ("bases", "methods", "attacks")
-    fixed = {name: value for name, value in common.result_flags(config)[0].items() if name not in grows}
+    flags = common.result_flags(config)[0]
+    fixed = {name: value for name, value in flags.items() if name not in grows}
     runs.open_run(config.run_dir, script, {
-        script: fixed, "align": common.result_flags(align_config)[0], "attack": common.result_flags(attack_config)[0],
-    }, {}, {name: getattr(config, name) for name in grows}, config.overwrite)
+        script: fixed, **{name: common.result_flags(of)[0] for name, of in configs.items()},
+    }, {}, {name: flags[name] for name in grows if name in flags}, config.overwrite)
 
 
 def align(config: AlignConfig, base: common.Base, tokenizer, seeds: Sequence[int], folder: Path,

@@ -219,16 +219,25 @@ def _fixed(config: Any, without: Sequence[str]) -> dict[str, Any]:
 
 def read_configs() -> tuple[AlignConfig, FinetuneConfig]:
     """The settings that methods and attacks start from: the flags, else the small world's preset."""
-    align_config = config_flags.read(AlignConfig, preset=presets.WORLD_ALIGN, run_dir="-", model="-", defense="sft",
-                                     seed=0, overwrite=False)
     attack_config = config_flags.read(FinetuneConfig, "attack_", presets.WORLD_ATTACK, run_dir="-", aligned="-",
                                       seed=0, overwrite=False, test_data="")
-    return align_config, attack_config
+    return read_align_config(), attack_config
+
+
+def read_align_config() -> AlignConfig:
+    """The alignment's part of `read_configs`."""
+    return config_flags.read(AlignConfig, preset=presets.WORLD_ALIGN, run_dir="-", model="-", defense="sft", seed=0,
+                             overwrite=False)
+
+
+def define_align_config() -> None:
+    """The flags of `read_align_config`."""
+    config_flags.define(AlignConfig, without=("run_dir", "model", "defense", "overwrite", "seed"))
 
 
 def define_configs() -> None:
     """The flags of `read_configs`."""
-    config_flags.define(AlignConfig, without=("run_dir", "model", "defense", "overwrite", "seed"))
+    define_align_config()
     config_flags.define(FinetuneConfig, "attack_", ("run_dir", "aligned", "overwrite", "seed", "test_data"))
 
 
