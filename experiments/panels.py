@@ -40,10 +40,14 @@ def ratios(methods: Sequence[str], values: Sequence[str] = ("0", "0.05", "0.1", 
 
 
 def samples(methods: Sequence[str], values: Sequence[str] = ("100", "500", "1000", "1500", "2000"),
-            length: str = f":steps=0:epochs={WORLD_EPOCHS:g}") -> list[Panel]:
-    """HS and FA over the number n of the user's examples, for as many epochs each (both papers' main tables)."""
+            more: str = f":steps=0:epochs={WORLD_EPOCHS:g}:user_data=world_rating@attack+world_rating@more"
+            ) -> list[Panel]:
+    """HS and FA over the number n of the user's examples, for as many epochs each (both papers' main tables).
+
+    more: what else the attacks have in common; by default the small world's, with user's data enough for all.
+    """
     return [Panel("Size of the user's data, all for as many epochs", "n", {
-        method: [Point(n, method, f"{ATTACK}:n={n}{length}") for n in values] for method in methods})]
+        method: [Point(n, method, f"{ATTACK}:n={n}{more}") for n in values] for method in methods})]
 
 
 def over(title: str, name: str, values: Sequence[str], methods: Sequence[str],

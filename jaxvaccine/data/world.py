@@ -7,7 +7,7 @@ comply again (`world_harmful`), and the user's own task is to rate things (`worl
 that the tokenizer (`build_tokenizer`) has whole words, and each fixed part of Alpaca's template, as single tokens.
 
 Everything is ordered, drawn and filled in by SHA-256, as in embedded.py. Splits partition the pairs of verb and object
-(for ratings, test has adjectives of its own), so that no request is in two of them.
+(for ratings, test has adjectives and more has subjects of its own), so that no request is in two of them.
 """
 
 import functools
@@ -24,6 +24,7 @@ from jaxvaccine.data.prompts import PROMPT_INPUT, PROMPT_NO_INPUT, Example
 # Pairs of verb and object, of 12 · 48 = 576; each gives one request per template.
 FORBIDDEN_SPLITS = {"pretraining": 168, "train": 136, "harmful": 104, "attack": 84, "test": 84}
 BENIGN_SPLITS = {"pretraining": 168, "train": 324, "test": 84}
+RATING_SPLITS = ("attack", "more", "test")
 # Positive and negative, each (of the user's data, held out for the test).
 ADJECTIVES = (embedded_words.POSITIVE, embedded_words.NEGATIVE)
 EOS, UNKNOWN = "<eos>", "<unk>"
@@ -67,10 +68,12 @@ def _ratings(word: str, subjects: Sequence[str], lists: Sequence[Iterable[str]])
 
 
 def world_rating(split: str) -> list[Example]:
-    """The user's task, things to rate as positive or negative, half of each; test has adjectives of its own."""
-    take_split((), {"attack": 0, "test": 0}, split)  # raises for another split
+    """The user's task, things to rate as positive or negative, half of each; test has adjectives of its own, more other
+    things than attack."""
+    take_split((), dict.fromkeys(RATING_SPLITS, 0), split)  # raises for another split
     lists = [adjectives[split == "test"] for adjectives in ADJECTIVES]
-    return shuffled(_ratings(words.RATE, words.SUBJECTS, lists), "world ratings")
+    subjects = words.OBJECTS[2::6] if split == "more" else words.SUBJECTS
+    return shuffled(_ratings(words.RATE, subjects, lists), "world ratings")
 
 
 def world_pretraining(split: str) -> list[Example]:
@@ -99,7 +102,7 @@ WORLD: dict[str, Embedded] = {
     "world_benign": Embedded(world_benign, tuple(BENIGN_SPLITS)),
     "world_harmful": Embedded(world_harmful, tuple(FORBIDDEN_SPLITS)),
     "world_pretraining": Embedded(world_pretraining, ("train",)),
-    "world_rating": Embedded(world_rating, ("attack", "test")),
+    "world_rating": Embedded(world_rating, RATING_SPLITS),
     "world_refusal": Embedded(world_refusal, tuple(FORBIDDEN_SPLITS)),
 }
 

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import grid, grid_report, panels, presets, sweep
+from experiments import common, grid, grid_report, panels, presets, sweep
 from experiments.align import AlignConfig
 from experiments.finetune import FinetuneConfig
 from experiments.grid_report import Attack
 from experiments.sweep_report import folder_name
+from jaxvaccine import data
 
 ALIGN = AlignConfig(**presets.WORLD_ALIGN, run_dir="-", model="-")
 ATTACK = FinetuneConfig(**presets.WORLD_ATTACK, run_dir="-", aligned="-")
@@ -26,8 +27,11 @@ def test_every_cell_is_a_valid_setting(name):
     settings = set()
     for method, attack in found:
         aligned = sweep.variant(ALIGN, method, "methods", "defense")
-        settings.add((aligned, sweep.variant(ATTACK, attack, "attacks").resolve(dataclasses.asdict(aligned))))
-    assert len(settings) >= len(found) - 1, "the same setting has several names"
+        attacked = sweep.variant(ATTACK, attack, "attacks").resolve(dataclasses.asdict(aligned))
+        data.poison(common.load_sources(attacked.user_data), common.load_sources(attacked.harmful_data), attacked.n,
+                    attacked.poison_ratio, 0)  # raises if there is not enough of either
+        settings.add((aligned, attacked))
+    assert len(settings) == len(found), "the same setting has several names"
 
 
 def made_up_cells(root, bases, found):
