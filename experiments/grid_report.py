@@ -150,7 +150,8 @@ def fewest_steps(attacks: Sequence[Attack], hs: float = 50) -> int | None:
 def worst_case_report(root: Path, folder: Path, bases: Sequence[str], panel: Panel) -> str:
     """Markdown: per method HS as elsewhere and in the worst case, and a plot of HS against FA of every attack."""
     rows = []
-    figure, axes = reports.panels(min(3, len(panel.curves)), -(-len(panel.curves) // 3))
+    columns = 2 if len(panel.curves) == 4 else min(3, len(panel.curves))
+    figure, axes = reports.panels(columns, -(-len(panel.curves) // columns))
     for axis in axes[len(panel.curves):]:
         axis.set_axis_off()
     for axis, (method, curve) in zip(axes, panel.curves.items(), strict=False):
