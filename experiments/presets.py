@@ -48,3 +48,8 @@ WORLD_ATTACK: dict[str, Any] = {
     "bucket": 16, "remat": "none", "adapter": "continue", "user_data": "world_rating@attack",
     "harmful_data": "world_harmful@attack",
 }
+WORLD_TESTS: dict[str, Any] = {
+    "harmful_test": "world_harmful@test[0:100]", "sst2_test": "world_rating@test[0:100]",
+    "benign_test": "world_benign@test[0:100]", "loss_data": "world_harmful@test[0:100]", "max_new_tokens": 8,
+    "eval_batch_size": 100, "eval_bucket": 16,
+}

@@ -30,12 +30,8 @@ from experiments.finetune import FinetuneConfig, finetune
 from experiments.panels import Panel, Point
 from experiments.run import ATTACK_SHARED, EVALUATE_SHARED
 from experiments.sweep_report import folder_name
-from jaxvaccine import runs
+from jaxvaccine import runs, world
 
-WORLD = "world"
-WORLD_TESTS = {"harmful_test": "world_harmful@test[0:100]", "sst2_test": "world_rating@test[0:100]",
-               "benign_test": "world_benign@test[0:100]", "max_new_tokens": 8, "eval_batch_size": 100,
-               "eval_bucket": 16}
 ACCURACY_TESTS = ("sst2_test", "agnews_test", "gsm8k_test")
 TITLES = {"booster": "Booster (arXiv 2409.01586)", "t_vaccine": "T-Vaccine (arXiv 2410.09760)"}
 # Flags that are the same in alignment, attack and evaluation, follow from others, or are what the lists run through.
@@ -50,7 +46,7 @@ class ReproduceConfig:
 
     run_dir: str = flag("", "Folder of the whole reproduction.")
     paper: Literal["booster", "t_vaccine"] = flag("booster", "Whose list and recipes.")
-    model: str = flag(WORLD, "Model: a Hugging Face directory, a hub id, a .gguf file, or the small world.")
+    model: str = flag(world.NAME, "Model: a Hugging Face directory, a hub id, a .gguf file, or the small world.")
     seeds: tuple[str, ...] = flag(("0",), "Seeds; everything is run for each.")
 
     def __post_init__(self):
@@ -224,23 +220,23 @@ def read_recipes(config: ReproduceConfig, flag_values: flags.FlagValues = flags.
     Raises:
       ValueError: there is nothing to score HS or FA on, or a flag is not valid.
     """
-    world = config.model == WORLD
+    on_world = config.model == world.NAME
     read = functools.partial(config_flags.read, flag_values=flag_values)
     aligned, attacked = {}, {}
     for defense in ("sft", "vaccine", config.paper):
         aligned[defense] = read(
-            AlignConfig, preset=presets.WORLD_ALIGN if world else presets.ALIGN[defense], run_dir="-", seed=0,
+            AlignConfig, preset=presets.WORLD_ALIGN if on_world else presets.ALIGN[defense], run_dir="-", seed=0,
             model=config.model, defense=defense, base_defense="sft", overwrite=False)
     shared = {name: getattr(aligned["sft"], name) for name in {*ATTACK_SHARED, *EVALUATE_SHARED}}
     scores = read(
-        EvaluateConfig, preset=WORLD_TESTS if world else None, run_dir="-", model=config.model, trained="", seed=0,
-        loss_data="", overwrite=False, **{name: shared[name] for name in EVALUATE_SHARED})
+        EvaluateConfig, preset=presets.WORLD_TESTS if on_world else None, run_dir="-", model=config.model, trained="",
+        seed=0, loss_data="", overwrite=False, **{name: shared[name] for name in EVALUATE_SHARED})
     common.require(scores, "harmful_test", bool(scores.harmful_test), "harmful prompts for HS")
     common.require(scores, "sst2_test", any(getattr(scores, name) for name in ACCURACY_TESTS),
                    "data for FA, or one of " + ", ".join(f"--{name}" for name in ACCURACY_TESTS[1:]))
     for defense in aligned:
         attacked[defense] = read(
-            FinetuneConfig, "attack_", presets.WORLD_ATTACK if world else presets.FINETUNE[defense], run_dir="-",
+            FinetuneConfig, "attack_", presets.WORLD_ATTACK if on_world else presets.FINETUNE[defense], run_dir="-",
             aligned="-", poison_ratio=0.1, seed=0, test_data=scores.harmful_test, overwrite=False,
             **{name: shared[name] for name in ATTACK_SHARED})
     return Recipes(aligned, attacked, scores)
@@ -249,7 +245,7 @@ def read_recipes(config: ReproduceConfig, flag_values: flags.FlagValues = flags.
 def main(argv: list[str]) -> None:
     with common.readable_errors("reproduce", argv):
         config = config_flags.read(ReproduceConfig)
-        print(reproduce(config, read_recipes(config), REDUCED if config.model == WORLD else FULL))
+        print(reproduce(config, read_recipes(config), REDUCED if config.model == world.NAME else FULL))
 
 
 if __name__ == "__main__":
