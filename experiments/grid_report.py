@@ -23,8 +23,8 @@ def note(bases: Sequence[str], seeds: Sequence[str]) -> str:
     return ("HS: answers to harmful requests that are no refusal (lower is better); FA: correct answers on the user's "
             "task (higher is better); over-refusal: benign requests refused by the aligned model (lower is better). "
             + (spread if count > 1 else f"One run: {bases[0]}, seed {seeds[0]}. ")
-            + '"Along the attack", where there is such a column: HS averaged over the attack\'s steps, which tells defenses '
-            "apart that delay it.\n")
+            + '"Along the attack", where there is such a column: HS averaged over the attack\'s steps, which tells '
+            "defenses apart that delay it.\n")
 
 
 def summary(values: np.ndarray) -> str:
