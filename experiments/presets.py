@@ -22,6 +22,9 @@ ALIGN: dict[str, dict[str, Any]] = {
     "vaccine": {**_VACCINE, "defense": "vaccine", "rho": 2.0},
     "t_vaccine": {**_VACCINE, "defense": "t_vaccine", "rho": 3.0, "layers": 8, "sample_every": 20, "probe_every": 200,
                   "harmful_batch_size": 1},
+    # As Booster's authors compare with it; the weights of its own paper are 1 and 0.001, for all weights of a model.
+    "repnoise": {**_BOOSTER, "defense": "repnoise", "batch_size": 5, "harmful_batch_size": 5, "ascent_weight": 0.1,
+                 "noise_weight": 0.001},
 }
 
 _ATTACK = {"learning_rate": 1e-5, "weight_decay": 0.1, "batch_size": 10, "epochs": 20.0, "n": 1000, "poison_ratio": 0.1}
@@ -32,6 +35,7 @@ FINETUNE: dict[str, dict[str, Any]] = {
     "sft": {**_ATTACK, "max_length": 256, "adapter": "new"},
     "vaccine": {**_T_VACCINE_ATTACK, "adapter": "new"},
     "t_vaccine": {**_T_VACCINE_ATTACK, "adapter": "new"},
+    "repnoise": {**_ATTACK, "max_length": 256, "adapter": "new"},
 }
 
 # The small world (jaxvaccine/data/world.py), not published: an attack within whose 100 steps plain alignment goes from
