@@ -296,7 +296,7 @@ def test_presets_are_the_published_recipes(name):
     config = config_flags.read(align.AlignConfig, preset=presets.ALIGN[name], flag_values=values)
     published = {"booster": (32, 5e-4, "constant", 256), "sft": (32, 5e-4, "constant", 256),
                  "vaccine": (8, 1e-3, "cosine", 200), "t_vaccine": (8, 1e-3, "cosine", 200),
-                 "repnoise": (32, 5e-4, "constant", 256)}[name]
+                 "repnoise": (32, 5e-4, "constant", 256), "tar": (8, 1e-3, "cosine", 200)}[name]
     assert (config.rank, config.learning_rate, config.schedule, config.max_length) == published
     assert config.defense == name and config.weight_decay == 0.1
     assert config.batch_size == (5 if name == "repnoise" else 10)
