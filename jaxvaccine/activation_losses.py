@@ -60,7 +60,9 @@ def squared_mmd(x_BxF, y_BxF):
     """
     rows = jnp.concatenate([x_BxF, y_BxF])
     norms = jnp.sum(rows * rows, axis=-1)
-    squared = jnp.maximum(norms[:, None] + norms[None] - 2 * rows @ rows.T, 0)
+    # In full precision on GPUs too: these are differences of large numbers.
+    products = jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)
+    squared = jnp.maximum(norms[:, None] + norms[None] - 2 * products, 0)
     count = rows.shape[0]
     bandwidth = jax.lax.stop_gradient(squared.sum() / (count * (count - 1)))
     bandwidth = jnp.where(bandwidth > 0, bandwidth, 1)
