@@ -5,19 +5,26 @@
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
+import optax
 from absl import app, flags
 
 from experiments import common, config_flags, presets
 from experiments.config_flags import flag
 from jaxvaccine import data, defenses, runs
+from jaxvaccine.activation_losses import loss_and_hidden_distance, noise_and_ascent
 from jaxvaccine.checkpoints import hugging_face
 from jaxvaccine.llama import Llama, init_adapter
 from jaxvaccine.llama_config import TARGETS
-from jaxvaccine.losses import causal_lm_loss
+from jaxvaccine.losses import causal_lm_loss, negative_entropy
 
-DEFENSES = ("sft", "vaccine", "t_vaccine", "booster")
+DEFENSES = ("sft", "vaccine", "t_vaccine", "booster", "repnoise", "tar")
+# Flags that only runs with this method record, so that runs from before it was here can be continued.
+METHOD_FLAGS = {
+    "repnoise": ("harmless_data", "ascent_weight", "noise_weight"),
+    "tar": ("inner_steps", "inner_learning_rate", "adversary", "tamper_weight", "retain_weight")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +32,17 @@ class AlignConfig(common.TrainingConfig):
     """Flags of align.py."""
 
     model: str = flag("", "Model to align: a Hugging Face directory, a hub id or a .gguf file.")
-    defense: Literal["sft", "vaccine", "t_vaccine", "booster"] = flag("sft", "Alignment-stage defense.")
-    base_defense: Literal["sft", "vaccine", "t_vaccine"] = flag(
+    defense: Literal["sft", "vaccine", "t_vaccine", "booster", "repnoise", "tar"] = flag(
+        "sft", "Alignment-stage defense.")
+    base_defense: Literal["sft", "vaccine", "t_vaccine", "repnoise", "tar"] = flag(
         "sft", "Booster only: whose gradient stands in the place of the alignment loss's.")
     alignment_data: str = flag(
         "", "Alignment data: kind:path-or-hub-id@split[start:stop], several separated by commas.")
-    harmful_data: str = flag("", "Harmful data of Booster's simulated step and of T-Vaccine's probe, in the same form.")
+    harmful_data: str = flag(
+        "", "Harmful data of Booster's simulated step, T-Vaccine's probe, RepNoise and TAR, in the same form.")
+    harmless_data: str = flag(
+        "", "RepNoise: harmless answers to the prompts of --harmful_data, in any order, among others; --alignment_data "
+        "unless given. A prompt without one gets a refusal of ours.")
     harmful_batch_size: int = flag(10, "Rows of a harmful batch.")
     rank: int = flag(8, "LoRA rank.")
     lora_alpha: float = flag(4.0, "LoRA alpha: the adapter's output is scaled by alpha / rank.")
@@ -50,6 +62,13 @@ class AlignConfig(common.TrainingConfig):
     lam: float = flag(5.0, "Booster: weight of the regularizer.")
     alpha: float = flag(0.1, "Booster: length of the simulated harmful step.")
     exact: bool = flag(False, "Booster: the exact gradient of the regularizer, by a second derivative.")
+    ascent_weight: float = flag(1.0, "RepNoise: alpha, weight of the harmful loss's logarithm.")
+    noise_weight: float = flag(0.001, "RepNoise: beta, weight of the distance from noise.")
+    inner_steps: int = flag(4, "TAR: k, steps of the simulated attack.")
+    inner_learning_rate: float = flag(5e-4, "TAR: learning rate of the simulated attack.")
+    adversary: Literal["adamw", "sgd"] = flag("adamw", "TAR: optimizer of the simulated attack.")
+    tamper_weight: float = flag(4.0, "TAR: weight of the tamper-resistance loss after the attack.")
+    retain_weight: float = flag(1.0, "TAR: weight of the alignment loss and the hidden states' distance.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,13 +79,18 @@ class AlignConfig(common.TrainingConfig):
         common.require(self, "harmful_batch_size", self.harmful_batch_size >= 1, "at least 1")
         common.require(self, "harmful_data", bool(self.harmful_data) or not self.needs_harmful(),
                        f"a data source, which --defense={self.defense} needs")
-        common.check_sources(self, "alignment_data", "harmful_data")
+        common.require(self, "inner_learning_rate", self.inner_learning_rate >= 0, "at least 0")
+        common.check_sources(self, "alignment_data", "harmful_data", "harmless_data")
         common.lora_of(self)
         make_defense(self)(None)  # its hyper-parameters are checked where they are documented
 
+    def uses(self, method: str) -> bool:
+        """Whether it is the defense or Booster's base."""
+        return method in (self.defense, self.base_defense)
+
     def needs_harmful(self) -> bool:
-        probes = "t_vaccine" in (self.defense, self.base_defense) and self.importance == "harmful"
-        return probes or self.defense == "booster"
+        probes = self.uses("t_vaccine") and self.importance == "harmful"
+        return probes or any(map(self.uses, ("booster", "repnoise", "tar")))
 
 
 def make_defense(config: AlignConfig):
@@ -81,19 +105,51 @@ def make_defense(config: AlignConfig):
                 importance=config.importance, draw=config.draw, direction=config.direction),
             "booster": lambda: defenses.booster(
                 loss_fn, config.lam, config.alpha, base=by_name[config.base_defense](), exact=config.exact),
+            "repnoise": lambda: defenses.repnoise(
+                loss_fn, noise_and_ascent(model), config.ascent_weight, config.noise_weight),
+            "tar": lambda: defenses.tar(
+                loss_fn, negative_entropy(model), loss_and_hidden_distance(model), adversary(config),
+                config.inner_steps, config.tamper_weight, config.retain_weight),
         }
         return by_name[config.defense]()
 
     return make
 
 
-def align(config: AlignConfig) -> None:
-    """Carries out the run; returns at once if it has finished."""
+def adversary(config: AlignConfig) -> optax.GradientTransformation:
+    """The optimizer of TAR's simulated attack; AdamW with PyTorch's weight decay."""
+    if config.adversary == "sgd":
+        return optax.sgd(config.inner_learning_rate)
+    return optax.adamw(config.inner_learning_rate, weight_decay=0.01)
+
+
+def load_data(config: AlignConfig) -> dict[str, list[data.Example]]:
+    """The examples that the alignment reads."""
     examples = {"alignment": common.load_sources(config.alignment_data)}
     if config.needs_harmful():
         examples["harmful"] = common.load_sources(config.harmful_data)
+    if config.uses("repnoise"):
+        harmless = common.load_sources(config.harmless_data) if config.harmless_data else examples["alignment"]
+        examples["harmless"] = data.harmless_answers(examples["harmful"], harmless)
+    return examples
+
+
+def batch_sources(config: AlignConfig, tokenized: Mapping[str, data.TokenizedExamples]
+                  ) -> dict[str, tuple[data.TokenizedExamples, int]]:
+    """What `data.training_batches` draws a step's batches from, given the tokenized examples of `load_data`."""
+    sizes = {"alignment": config.batch_size, "harmful": config.harmful_batch_size,
+             "harmless": config.harmful_batch_size}
+    sources = {name: (rows, sizes[name]) for name, rows in tokenized.items()}
+    if config.uses("tar"):
+        sources["adversary"] = (tokenized["harmful"], config.harmful_batch_size * config.inner_steps)
+    return sources
+
+
+def align(config: AlignConfig) -> None:
+    """Carries out the run; returns at once if it has finished."""
+    examples = load_data(config)
     architecture = common.read_architecture(config.model)
-    if "t_vaccine" in (config.defense, config.base_defense):
+    if config.uses("t_vaccine"):
         common.require(config, "layers", config.layers <= architecture.num_layers,
                        f"at most the model's {architecture.num_layers} layers")
     tokenizer = data.load_tokenizer(hugging_face.resolve_model(config.model))
@@ -101,6 +157,8 @@ def align(config: AlignConfig) -> None:
     tokenized = {name: data.tokenize_examples(tokenizer, rows, config.max_length) for name, rows in examples.items()}
 
     result, operational = common.result_flags(config)
+    unused = {name for method, names in METHOD_FLAGS.items() if not config.uses(method) for name in names}
+    result = {name: value for name, value in result.items() if name not in unused}
     run_dir = runs.open_run(config.run_dir, "align", result, {
         "hashes": {name: runs.examples_hash(rows) for name, rows in examples.items()},
         "dropped": {name: rows.dropped for name, rows in tokenized.items()},
@@ -111,10 +169,8 @@ def align(config: AlignConfig) -> None:
     lora = common.lora_of(config)
     base = common.load_base(config.model, config.dtype)
     adapter = init_adapter(base.model.clone(lora=lora), common.fresh_key(config))
-    sizes = {"alignment": config.batch_size, "harmful": config.harmful_batch_size}
-    common.train(config, run_dir, base, lora, adapter, make_defense(config),
-                 {name: (rows, sizes[name]) for name, rows in tokenized.items()}, config.model,
-                 f"Alignment with {config.defense}")
+    common.train(config, run_dir, base, lora, adapter, make_defense(config), batch_sources(config, tokenized),
+                 config.model, f"Alignment with {config.defense}")
 
 
 def main(argv: list[str]) -> None:

@@ -35,7 +35,9 @@ def step_memory(config: AlignConfig, dtype: str, architecture: LlamaConfig = CON
         return dict.fromkeys(("input_ids", "labels", "attention_mask"),
                              jax.ShapeDtypeStruct((rows, config.max_length), jnp.int32))
 
-    batches = {"alignment": batch(config.batch_size), "harmful": batch(config.harmful_batch_size)}
+    rows = config.harmful_batch_size
+    batches = {"alignment": batch(config.batch_size), "harmful": batch(rows), "harmless": batch(rows),
+               "adversary": batch(rows * config.inner_steps)}
     key = jax.eval_shape(lambda: jax.random.key(0))
     compiled = training.make_train_step(defense, optimizer).lower(state, shapes["params"], batches, key).compile()
 

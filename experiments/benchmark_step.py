@@ -154,10 +154,16 @@ def benchmark(config: BenchmarkConfig) -> str:
     architecture = SMOLLM2 if config.model == "smollm2" else common.read_architecture(config.model)
     model = llama.Llama(architecture, LoraConfig(rank=config.rank))
     frozen, adapter = llama.init_frozen(model, jax.random.key(1)), llama.init_adapter(model, jax.random.key(2))
-    ids = jax.random.randint(jax.random.key(3), (config.rows, config.length), 0, architecture.vocab_size)
     supervised = jnp.arange(config.length) >= config.length - config.supervised
-    batch = {"input_ids": ids, "labels": jnp.where(supervised, ids, IGNORED), "attention_mask": jnp.ones_like(ids)}
-    batches, key = {"alignment": batch, "harmful": batch}, jax.random.key(0)
+
+    def batch(seed, rows=config.rows):
+        ids = jax.random.randint(jax.random.key(seed), (rows, config.length), 0, architecture.vocab_size)
+        return {"input_ids": ids, "labels": jnp.where(supervised, ids, IGNORED), "attention_mask": jnp.ones_like(ids)}
+
+    inner_steps = align.AlignConfig.inner_steps
+    batches = {"alignment": batch(3), "harmful": batch(4), "harmless": batch(5),
+               "adversary": batch(6, inner_steps * config.rows)}
+    key = jax.random.key(0)
     blocks, used = (-(-config.rows * tokens // BLOCK) for tokens in (config.length, config.supervised))
     cases = {name: compile_step(defense, adapter, frozen, batches, key, used / blocks)
              for name, defense in variants(model).items()}

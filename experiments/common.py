@@ -186,6 +186,12 @@ def require_finished(name: str, run_dir: str) -> dict[str, Any]:
     return config
 
 
+def count_steps(config: TrainingConfig, sources: Mapping[str, tuple[data.TokenizedExamples, int]]) -> int:
+    """How many steps a run makes: --steps, or --epochs of the first source."""
+    tokenized, batch_size = next(iter(sources.values()))
+    return config.steps or data.steps_for(len(tokenized.input_ids), batch_size, config.epochs)
+
+
 def train(
     config: TrainingConfig,
     run_dir: Path,
@@ -211,8 +217,7 @@ def train(
       title: of the report.
     """
     model = base.model.clone(lora=lora, remat=config.remat)
-    tokenized, batch_size = next(iter(sources.values()))
-    steps = config.steps or data.steps_for(len(tokenized.input_ids), batch_size, config.epochs)
+    steps = count_steps(config, sources)
     estimator = defense(model)
     optimizer = optim.layer_masked_adamw(config.optimizer(), steps)
     state = training.init_train_state(adapter, estimator, optimizer)

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 from absl import app, flags
 
 from experiments import common, config_flags, parity, presets, reports
-from experiments.align import AlignConfig
+from experiments.align import AlignConfig, batch_sources, load_data
 from experiments.config_flags import flag
 from experiments.parity import METHODS, Problem, StepRecord
 from jaxvaccine import data, runs
@@ -105,9 +105,10 @@ def _real(config: AlignConfig) -> Problem:
     architecture = common.read_architecture(config.model)
     tokenizer = data.load_tokenizer(directory)
     data.check_vocabulary(tokenizer, architecture.vocab_size)
-    sources = {name: (data.tokenize_examples(tokenizer, common.load_sources(source), config.max_length), size)
-               for name, source, size in (("alignment", config.alignment_data, config.batch_size),
-                                          ("harmful", config.harmful_data, config.harmful_batch_size))}
+    # The batches are for all methods: RepNoise reads more data than the others, and TAR more of them.
+    examples = load_data(dataclasses.replace(config, defense="repnoise", base_defense="sft"))
+    tokenized = {name: data.tokenize_examples(tokenizer, rows, config.max_length) for name, rows in examples.items()}
+    sources = batch_sources(dataclasses.replace(config, defense="tar", base_defense="sft"), tokenized)
     batches = data.training_batches(sources, config.seed, config.bucket)
     adapter = init_adapter(Llama(architecture, common.lora_of(config)), common.fresh_key(config))
     return Problem(config, str(directory), jax.device_get(adapter), [batches(step) for step in range(config.steps)])

@@ -17,7 +17,12 @@ from jaxvaccine import data, defenses, runs
 from jaxvaccine.checkpoints import hugging_face
 from jaxvaccine.llama import Llama, init_adapter
 from jaxvaccine.llama_config import LoraConfig
-from jaxvaccine.losses import causal_lm_loss
+from jaxvaccine.losses import causal_lm_loss, loss_and_kl
+
+# Flags that only a run with a defense records, so that runs from before there was one can be continued.
+DEFENSE_FLAGS = ("defense", "alignment_data", "alignment_steps", "user_steps", "rho", "ewc_lam", "kl_lam")
+# Lisa's proximal term acts after this part of all steps, as in the authors' program.
+LISA_START = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +32,8 @@ class FinetuneConfig(common.TrainingConfig):
     learning_rate: float = flag(1e-5, "Peak learning rate.")
     aligned: str = flag("", "Folder of the finished align.py run to attack.")
     adapter: Literal["auto", "continue", "new"] = flag(
-        "auto", "Train the aligned adapter on, or a new one on the merged weights; auto continues Booster's only, "
-        "whose simulated step is one of that adapter.")
+        "auto", "Train the aligned adapter on, or a new one on the merged weights; auto continues Booster's and TAR's, "
+        "whose simulated steps are that adapter's, and what --defense=ewc holds.")
     user_data: str = flag("", "The user's benign data: kind:path-or-hub-id@split[start:stop], separated by commas.")
     harmful_data: str = flag("", "Harmful data mixed in; may share no prompt with the alignment's harmful data.")
     test_data: str = flag("", "Harmful test prompts, only to make sure that harmful_data shares none of them.")
@@ -39,6 +44,13 @@ class FinetuneConfig(common.TrainingConfig):
     dropout: float | None = flag(None, "LoRA dropout; as aligned unless given.")
     targets: tuple[str, ...] | None = flag(None, "Projections of a new adapter; as aligned unless given.")
     layers: tuple[str, ...] | None = flag(None, "Numbers, from 0, of the layers that train; all unless given.")
+    defense: Literal["none", "lisa", "ewc", "kl"] = flag("none", "The provider's defense while fine-tuning.")
+    alignment_data: str = flag("", "Lisa, EWC: alignment data, in the form of --user_data.")
+    alignment_steps: int = flag(100, "Lisa: K1, steps of a phase on alignment data.")
+    user_steps: int = flag(900, "Lisa: K2, steps of a phase on the user's data.")
+    rho: float = flag(1.0, "Lisa: weight of the proximal term.")
+    ewc_lam: float = flag(1e9, "EWC: weight of the penalty.")
+    kl_lam: float = flag(0.1, "KL: weight of the divergence from the aligned model.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -52,7 +64,13 @@ class FinetuneConfig(common.TrainingConfig):
         if self.layers is not None:
             common.require(self, "layers", bool(self.layers) and all(text.isdecimal() for text in self.layers),
                            "numbers of layers")
-        common.check_sources(self, "user_data", "harmful_data", "test_data")
+        common.require(self, "alignment_data", bool(self.alignment_data) or not self.needs_alignment(),
+                       f"a data source, which --defense={self.defense} needs")
+        common.check_sources(self, "user_data", "harmful_data", "test_data", "alignment_data")
+        make_defense(self, 1)(None, None)  # its hyper-parameters are checked where they are documented
+
+    def needs_alignment(self) -> bool:
+        return self.defense in ("lisa", "ewc")
 
     def layer_mask(self, num_layers: int) -> np.ndarray | None:
         """[L] bool, true where a layer trains; None for all. Raises ValueError for a layer that the model lacks."""
@@ -67,7 +85,8 @@ class FinetuneConfig(common.TrainingConfig):
         """The config with nothing left open, given the aligned run's flags."""
         adapter = self.adapter
         if adapter == "auto":
-            adapter = "continue" if aligned["defense"] == "booster" else "new"
+            # EWC holds the aligned adapter's weights.
+            adapter = "continue" if aligned["defense"] in ("booster", "tar") or self.defense == "ewc" else "new"
         lora = {}
         for name in ("rank", "lora_alpha", "dropout", "targets"):
             as_aligned = tuple(aligned[name]) if name == "targets" else aligned[name]
@@ -79,10 +98,42 @@ class FinetuneConfig(common.TrainingConfig):
         return dataclasses.replace(self, adapter=adapter, **lora)
 
 
+def masked(defense: defenses.Defense, layers) -> defenses.Defense:
+    """The defense on all layers, or on those where `layers` ([L] bool) is true."""
+    return defense if layers is None else defenses.only_layers(defense, layers)
+
+
 def fine_tuning(model: Llama, layers) -> defenses.Defense:
     """Fine-tuning as it is, of all layers or of those where `layers` ([L] bool) is true."""
-    defense = defenses.sft(causal_lm_loss(model))
-    return defense if layers is None else defenses.only_layers(defense, layers)
+    return masked(defenses.sft(causal_lm_loss(model)), layers)
+
+
+def make_defense(config: FinetuneConfig, steps: int):
+    """(model, fisher) -> the `Defense` that the flags describe, of all layers, in a run of so many steps.
+
+    fisher: EWC's weights, of `alignment_fisher`.
+    """
+    def make(model: Llama | None, fisher) -> defenses.Defense:
+        loss_fn = causal_lm_loss(model)
+        return {
+            "none": lambda: defenses.sft(loss_fn),
+            "lisa": lambda: defenses.lisa(
+                loss_fn, config.alignment_steps, config.user_steps, config.rho, LISA_START * steps),
+            "ewc": lambda: defenses.ewc(loss_fn, config.ewc_lam, fisher),
+            "kl": lambda: defenses.kl(loss_and_kl(model), config.kl_lam),
+        }[config.defense]()
+
+    return make
+
+
+def alignment_fisher(config: FinetuneConfig, base: common.Base, lora: LoraConfig, adapter,
+                     alignment: data.TokenizedExamples):
+    """EWC's Fisher weights, of the adapter that training starts from, on one pass over the alignment data."""
+    steps = data.steps_for(len(alignment.input_ids), config.batch_size, 1)
+    batches = data.training_batches({"alignment": (alignment, config.batch_size)}, config.seed, config.bucket)
+    loss_fn = causal_lm_loss(base.model.clone(lora=lora, remat=config.remat))
+    return defenses.diagonal_fisher(
+        loss_fn, adapter, base.frozen, (batches(step)["alignment"] for step in range(steps)))
 
 
 def finetune(config: FinetuneConfig) -> None:
@@ -100,12 +151,19 @@ def finetune(config: FinetuneConfig) -> None:
     model_path = aligned["flags"]["model"]
     layers = config.layer_mask(common.read_architecture(model_path).num_layers)
     tokenizer = data.load_tokenizer(hugging_face.resolve_model(model_path))
-    tokenized = data.tokenize_examples(tokenizer, examples, config.max_length)
+    read = {"user": examples}
+    if config.needs_alignment():
+        read["alignment"] = common.load_sources(config.alignment_data)
+    tokenized = {name: data.tokenize_examples(tokenizer, rows, config.max_length) for name, rows in read.items()}
 
     result, operational = common.result_flags(config)
+    if config.defense == "none":
+        result = {name: value for name, value in result.items() if name not in DEFENSE_FLAGS}
     run_dir = runs.open_run(config.run_dir, "finetune", {"model": model_path, **result}, {
-        "hashes": {"user": runs.examples_hash(examples)}, "dropped": {"user": tokenized.dropped},
-        "prompts": {"harmful": common.prompts_of(harmful), "user": common.prompts_of(examples)},
+        "hashes": {name: runs.examples_hash(rows) for name, rows in read.items()},
+        "dropped": {name: rows.dropped for name, rows in tokenized.items()},
+        "prompts": {"harmful": common.prompts_of(harmful), **{
+            name: common.prompts_of(rows) for name, rows in read.items()}},
     }, operational, config.overwrite)
     if common.is_finished(config.run_dir):
         return
@@ -113,9 +171,16 @@ def finetune(config: FinetuneConfig) -> None:
     adapter = base.adapter
     if config.adapter == "new":
         adapter = init_adapter(base.model.clone(lora=lora), common.fresh_key(config))
-    common.train(config, run_dir, base, lora, adapter, lambda model: fine_tuning(model, layers),
-                 {"alignment": (tokenized, config.batch_size)}, model_path,
-                 f"Fine-tuning of {config.aligned} with p = {config.poison_ratio:g}")
+    # Plain fine-tuning is SFT, which calls what it trains on "alignment".
+    sources = {"alignment" if config.defense == "none" else "user": (tokenized["user"], config.batch_size)}
+    if config.defense == "lisa":
+        sources["alignment"] = (tokenized["alignment"], config.batch_size)
+    fisher = None
+    if config.defense == "ewc":
+        fisher = alignment_fisher(config, base, lora, adapter, tokenized["alignment"])
+    make = make_defense(config, common.count_steps(config, sources))
+    common.train(config, run_dir, base, lora, adapter, lambda model: masked(make(model, fisher), layers), sources,
+                 model_path, f"Fine-tuning of {config.aligned} with p = {config.poison_ratio:g}")
 
 
 def main(argv: list[str]) -> None:

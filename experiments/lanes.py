@@ -77,12 +77,6 @@ def _compiled(model: Llama, config: AlignConfig | None, optimizer_config: optim.
     return jax.jit(jax.vmap(init, out_axes=axes)), jax.jit(step, donate_argnums=0)
 
 
-def count_steps(config: common.TrainingConfig, sources: Sources) -> int:
-    """How many steps `train` makes."""
-    tokenized, batch_size = next(iter(sources.values()))
-    return config.steps or data.steps_for(len(tokenized.input_ids), batch_size, config.epochs)
-
-
 def train(lanes: Lanes, config: common.TrainingConfig, sources: Sequence[Sources], seeds: Sequence[int],
           observe: Callable[[int, Lanes], None] | None = None) -> tuple[Lanes, dict[str, np.ndarray]]:
     """Trains all lanes; lane i sees sources[i] in the order of seeds[i].
@@ -98,9 +92,12 @@ def train(lanes: Lanes, config: common.TrainingConfig, sources: Sequence[Sources
       The trained lanes, and every metric of every step, [steps, N, ...].
 
     Raises:
+      ValueError: a defense of the fine-tuning stage, which lanes don't have.
       FloatingPointError: the loss of a lane is not finite.
     """
-    steps = count_steps(config, sources[0])
+    if isinstance(config, FinetuneConfig):
+        common.require(config, "defense", config.defense == "none", "none where many seeds are trained at once")
+    steps = common.count_steps(config, sources[0])
     defense = _defense_alone(config) if isinstance(config, AlignConfig) else None
     layers = config.layer_mask(lanes.model.config.num_layers) if isinstance(config, FinetuneConfig) else None
     init, step_fn = _compiled(lanes.model, defense, config.optimizer(), steps, lanes.own_base)

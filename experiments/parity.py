@@ -6,7 +6,7 @@ two such records are apart. PyTorch is imported only by `torch_steps`.
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import optax
 from experiments.align import AlignConfig, make_defense
 from experiments.common import lora_of
 from jaxvaccine import llama, optim, training
+from jaxvaccine.activation_losses import layer_noise
 from jaxvaccine.checkpoints import hugging_face
 from jaxvaccine.llama_config import LlamaConfig
 
@@ -30,6 +31,9 @@ METHODS: dict[str, dict[str, str]] = {
     "booster": {"defense": "booster"},
     "vaccine_booster": {"defense": "booster", "base_defense": "vaccine"},
     "t_vaccine_booster": {"defense": "booster", "base_defense": "t_vaccine"},
+    "repnoise": {"defense": "repnoise"},
+    "repnoise_booster": {"defense": "booster", "base_defense": "repnoise"},
+    "tar": {"defense": "tar"},
 }
 
 # Four layers, grouped-query attention, every size different from the others where it can be.
@@ -39,7 +43,7 @@ TINY = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_laye
 TINY_FLAGS: dict[str, Any] = {
     "rank": 4, "lora_alpha": 8.0, "batch_size": 4, "harmful_batch_size": 3, "max_length": 16, "rho": 2.0, "layers": 2,
     "sample_every": 2, "probe_every": 5, "learning_rate": 5e-3, "schedule": "cosine", "warmup_ratio": 0.1,
-    "clip_norm": 0.2}
+    "clip_norm": 0.2, "noise_weight": 1.0, "inner_steps": 2, "inner_learning_rate": 1e-2}
 
 
 class Problem(NamedTuple):
@@ -48,7 +52,7 @@ class Problem(NamedTuple):
     config: AlignConfig  # defense, LoRA and optimizer; dtype may be float64 too, dropout must be 0
     model_dir: str  # Hugging Face directory of the base
     adapter: Any  # where training starts: a LoRA tree of numpy arrays, leaves [L, ...] float32
-    batches: Sequence[Mapping[str, Mapping[str, np.ndarray]]]  # one {"alignment": batch, "harmful": batch} per step
+    batches: Sequence[Mapping[str, Mapping[str, np.ndarray]]]  # one {"alignment": batch, "harmful": batch, …} per step
 
 
 class StepRecord(NamedTuple):
@@ -78,14 +82,17 @@ def _remember_gradient() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, updates))
 
 
-def jax_steps(problem: Problem) -> Iterator[StepRecord]:
-    """Trains with jaxvaccine's own train step. float64 needs jax_enable_x64, and makes the adapter float64 too."""
+def jax_steps(problem: Problem, make: Callable[..., Any] = make_defense) -> Iterator[StepRecord]:
+    """Trains with jaxvaccine's own train step. float64 needs jax_enable_x64, and makes the adapter float64 too.
+
+    make: config -> model -> the `Defense`; by default the one that the config names.
+    """
     config, steps = problem.config, len(problem.batches)
     model, frozen = hugging_face.load_model(
         problem.model_dir, lora=lora_of(config), dtype=config.dtype, remat=config.remat)
     adapter_dtype = jnp.promote_types(model.dtype, jnp.float32)
     adapter = jax.tree.map(lambda x: jnp.asarray(x, adapter_dtype), problem.adapter)
-    defense = make_defense(config)(model)
+    defense = make(config)(model)
     optimizer = optax.chain(_remember_gradient(), optim.layer_masked_adamw(config.optimizer(), steps))
     train_step = training.make_train_step(defense, optimizer)
     state = training.init_train_state(adapter, defense, optimizer)
@@ -99,14 +106,25 @@ def jax_steps(problem: Problem) -> Iterator[StepRecord]:
                          metrics.get("probabilities"), seconds)
 
 
-def torch_steps(problem: Problem, drawn: Sequence[np.ndarray | None]) -> Iterator[StepRecord]:
+def repnoise_noise(config: AlignConfig, step: int, layer: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The noise that RepNoise draws in a step: random draws are shared between the two sides."""
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    if config.defense == "booster":
+        key = jax.random.split(key, 3)[0]
+    noise_key = jax.random.split(key, 3)[2]
+    return np.asarray(layer_noise(noise_key, layer, shape, jnp.promote_types(config.dtype, jnp.float32)))
+
+
+def torch_steps(problem: Problem, drawn: Sequence[np.ndarray | None], gradient=None) -> Iterator[StepRecord]:
     """Trains with the reference.
 
     Args:
       problem: what to train.
       drawn: per step the active layers [L] bool that T-Vaccine is to draw (`StepRecord.active_layers` of the other
         side), None for other methods. The probabilities are the reference's own.
+      gradient: a `pytorch_reference.Gradient`; by default that of the method which the config names.
     """
+    from experiments import pytorch_methods
     from experiments import pytorch_reference as reference
 
     config, steps = problem.config, len(problem.batches)
@@ -120,10 +138,16 @@ def torch_steps(problem: Problem, drawn: Sequence[np.ndarray | None]) -> Iterato
     def vaccine(model, batches):
         return reference.vaccine_gradient(model, batches, config.rho)
 
-    gradients = {"sft": reference.sft_gradient, "vaccine": vaccine, "t_vaccine": t_vaccine.gradient}
-    gradient = gradients.get(config.defense) or (lambda model, batches: reference.booster_gradient(
+    gradients = {
+        "sft": reference.sft_gradient, "vaccine": vaccine, "t_vaccine": t_vaccine.gradient,
+        "repnoise": pytorch_methods.repnoise_gradient(
+            config.ascent_weight, config.noise_weight, lambda *of: repnoise_noise(config, done, *of)),
+        "tar": pytorch_methods.tar_gradient(
+            pytorch_methods.adamw_or_sgd(config.adversary, config.inner_learning_rate), config.inner_steps,
+            config.tamper_weight, config.retain_weight)}
+    gradient = gradient or gradients.get(config.defense) or (lambda model, batches: reference.booster_gradient(
         model, batches, config.lam, config.alpha, gradients[config.base_defense]))
-    for batches in problem.batches:
+    for done, batches in enumerate(problem.batches):  # noqa: B007, the noise is drawn for it
         started = time.perf_counter()
         loss = gradient(model, batches)
         grads = model.gradients()
@@ -179,6 +203,18 @@ def tiny_batch(rng: np.random.Generator, rows: int, length: int) -> dict[str, np
             "attention_mask": counts.astype(np.int32)}
 
 
+def other_answers(rng: np.random.Generator, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rows with the prompts of these, and answers of other lengths of which some tokens are the same."""
+    ids, labels, mask = (batch[name] for name in ("input_ids", "labels", "attention_mask"))
+    prompts = ((labels == -100) & (mask == 1)).sum(axis=1, keepdims=True)
+    position = np.arange(ids.shape[1])[None]
+    counts = position < rng.integers(prompts + 1, ids.shape[1] + 1)
+    answers = np.where(rng.random(ids.shape) < 0.2, ids, rng.integers(0, TINY.vocab_size, ids.shape))
+    other = np.where(counts, np.where(position < prompts, ids, answers), 0).astype(np.int32)
+    return {"input_ids": other, "labels": np.where(counts & (position >= prompts), other, -100).astype(np.int32),
+            "attention_mask": counts.astype(np.int32)}
+
+
 def tiny_problem(model_dir: str | Path, config: AlignConfig, architecture: LlamaConfig = TINY) -> Problem:
     """A random LLaMA, written to model_dir unless it is there, and random batches for config.steps.
 
@@ -192,7 +228,10 @@ def tiny_problem(model_dir: str | Path, config: AlignConfig, architecture: Llama
         hugging_face.save_model(model, frozen, model_dir)
     adapter = jax.tree.map(lambda x: np.asarray(x + 0.05 * jax.random.normal(keys[0], x.shape), np.float32),
                            llama.init_adapter(model, keys[1]))
-    rng = np.random.default_rng(config.seed)
+    rng, more = np.random.default_rng(config.seed), np.random.default_rng([config.seed, 1])
     batches = [{"alignment": tiny_batch(rng, config.batch_size, config.max_length),
                 "harmful": tiny_batch(rng, config.harmful_batch_size, config.max_length)} for _ in range(config.steps)]
+    rows = config.harmful_batch_size * config.inner_steps
+    batches = [{**of, "harmless": other_answers(more, of["harmful"]),
+                "adversary": tiny_batch(more, rows, config.max_length)} for of in batches]
     return Problem(config, str(model_dir), adapter, batches)

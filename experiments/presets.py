@@ -22,6 +22,13 @@ ALIGN: dict[str, dict[str, Any]] = {
     "vaccine": {**_VACCINE, "defense": "vaccine", "rho": 2.0},
     "t_vaccine": {**_VACCINE, "defense": "t_vaccine", "rho": 3.0, "layers": 8, "sample_every": 20, "probe_every": 200,
                   "harmful_batch_size": 1},
+    # As Booster's authors compare with it; the weights of its own paper are 1 and 0.001, for all weights of a model.
+    "repnoise": {**_BOOSTER, "defense": "repnoise", "batch_size": 5, "harmful_batch_size": 5, "ascent_weight": 0.1,
+                 "noise_weight": 0.001},
+    # The recipe and the adversary are those of T-Vaccine's comparison, whose program loses the gradient of the
+    # tamper-resistance loss; the weights are those of TAR's own, which trains all weights of a model.
+    "tar": {**_VACCINE, "defense": "tar", "harmful_batch_size": 10, "adversary": "sgd", "inner_steps": 1,
+            "inner_learning_rate": 0.01, "tamper_weight": 4.0, "retain_weight": 1.0},
 }
 
 _ATTACK = {"learning_rate": 1e-5, "weight_decay": 0.1, "batch_size": 10, "epochs": 20.0, "n": 1000, "poison_ratio": 0.1}
@@ -32,6 +39,8 @@ FINETUNE: dict[str, dict[str, Any]] = {
     "sft": {**_ATTACK, "max_length": 256, "adapter": "new"},
     "vaccine": {**_T_VACCINE_ATTACK, "adapter": "new"},
     "t_vaccine": {**_T_VACCINE_ATTACK, "adapter": "new"},
+    "repnoise": {**_ATTACK, "max_length": 256, "adapter": "new"},
+    "tar": {**_T_VACCINE_ATTACK, "adapter": "new"},
 }
 
 # The small world (jaxvaccine/data/world.py), not published: an attack within whose 100 steps plain alignment goes from

@@ -112,7 +112,7 @@ def align(config: AlignConfig, base: common.Base, tokenizer, seeds: Sequence[int
     if result.exists():
         return start._replace(adapters=lanes.stack([load_adapter(path, start.model) for path in paths]))
     sources = sweep.align_sources(config, tokenizer)
-    last, steps, measured = lanes.count_steps(config, sources), [], []
+    last, steps, measured = common.count_steps(config, sources), [], []
 
     def observe(step, of):
         if step % every == 0 or step == last:

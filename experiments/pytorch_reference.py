@@ -74,7 +74,7 @@ class TorchModel:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # between PEFT and transformers
             self.adapted = peft.get_peft_model(base, peft.LoraConfig(
                 r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)))
-        self.layers = base.model.layers
+        self.base, self.layers = base, base.model.layers
         self.projections = [
             (block, name, getattr(layer.self_attn if block == "attention" else layer.mlp, name), i)
             for i, layer in enumerate(self.layers)

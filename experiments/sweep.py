@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments import common, config_flags, lanes, presets, sweep_report
-from experiments.align import AlignConfig
+from experiments.align import AlignConfig, batch_sources, load_data
 from experiments.config_flags import flag
 from experiments.finetune import FinetuneConfig
 from experiments.sweep_report import ALIGNED, folder_name
@@ -123,11 +123,8 @@ class Scorer:
 
 def align_sources(config: AlignConfig, tokenizer) -> lanes.Sources:
     """What the alignment reads, the same in every lane."""
-    named = {"alignment": (config.alignment_data, config.batch_size)}
-    if config.needs_harmful():
-        named["harmful"] = (config.harmful_data, config.harmful_batch_size)
-    return {name: (data.tokenize_examples(tokenizer, data.load_examples(source), config.max_length), size)
-            for name, (source, size) in named.items()}
+    return batch_sources(config, {name: data.tokenize_examples(tokenizer, rows, config.max_length)
+                                  for name, rows in load_data(config).items()})
 
 
 def align(config: AlignConfig, base: common.Base, tokenizer, seeds: Sequence[int], folder: Path, scorer: Scorer
@@ -161,7 +158,7 @@ def attack(config: FinetuneConfig, align_config: AlignConfig, aligned: lanes.Lan
     sources = [{"alignment": (data.tokenize_examples(
         tokenizer, data.poison(user, harmful, config.n, config.poison_ratio, seed, forbidden), config.max_length),
         config.batch_size)} for seed in seeds]
-    last = lanes.count_steps(config, sources[0])
+    last = common.count_steps(config, sources[0])
     start = lanes.merged(aligned, config, seeds) if config.adapter == "new" else aligned
     scores, answers = {}, {}
 

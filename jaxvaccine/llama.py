@@ -37,6 +37,14 @@ class KeyValues(NamedTuple):
     v: Any
 
 
+class Activations(NamedTuple):
+    """What a model computes on the way, in the base's dtype."""
+
+    inputs: jax.Array  # [L, B, T, D], of every layer: the embeddings, then the residual stream, not normed
+    mlp: jax.Array  # [L, B, T, D], of every MLP: its output, before the residual add
+    final: jax.Array  # [B, T, D], after the last norm
+
+
 class Segment(NamedTuple):
     """A stretch of what generation remembers of each row, of which the first lengths[b] slots count.
 
@@ -208,8 +216,10 @@ class MLP(nn.Module):
     def __call__(self, x):
         dense = functools.partial(LoraDense, dtype=self.dtype, lora=self.lora)
         gate = jax.nn.silu(dense(self.config.intermediate_size, name="gate_proj")(x))
-        return dense(self.config.hidden_size, name="down_proj")(
+        out = dense(self.config.hidden_size, name="down_proj")(
             gate * dense(self.config.intermediate_size, name="up_proj")(x))
+        self.sow("intermediates", "output", out)  # kept by `layer_activations` alone
+        return out
 
 
 class Layer(nn.Module):
@@ -219,6 +229,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, rope, mask, cached):
+        self.sow("intermediates", "input", x)
         norm = functools.partial(RMSNorm, self.config.rms_norm_eps, self.dtype)
         attention, new = Attention(self.config, self.lora, self.dtype, name="attention")(
             norm(name="attention_norm")(x), rope, mask, cached)
@@ -254,7 +265,8 @@ class Llama(nn.Module):
             Layer, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
         self.layers = nn.scan(
             layer, length=config.num_layers, in_axes=(nn.broadcast, nn.broadcast, 0),
-            variable_axes={"params": 0, "lora": 0, "perturbations": 0}, split_rngs={"params": True, "dropout": True},
+            variable_axes={"params": 0, "lora": 0, "perturbations": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
         )(config, self.lora, self.dtype)
 
     def __call__(self, input_ids_BxT, attention_mask_BxT, cache: Sequence[Segment] = ()):
@@ -313,6 +325,16 @@ def hidden_states(model: Llama, adapter, frozen, input_ids_BxT, attention_mask_B
     return hidden_BxTxD
 
 
+def layer_activations(model: Llama, adapter, frozen, input_ids_BxT, attention_mask_BxT, *, key=None) -> Activations:
+    """What every layer reads and every MLP gives; arguments as of `hidden_states`."""
+    model, variables = _bind(model, adapter, frozen)
+    (final_BxTxD, _), sown = model.apply(
+        variables, input_ids_BxT, attention_mask_BxT, rngs=None if key is None else {"dropout": key},
+        mutable=["intermediates"])
+    layers = sown["intermediates"]["layers"]
+    return Activations(layers["input"][0], layers["mlp"]["output"][0], final_BxTxD)
+
+
 def extend_cache(model: Llama, adapter, frozen, input_ids_BxT, attention_mask_BxT, cache: Sequence[Segment] = ()):
     """Reads T more tokens of each row, which follow those of the cache's segments, one behind the other.
 
@@ -331,6 +353,11 @@ def unroll_layers(model: Llama, tree):
 def token_logits(model: Llama, frozen, hidden):
     """Next-token logits [..., V], accumulated in at least float32, of final hidden states [..., D]."""
     return model.apply({"params": frozen}, hidden, method="logits")
+
+
+def read_out(model: Llama, frozen, hidden):
+    """Logits [..., V] of what a layer reads or gives, [..., D]: through the last norm and the output head."""
+    return model.apply({"params": frozen}, hidden, method=lambda module, x: module.logits(module.norm(x)))
 
 
 def _init(model: Llama, key):

@@ -1,4 +1,4 @@
-"""Causal language-model loss that computes logits only where labels are supervised."""
+"""Losses of a causal language model that compute logits only where labels are supervised."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -21,12 +21,17 @@ def supervised_targets(labels_BxT) -> tuple[jax.Array, jax.Array]:
     return targets_BxT, targets_BxT != IGNORED
 
 
-def summed_cross_entropy(logits_fn: Callable, frozen, hidden_NxD, targets_N, block: int):
-    """Σ −log p(target) over the positions whose target is not IGNORED, in blocks of `block` positions.
+def sum_over_targets(block_sum: Callable, logits_fn: Callable, frozen, hidden_NxD, targets_N, block: int):
+    """Σ over the positions whose target is not IGNORED, in blocks of `block` positions.
 
     Supervised positions are gathered to the front, and a block without any is skipped at run time: the work is that of
     the supervised positions rounded up to a block, the memory that of one block's logits [block, V], and no shape
-    depends on how many there are, so that nothing recompiles. `logits_fn(frozen, hidden [block, D]) -> [block, V]`.
+    depends on how many there are, so that nothing recompiles.
+
+    Args:
+      block_sum: one of the `block_…` below: (logits_fn, frozen, hidden [block, D], targets [block]) -> scalar. The last
+        block is filled up with positions whose target is IGNORED.
+      logits_fn: (frozen, hidden [block, D]) -> [block, V].
     """
     count = targets_N.shape[0]
     block = min(block, count)
@@ -35,13 +40,27 @@ def summed_cross_entropy(logits_fn: Callable, frozen, hidden_NxD, targets_N, blo
     order = jnp.nonzero(targets_N != IGNORED, size=blocks * block, fill_value=count)[0]
     hidden = hidden_NxD.at[order].get(mode="fill", fill_value=0).reshape(blocks, block, -1)
     targets = targets_N.at[order].get(mode="fill", fill_value=IGNORED).reshape(blocks, block)
-    return _sum_over_blocks(functools.partial(_block_cross_entropy, logits_fn), frozen, hidden, targets)
+    return _sum_over_blocks(functools.partial(block_sum, logits_fn), frozen, hidden, targets)
 
 
-def _block_cross_entropy(logits_fn, frozen, hidden, targets):
+def block_cross_entropy(logits_fn, frozen, hidden, targets):
+    """Σ −log p(target)."""
     logits = logits_fn(frozen, hidden)
     target_logits = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
     return jnp.where(targets != IGNORED, jax.nn.logsumexp(logits, axis=-1) - target_logits, 0).sum()
+
+
+def block_negative_entropy(logits_fn, frozen, hidden, targets):
+    """Σ Σ_v p_v log p_v, of the distributions over the vocabulary where there is a target."""
+    log_p = jax.nn.log_softmax(logits_fn(frozen, hidden))
+    return jnp.where(targets != IGNORED, jnp.sum(jnp.exp(log_p) * log_p, axis=-1), 0).sum()
+
+
+def block_kl(logits_fn, frozen, hidden, targets):
+    """Σ KL(reference ‖ p) of hidden states [block, 2 D]: p's, then the reference's, which is held constant."""
+    hidden, reference = jnp.split(hidden, 2, axis=-1)
+    log_p, log_r = (jax.nn.log_softmax(logits_fn(frozen, x)) for x in (hidden, jax.lax.stop_gradient(reference)))
+    return jnp.where(targets != IGNORED, jnp.sum(jnp.exp(log_r) * (log_r - log_p), axis=-1), 0).sum()
 
 
 def _skip_empty(fn, frozen, blocks):
@@ -85,6 +104,13 @@ def _sum_over_blocks_bwd(block_loss, residuals, cotangent):
 _sum_over_blocks.defvjp(_sum_over_blocks_fwd, _sum_over_blocks_bwd, symbolic_zeros=True)
 
 
+def mean_over_targets(block_sum: Callable, logits_fn: Callable, frozen, hidden_BxTxD, targets_BxT, block: int):
+    """`sum_over_targets` divided by the number of targets; 0 without any."""
+    total = sum_over_targets(block_sum, logits_fn, frozen, hidden_BxTxD.reshape(-1, hidden_BxTxD.shape[-1]),
+                             targets_BxT.reshape(-1), block)
+    return total / jnp.maximum((targets_BxT != IGNORED).sum(), 1)
+
+
 def causal_lm_loss(model: llama.Llama, *, block: int = 128) -> LossFn:
     """The mean cross-entropy over the supervised positions of the whole batch.
 
@@ -99,17 +125,51 @@ def causal_lm_loss(model: llama.Llama, *, block: int = 128) -> LossFn:
       draws LoRA dropout, None turns it off. aux: "tokens", how many positions were supervised; "perturbations", what
       was added at the perturbation sites, from which a defense learns their shapes.
     """
+    logits_fn = functools.partial(llama.token_logits, model)
 
     def loss_fn(adapter, frozen, batch: Batch, perturbations=None, key=None):
         no_perturbations = llama.zero_perturbations(model, *batch["input_ids"].shape)
         hidden_BxTxD = llama.hidden_states(
             model, adapter, frozen, batch["input_ids"], batch["attention_mask"], perturbations=perturbations, key=key)
         targets_BxT, supervised_BxT = supervised_targets(batch["labels"])
-        tokens = supervised_BxT.sum()
-        total = summed_cross_entropy(
-            functools.partial(llama.token_logits, model), frozen,
-            hidden_BxTxD.reshape(-1, hidden_BxTxD.shape[-1]), targets_BxT.reshape(-1), block)
-        return total / jnp.maximum(tokens, 1), {
-            "tokens": tokens, "perturbations": no_perturbations if perturbations is None else perturbations}
+        loss = mean_over_targets(block_cross_entropy, logits_fn, frozen, hidden_BxTxD, targets_BxT, block)
+        return loss, {"tokens": supervised_BxT.sum(),
+                      "perturbations": no_perturbations if perturbations is None else perturbations}
+
+    return loss_fn
+
+
+def negative_entropy(model: llama.Llama, *, block: int = 128) -> LossFn:
+    """−H of the next-token distributions, the mean over the supervised positions of the whole batch.
+
+    `negative_entropy(model)(adapter, frozen, batch, key=None) -> (−H, {})`, batch and key as of `causal_lm_loss`.
+    """
+    logits_fn = functools.partial(llama.token_logits, model)
+
+    def loss_fn(adapter, frozen, batch: Batch, key=None):
+        hidden_BxTxD = llama.hidden_states(
+            model, adapter, frozen, batch["input_ids"], batch["attention_mask"], key=key)
+        targets_BxT, _ = supervised_targets(batch["labels"])
+        return mean_over_targets(block_negative_entropy, logits_fn, frozen, hidden_BxTxD, targets_BxT, block), {}
+
+    return loss_fn
+
+
+def loss_and_kl(model: llama.Llama, *, block: int = 128) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The cross-entropy, and KL(p_reference ‖ p) of the next-token distributions: means over the supervised positions.
+
+    `loss_and_kl(model)(adapter, frozen, batch, reference, key=None) -> (loss, kl)`; reference is an adapter, held
+    constant and without dropout; batch and key are as of `causal_lm_loss`.
+    """
+    logits_fn = functools.partial(llama.token_logits, model)
+
+    def loss_fn(adapter, frozen, batch: Batch, reference, key=None):
+        inputs = batch["input_ids"], batch["attention_mask"]
+        hidden_BxTxD = llama.hidden_states(model, adapter, frozen, *inputs, key=key)
+        reference_BxTxD = jax.lax.stop_gradient(llama.hidden_states(model, reference, frozen, *inputs))
+        targets_BxT, _ = supervised_targets(batch["labels"])
+        both_BxTx2D = jnp.concatenate([hidden_BxTxD, reference_BxTxD], axis=-1)
+        return (mean_over_targets(block_cross_entropy, logits_fn, frozen, hidden_BxTxD, targets_BxT, block),
+                mean_over_targets(block_kl, logits_fn, frozen, both_BxTx2D, targets_BxT, block))
 
     return loss_fn

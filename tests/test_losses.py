@@ -27,7 +27,7 @@ def naive_sum(frozen, hidden, targets):
 
 
 def blocked_sum(block, frozen, hidden, targets):
-    return losses.summed_cross_entropy(lambda w, x: x @ w, frozen, hidden, targets, block)
+    return losses.sum_over_targets(losses.block_cross_entropy, lambda w, x: x @ w, frozen, hidden, targets, block)
 
 
 def head(seed=0):
@@ -86,7 +86,8 @@ def test_only_blocks_with_supervised_positions_are_computed(supervised):
         jax.debug.callback(lambda: calls.append(x.shape))
         return x @ w
 
-    for fn in (losses.summed_cross_entropy, jax.grad(losses.summed_cross_entropy, argnums=2)):
+    summed = functools.partial(losses.sum_over_targets, losses.block_cross_entropy)
+    for fn in (summed, jax.grad(summed, argnums=2)):
         calls.clear()
         jax.block_until_ready(jax.jit(fn, static_argnums=(0, 4))(logits, frozen, hidden, targets, 8))
         jax.effects_barrier()

@@ -2,6 +2,7 @@
 
 from jaxvaccine.data.batching import batch_indices, bucket_length, check_batch, collate, steps_for, training_batches
 from jaxvaccine.data.kinds import DATASETS, EMBEDDED
+from jaxvaccine.data.pairing import harmless_answers
 from jaxvaccine.data.poisoning import check_disjoint, fingerprint, poison
 from jaxvaccine.data.prompts import Example, format_prompt
 from jaxvaccine.data.sources import (
@@ -36,6 +37,7 @@ __all__ = [
     "file_sha256",
     "fingerprint",
     "format_prompt",
+    "harmless_answers",
     "load_categories",
     "load_examples",
     "load_tokenizer",

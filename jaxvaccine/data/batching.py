@@ -15,6 +15,9 @@ from jaxvaccine.data.tokenizing import TokenizedExamples
 Batch = dict[str, np.ndarray]
 KEYS = ("input_ids", "labels", "attention_mask")
 IGNORED = -100
+# Streams that are drawn in the order of another: harmless answers go with the harmful ones to the same prompts, and the
+# user's data comes as it does to plain fine-tuning, where it is all there is and goes by the name "alignment".
+SAME_ORDER = {"harmless": "harmful", "user": "alignment"}
 
 
 def bucket_length(n: int, multiple: int = 64) -> int:
@@ -108,8 +111,9 @@ def training_batches(
     """Maps a step number (from 0) to {name: batch} for sources {name: (examples, batch size)}.
 
     Every source is a stream of its own (see batch_indices), its seed made from `seed` and its name, so that leaving one
-    out does not change the others. All batches of a step are padded to one common length, the bucket of the longest
-    row in any of them: a step then compiles once per bucket, and not once per combination of buckets.
+    out does not change the others; those in SAME_ORDER take another's. All batches of a step are padded to one common
+    length, the bucket of the longest row in any of them: a step then compiles once per bucket, and not once per
+    combination of buckets.
     """
     if not sources:
         raise ValueError("sources: found none, expected at least one")
@@ -119,7 +123,7 @@ def training_batches(
                 f"sources[{name!r}]: found {len(data.input_ids)} examples, batch size {batch_size}, "
                 "expected at least 1 of both"
             )
-    seeds = {name: stream_seed(seed, name) for name in sources}
+    seeds = {name: stream_seed(seed, SAME_ORDER.get(name, name)) for name in sources}
 
     def batches(step: int) -> dict[str, Batch]:
         rows = {

@@ -1,5 +1,6 @@
 """What a defense is: a gradient estimator, of the same shape as an Optax transformation."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,9 @@ Tree = Any
 # loss_fn(adapter, frozen, batch, perturbations=None, key=None) -> (scalar loss, aux). Vaccine and T-Vaccine read
 # aux["perturbations"], the tree added at the perturbation sites, for its shapes; its leaves are stacked [L, ...].
 LossFn = Callable[..., tuple[jax.Array, Mapping[str, Any]]]
+# reference_loss_fn(adapter, frozen, batch, reference, key=None) -> (scalar loss, scalar distance): the loss, and how
+# far what the adapter computes is from what another adapter, the reference, computes; in that there is no dropout.
+ReferenceLossFn = Callable[..., tuple[jax.Array, jax.Array]]
 
 # The released programs divide by ‖gradient‖ + 1e-7.
 NORM_EPSILON = 1e-7
@@ -26,8 +30,9 @@ class Defense(NamedTuple):
     Attributes:
       init: (adapter) -> state, a pytree of arrays.
       gradient: (adapter, frozen, state, batches, key) -> (grads, state, metrics). batches maps "alignment", and where
-        the method needs it "harmful", to a batch; key is a PRNG key, or None for no dropout where nothing else is
-        drawn; metrics are scalars and [L] arrays, "loss" the alignment loss.
+        the method needs them "harmful" and others, to a batch; a defense of the fine-tuning stage reads "user". key is
+        a PRNG key, or None for no dropout where nothing else is drawn; metrics are scalars and [L] arrays, "loss" the
+        alignment loss, at the fine-tuning stage that of the batch that is trained on.
       trainable: (state, adapter) -> what trains in the step whose `gradient` returned this state: a tree prefix of the
         adapter with [L] bool leaves, or None if nothing is frozen. Where it is false, gradients are zero and the
         optimizer leaves that layer of those leaves alone. By default the state's attribute `active_layers` ([L] bool,
@@ -37,6 +42,20 @@ class Defense(NamedTuple):
     init: Callable[[Tree], Tree]
     gradient: Callable[..., tuple[Tree, Tree, dict[str, jax.Array]]]
     trainable: Callable[[Tree, Tree], Tree | None] = lambda state, adapter: active_layers_of(state)
+
+
+def check_not_negative(method: str, **values: float) -> None:
+    """Raises ValueError, in the method's name, unless all of these are finite and at least 0."""
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{method}: {name}: found {value}, expected a finite number >= 0")
+
+
+def check_positive(method: str, **counts: int) -> None:
+    """Raises ValueError, in the method's name, unless all of these are at least 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{method}: {name}: found {count}, expected at least 1")
 
 
 def take_batch(batches: Mapping[str, Tree], name: str, method: str) -> Tree:

@@ -1,7 +1,5 @@
 """Booster: attenuating how much a simulated harmful step lowers the harmful loss (arXiv 2409.01586)."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -9,6 +7,7 @@ from jaxvaccine.defenses.base import (
     NORM_EPSILON,
     Defense,
     LossFn,
+    check_not_negative,
     global_norm,
     mask_layers,
     split_key,
@@ -41,9 +40,7 @@ def booster(
       A defense with the base's state and `trainable`. It needs the batches "alignment" and "harmful". Metrics: the
       base's, and harmful_loss h(w), perturbed_harmful_loss h(w'), harmful_gradient_norm.
     """
-    for name, value in (("lam", lam), ("alpha", alpha)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"booster: {name}: found {value}, expected a finite number >= 0")
+    check_not_negative("booster", lam=lam, alpha=alpha)
     base = sft(loss_fn) if base is None else base
 
     def gradient(adapter, frozen, state, batches, key):

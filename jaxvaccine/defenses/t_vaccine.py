@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxvaccine.defenses.base import Defense, LossFn, Tree, squared_norm, take_batch
+from jaxvaccine.defenses.base import Defense, LossFn, Tree, check_positive, squared_norm, take_batch
 from jaxvaccine.defenses.vaccine import Direction, activation_gradient, check_perturbation, perturbed_gradient
 
 
@@ -100,9 +100,7 @@ def t_vaccine(
       ValueError: an argument is out of range; by init, if S is larger than the number of layers, or if released_masks
         does not know the adapter's blocks.
     """
-    for name, value in (("layers", layers), ("sample_every", sample_every), ("probe_every", probe_every)):
-        if value < 1:
-            raise ValueError(f"t_vaccine: {name}: found {value}, expected at least 1")
+    check_positive("t_vaccine", layers=layers, sample_every=sample_every, probe_every=probe_every)
     check_perturbation("t_vaccine", rho, direction)
     for name, value, expected in (("freeze", freeze, ("layer", "released")),
                                   ("importance", importance, ("harmful", "alignment", "uniform")),

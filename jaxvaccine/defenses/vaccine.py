@@ -1,6 +1,5 @@
 """Vaccine: perturbation-aware alignment (arXiv 2402.01109)."""
 
-import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -12,6 +11,7 @@ from jaxvaccine.defenses.base import (
     Defense,
     LossFn,
     Tree,
+    check_not_negative,
     global_norm,
     mask_layers,
     scale_tree,
@@ -24,8 +24,7 @@ Direction = Literal["gradient", "gaussian"]
 
 def check_perturbation(method: str, rho: float, direction: str) -> None:
     """Raises ValueError, in the method's name, unless these describe a perturbation."""
-    if not 0 <= rho < math.inf:
-        raise ValueError(f"{method}: rho: found {rho}, expected a finite number >= 0")
+    check_not_negative(method, rho=rho)
     if direction not in ("gradient", "gaussian"):
         raise ValueError(f"{method}: direction: found {direction!r}, expected gradient or gaussian")
 

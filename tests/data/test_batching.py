@@ -138,6 +138,17 @@ def test_stream_seed_is_the_same_in_another_process():
     assert stream_seed(7, "harmful") != stream_seed(8, "harmful") != stream_seed(7, "alignment")
 
 
+def test_streams_in_the_order_of_another():
+    """A harmless answer comes with the harmful one to its prompt; the user's data as it does to plain fine-tuning."""
+    rows = (tokenized([3, 4, 5, 6, 7]), 2)
+    batches = training_batches({"harmful": rows, "harmless": rows}, seed=1)
+    for step in range(4):
+        found = batches(step)
+        np.testing.assert_array_equal(found["harmful"]["input_ids"], found["harmless"]["input_ids"])
+    user, plain = (training_batches({name: rows}, seed=1) for name in ("user", "alignment"))
+    np.testing.assert_array_equal(user(3)["user"]["input_ids"], plain(3)["alignment"]["input_ids"])
+
+
 def test_training_batches_refuses_empty_sources():
     with pytest.raises(ValueError, match="found none"):
         training_batches({}, 0)

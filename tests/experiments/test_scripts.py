@@ -91,6 +91,65 @@ def test_attack_and_scores(aligned, tmp_path):
     assert len(config["data"]["prompts"]["user"]) == 20
 
 
+@pytest.mark.parametrize("defense", ["repnoise", "tar"])
+def test_alignment_with_more_data(aligned, tmp_path, defense):
+    """RepNoise's harmless answers and TAR's adversary; what other methods' runs record has not changed."""
+    config = dataclasses.replace(aligned, run_dir=str(tmp_path / "run"), defense=defense, steps=2, inner_steps=2,
+                                 harmless_data="embedded_refusal@harmful" if defense == "repnoise" else "")
+    align.align(config)
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    if defense == "repnoise":
+        assert metrics[0]["ascent"] > 0 and metrics[0]["noise"] > 0
+        assert set(recorded["data"]["hashes"]) == {"alignment", "harmful", "harmless"}
+        assert recorded["flags"]["noise_weight"] == 0.001 and "inner_steps" not in recorded["flags"]
+    else:
+        assert metrics[0]["tamper_loss"] < 0 and metrics[1]["hidden_distance"] > 0
+        assert recorded["flags"]["adversary"] == "adamw" and "ascent_weight" not in recorded["flags"]
+    assert weights(config.run_dir) != weights(aligned.run_dir)
+    other = json.loads((Path(aligned.run_dir) / "config.json").read_text())["flags"]
+    assert not {"ascent_weight", "inner_steps"} & set(other)
+
+
+@pytest.mark.parametrize("defense", ["lisa", "ewc", "kl"])
+def test_a_defended_attack(aligned, tmp_path, defense):
+    attack = finetune.FinetuneConfig(
+        aligned=aligned.run_dir, run_dir=str(tmp_path / "run"), defense=defense, **{**ATTACK, "steps": 3},
+        alignment_data="" if defense == "kl" else "embedded_refusal@train[0:8]", alignment_steps=1, user_steps=1)
+    finetune.finetune(attack)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert config["flags"]["adapter"] == ("continue" if defense == "ewc" else "new")
+    assert config["flags"]["defense"] == defense
+    assert set(config["data"]["prompts"]) == {"harmful", "user"} | ({"alignment"} if defense != "kl" else set())
+    if defense == "lisa":
+        assert [m["aligning"] for m in metrics] == [True, False, True]
+    else:
+        assert [m["penalty" if defense == "ewc" else "kl"] > 0 for m in metrics] == [False, True, True]
+    with pytest.raises(FileExistsError, match=r"kl_lam: found 0\.1, expected 0\.2"):
+        finetune.finetune(dataclasses.replace(attack, kl_lam=0.2))
+
+
+def test_defenses_of_the_attack_are_checked():
+    def error(**changes):
+        with pytest.raises(ValueError) as raised:
+            finetune.FinetuneConfig(aligned="a", run_dir="r", **{**ATTACK, **changes})
+        return str(raised.value)
+
+    assert "--alignment_data: found '', expected a data source, which --defense=lisa needs" in error(defense="lisa")
+    data = {"alignment_data": "embedded_refusal@train"}
+    assert "lisa: user_steps: found 0, expected at least 1" in error(defense="lisa", user_steps=0, **data)
+    assert "ewc: lam: found -1.0" in error(defense="ewc", ewc_lam=-1.0, **data)
+    assert "--alignment_data" in error(defense="kl", alignment_data="nonsense:file")
+
+
+def test_an_attack_without_a_defense_records_what_it_always_did(aligned, tmp_path):
+    """So that folders from before there were defenses can be continued."""
+    attack = finetune.FinetuneConfig(aligned=aligned.run_dir, run_dir=str(tmp_path / "run"), **{**ATTACK, "steps": 1})
+    finetune.finetune(attack)
+    assert not set(finetune.DEFENSE_FLAGS) & set(json.loads((tmp_path / "run" / "config.json").read_text())["flags"])
+
+
 def test_interrupted_run_continues(aligned, tmp_path, monkeypatch):
     """A run whose fourth step fails goes on from its checkpoint to the weights of a run that was never interrupted."""
     config = dataclasses.replace(aligned, run_dir=str(tmp_path / "run"), steps=5, save_every=2, defense="booster")
@@ -238,9 +297,11 @@ def test_presets_are_the_published_recipes(name):
             "--harmful_data=embedded_harmful@harmful", "--epochs=1"])
     config = config_flags.read(align.AlignConfig, preset=presets.ALIGN[name], flag_values=values)
     published = {"booster": (32, 5e-4, "constant", 256), "sft": (32, 5e-4, "constant", 256),
-                 "vaccine": (8, 1e-3, "cosine", 200), "t_vaccine": (8, 1e-3, "cosine", 200)}[name]
+                 "vaccine": (8, 1e-3, "cosine", 200), "t_vaccine": (8, 1e-3, "cosine", 200),
+                 "repnoise": (32, 5e-4, "constant", 256), "tar": (8, 1e-3, "cosine", 200)}[name]
     assert (config.rank, config.learning_rate, config.schedule, config.max_length) == published
-    assert config.defense == name and config.batch_size == 10 and config.weight_decay == 0.1
+    assert config.defense == name and config.weight_decay == 0.1
+    assert config.batch_size == (5 if name == "repnoise" else 10)
     assert config.epochs == 1, "a flag that is given goes before the preset"
     if name == "t_vaccine":
         assert (config.rho, config.layers, config.sample_every, config.probe_every) == (3.0, 8, 20, 200)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments import parity
+from experiments import align, parity
 from experiments.align import AlignConfig
 
 
@@ -24,22 +24,27 @@ FLOAT32 = Tolerance(first_gradient=1e-5, gradient=1e-3, loss=1e-4, adapter=1e-3,
 FLOAT64 = Tolerance(first_gradient=1e-10, gradient=1e-10, loss=1e-10, adapter=1e-10, probabilities=1e-10)
 
 
+# Fifty steps for layers that freeze and come back; five show a method that has no schedule.
+STEPS = dict.fromkeys(("repnoise", "repnoise_booster", "tar"), 5)
+
+
 def tiny_config(method: str, **flags) -> AlignConfig:
     """Flags of a tiny run; without rematerialisation, which compiles sooner."""
     return AlignConfig(**{
         "run_dir": "unused", "model": "tiny", "alignment_data": "embedded_refusal@train",
-        "harmful_data": "embedded_harmful@harmful", "remat": "none", "dtype": "float32", "steps": 50,
+        "harmful_data": "embedded_harmful@harmful", "remat": "none", "dtype": "float32", "steps": STEPS.get(method, 50),
         **parity.TINY_FLAGS, **parity.METHODS[method], **flags})
 
 
-def check(problem: parity.Problem, tolerance: Tolerance) -> list[parity.StepRecord]:
-    """Runs both sides and returns the PyTorch side's records.
+def check(problem: parity.Problem, tolerance: Tolerance, make=align.make_defense, gradient=None
+          ) -> list[parity.StepRecord]:
+    """Runs both sides and returns the PyTorch side's records; make and gradient as of `jax_steps` and `torch_steps`.
 
     Raises:
       AssertionError: they differ by more than the tolerance; names step and quantity.
     """
-    found = list(parity.jax_steps(problem))
-    expected = list(parity.torch_steps(problem, [record.active_layers for record in found]))
+    found = list(parity.jax_steps(problem, make))
+    expected = list(parity.torch_steps(problem, [record.active_layers for record in found], gradient))
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         difference = parity.compare(ours, theirs, problem.adapter)
         limits = {"gradient": tolerance.gradient if step else tolerance.first_gradient, "loss": tolerance.loss,

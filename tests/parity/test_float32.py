@@ -13,8 +13,8 @@ pytestmark = pytest.mark.usefixtures("quick_compile", "one_torch_thread")
 
 
 @pytest.mark.parametrize("method", parity.METHODS)
-def test_fifty_steps(method, tiny_dir):
-    """Clipping, decay, warm-up and cosine; T-Vaccine's layers freeze and come back among them."""
+def test_steps(method, tiny_dir):
+    """Clipping, decay, warm-up and cosine; T-Vaccine's layers freeze and come back among its fifty."""
     records = suite.check(parity.tiny_problem(tiny_dir, suite.tiny_config(method)), suite.FLOAT32)
     norms = [np.sqrt(parity.dot(record.gradient, record.gradient)) for record in records]
     clip_norm = parity.TINY_FLAGS["clip_norm"]

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("float64", "quick_compile", "one_torch_thre
 
 
 @pytest.mark.parametrize("method", parity.METHODS)
-def test_fifty_steps(method, tiny_dir):
+def test_steps(method, tiny_dir):
     suite.check(parity.tiny_problem(tiny_dir, suite.tiny_config(method, dtype="float64")), suite.FLOAT64)
 
 

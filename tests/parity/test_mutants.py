@@ -4,6 +4,7 @@ Mistakes in how layers are drawn are those of tests/defenses/test_sampling.py: b
 jaxvaccine drew.
 """
 
+import functools
 import importlib
 
 import jax
@@ -16,7 +17,7 @@ pytest.importorskip("peft")
 
 from experiments import align, parity
 from experiments.common import lora_of
-from jaxvaccine import defenses, llama, losses, optim
+from jaxvaccine import activation_losses, defenses, llama, losses, optim
 from jaxvaccine.defenses import base
 from jaxvaccine.llama_config import LoraConfig
 from tests.parity import suite
@@ -29,6 +30,18 @@ FLAGS = {"dtype": "float64", "steps": 6, "seed": 1, "layers": 1, "sample_every":
 # The package's names `vaccine`, `booster`, ... are the functions.
 vaccine, t_vaccine, booster = (
     importlib.import_module(f"jaxvaccine.defenses.{name}") for name in ("vaccine", "t_vaccine", "booster"))
+
+
+def other_activations(change):
+    """llama.layer_activations with change(model, frozen, activations)."""
+    def patch(monkeypatch):
+        original = llama.layer_activations
+
+        def mutant(model, adapter, frozen, *args, **kwargs):
+            return change(model, frozen, original(model, adapter, frozen, *args, **kwargs))
+
+        monkeypatch.setattr(llama, "layer_activations", mutant)
+    return patch
 
 
 def joint_norm(tree):
@@ -243,6 +256,20 @@ MUTANTS = {
     "a simulated step of the frozen layers too": ("t_vaccine_booster", replace(
         booster, "mask_layers", lambda masks, tree: tree)),
     "Booster's epsilon left out": ("booster", replace(booster, "NORM_EPSILON", 0.0)),
+    # RepNoise
+    "the mask left out": ("repnoise", replace(
+        activation_losses, "differing_tokens", lambda harmful, harmless: harmful["labels"] != losses.IGNORED)),
+    "one kernel": ("repnoise", replace(activation_losses, "BANDWIDTHS", (1.0,))),
+    "the last hidden state normed twice": ("repnoise", other_activations(
+        lambda model, frozen, a: a._replace(
+            final=model.apply({"params": frozen}, a.final, method=lambda module, x: module.norm(x))))),
+    "the residual stream instead of the MLPs' outputs": ("repnoise", other_activations(
+        lambda model, frozen, a: a._replace(mlp=a.inputs))),
+    # TAR
+    "the tamper-resistance gradient before the attack": ("tar", replace(
+        align, "adversary", lambda config: optax.sgd(0.0))),
+    "the tamper-resistance gradient lost": ("tar", lambda monkeypatch: monkeypatch.setattr(
+        defenses, "tar", functools.partial(lambda make, *args: make(*args[:-2], 0.0, args[-1]), defenses.tar))),
     # Loss and model
     "the mean over rows instead of tokens": ("sft", wrap_loss(mean_over_rows)),
     "the mean over all positions": ("sft", wrap_loss(mean_over_all_positions)),
