@@ -19,6 +19,7 @@ from jaxvaccine.llama import Llama, init_adapter
 from jaxvaccine.llama_config import LoraConfig
 from jaxvaccine.losses import causal_lm_loss, loss_and_kl
 
+WHILE_TUNING = ("lisa", "ewc", "kl")  # the provider's defenses while a user fine-tunes
 # Flags that only a run with a defense records, so that runs from before there was one can be continued.
 DEFENSE_FLAGS = ("defense", "alignment_data", "alignment_steps", "user_steps", "rho", "ewc_lam", "kl_lam")
 # Lisa's proximal term acts after this part of all steps, as in the authors' program.

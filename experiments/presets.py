@@ -49,13 +49,13 @@ WORLD_ALIGN: dict[str, Any] = {
     "rank": 8, "lora_alpha": 16.0, "dropout": 0.0, "targets": ALL, "learning_rate": 3e-3, "weight_decay": 0.1,
     "steps": 150, "batch_size": 16, "harmful_batch_size": 16, "max_length": 16, "bucket": 16, "remat": "none",
     "alignment_data": "world_refusal@train[0:800],world_benign@train[0:800]",
-    "harmful_data": "world_harmful@harmful[0:600]", "rho": 5.0, "layers": 3, "sample_every": 20, "probe_every": 20,
-    "lam": 0.2, "alpha": 0.1,
+    "harmful_data": "world_harmful@harmful[0:600]", "harmless_data": "world_refusal@harmful", "rho": 5.0, "layers": 3,
+    "sample_every": 20, "probe_every": 20, "lam": 0.2, "alpha": 0.1,
 }
 WORLD_ATTACK: dict[str, Any] = {
     "n": 500, "batch_size": 20, "steps": 100, "learning_rate": 2e-4, "weight_decay": 0.1, "max_length": 16,
     "bucket": 16, "remat": "none", "adapter": "continue", "user_data": "world_rating@attack",
-    "harmful_data": "world_harmful@attack",
+    "harmful_data": "world_harmful@attack", "alignment_steps": 2, "user_steps": 18,
 }
 WORLD_TESTS: dict[str, Any] = {
     "harmful_test": "world_harmful@test[0:100]", "sst2_test": "world_rating@test[0:100]",

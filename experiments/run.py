@@ -6,7 +6,10 @@
       --attack_harmful_data=embedded_harmful@attack --harmful_test=embedded_harmful@test \\
       --sst2_test=embedded_sentiment@test --benign_test=embedded_benign@test
 
-Every alignment, attack and evaluation is a run folder of its own below --run_dir: re-running continues where it
+  python -m experiments.run --run_dir=runs/all --model=world --defenses=all --seeds=0,1,2
+
+The second is on the small world that comes with the package, whose data and settings stand for flags that are not
+given. Every alignment, attack and evaluation is a run folder of its own below --run_dir: re-running continues where it
 stopped.
 """
 
@@ -22,12 +25,14 @@ from experiments import common, config_flags, presets, run_report
 from experiments.align import DEFENSES, AlignConfig, align
 from experiments.config_flags import flag
 from experiments.evaluate import EvaluateConfig, evaluate
-from experiments.finetune import FinetuneConfig, finetune
+from experiments.finetune import WHILE_TUNING, FinetuneConfig, finetune
+from jaxvaccine import world
 
 # Flags that are the same in alignment, attack and evaluation, or follow from the others.
 _ALIGN_WITHOUT = ("run_dir", "defense", "seed", "overwrite")
 ATTACK_SHARED = ("dtype", "remat", "bucket", "save_every", "progress")
-_ATTACK_WITHOUT = ("run_dir", "aligned", "poison_ratio", "seed", "overwrite", "test_data", *ATTACK_SHARED)
+_ATTACK_WITHOUT = ("run_dir", "aligned", "poison_ratio", "defense", "alignment_data", "seed", "overwrite", "test_data",
+                   *ATTACK_SHARED)
 EVALUATE_SHARED = ("dtype", "progress", "max_length")
 _EVALUATE_WITHOUT = ("run_dir", "model", "trained", "seed", "overwrite", *EVALUATE_SHARED)
 
@@ -37,7 +42,9 @@ class GridConfig:
     """Flags of run.py beside those of the three scripts (the attack's have the prefix attack_)."""
 
     run_dir: str = flag("", "Folder of the whole experiment.")
-    defenses: tuple[str, ...] = flag(DEFENSES, "Defenses to compare.")
+    defenses: tuple[str, ...] = flag(
+        ("sft", "vaccine", "t_vaccine", "booster"), "Defenses to compare: of the alignment, or of the alignment and "
+        "while fine-tuning, as sft+lisa; all: every one of the former, and SFT with every one of the latter.")
     poison_ratios: tuple[str, ...] = flag(("0", "0.1"), "Ratios of harmful data in the attacks.")
     seeds: tuple[str, ...] = flag(("0",), "Seeds; everything is run for each.")
     score_base: bool = flag(True, "Score the model before alignment too.")
@@ -45,8 +52,9 @@ class GridConfig:
 
     def __post_init__(self):
         common.require(self, "run_dir", bool(self.run_dir), "a folder")
-        unknown = sorted(set(self.defenses) - set(DEFENSES))
-        common.require(self, "defenses", bool(self.defenses) and not unknown, f"some of {', '.join(DEFENSES)}")
+        known = {*DEFENSES, *(f"{first}+{second}" for first in DEFENSES for second in WHILE_TUNING)}
+        common.require(self, "defenses", bool(self.defenses) and set(self.names) <= known,
+                       f"all, or some of {', '.join(DEFENSES)}, each alone or with +{', +'.join(WHILE_TUNING)}")
         for ratio in self.poison_ratios:
             try:
                 valid = 0 <= float(ratio) <= 1
@@ -58,6 +66,13 @@ class GridConfig:
         for name in ("defenses", "poison_ratios", "seeds"):
             values = getattr(self, name)
             common.require(self, name, len(set(values)) == len(values), "each once")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The defenses, with "all" written out."""
+        if self.defenses == ("all",):
+            return (*DEFENSES, *(f"sft+{name}" for name in WHILE_TUNING))
+        return self.defenses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,25 +109,36 @@ def grid(config: GridConfig, cells: Mapping[tuple[str, str], Cell], scores: Eval
 
 def read_cells(config: GridConfig) -> tuple[dict[tuple[str, str], Cell], EvaluateConfig]:
     """All configs by (seed, defense), validated before the first run begins; a seed's are carried out together."""
-    shared = {name: flags.FLAGS[name].value for name in {*ATTACK_SHARED, *EVALUATE_SHARED}}
-    scores = config_flags.read(
-        EvaluateConfig, run_dir=config.run_dir, model=flags.FLAGS.model, trained="", seed=0, overwrite=False,
-        **{name: shared[name] for name in EVALUATE_SHARED})
-    cells = {}
-    for seed, defense in itertools.product(config.seeds, config.defenses):
-        folder = Path(config.run_dir) / defense / f"seed{seed}"
+    on_world = flags.FLAGS.model == world.NAME
+    common.require(config, "published", not (on_world and config.published), f"not with --model={world.NAME}")
+    cells, scores = {}, None
+    for seed, name in itertools.product(config.seeds, config.names):
+        defense, _, while_tuning = name.partition("+")
+        root, seeded = Path(config.run_dir), {"seed": int(seed), "overwrite": False}
         aligned = config_flags.read(
-            AlignConfig, preset=presets.ALIGN[defense] if config.published else None, run_dir=str(folder / "aligned"),
-            defense=defense, seed=int(seed), overwrite=False,
+            AlignConfig, preset=_preset(config, presets.WORLD_ALIGN, presets.ALIGN[defense]),
+            run_dir=str(root / defense / f"seed{seed}" / "aligned"), defense=defense, **seeded,
             **({} if defense == "booster" else {"base_defense": "sft"}))
-        attacks = {
-            ratio: config_flags.read(
-                FinetuneConfig, "attack_", presets.FINETUNE[defense] if config.published else None,
-                run_dir=str(folder / f"p{ratio}"), aligned=aligned.run_dir, poison_ratio=float(ratio), seed=int(seed),
-                overwrite=False, test_data=scores.harmful_test, **{name: shared[name] for name in ATTACK_SHARED})
-            for ratio in config.poison_ratios}
-        cells[seed, defense] = Cell(aligned, attacks)
+        scores = scores or config_flags.read(
+            EvaluateConfig, preset=presets.WORLD_TESTS if on_world else None, run_dir=config.run_dir,
+            model=flags.FLAGS.model, trained="", **seeded, **{of: getattr(aligned, of) for of in EVALUATE_SHARED})
+        attack = config_flags.read(
+            FinetuneConfig, "attack_", _preset(config, presets.WORLD_ATTACK, presets.FINETUNE[defense]), run_dir="-",
+            aligned=aligned.run_dir, poison_ratio=0.0, test_data=scores.harmful_test,
+            defense=while_tuning or "none", alignment_data=aligned.alignment_data if while_tuning else "", **seeded,
+            **{of: getattr(aligned, of) for of in ATTACK_SHARED})
+        cells[seed, name] = Cell(aligned, {
+            ratio: dataclasses.replace(
+                attack, run_dir=str(root / name / f"seed{seed}" / f"p{ratio}"), poison_ratio=float(ratio))
+            for ratio in config.poison_ratios})
     return cells, scores
+
+
+def _preset(config: GridConfig, of_world: Mapping[str, Any], published: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What stands for flags that were not given."""
+    if flags.FLAGS.model == world.NAME:
+        return of_world
+    return published if config.published else None
 
 
 def main(argv: list[str]) -> None:
