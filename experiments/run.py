@@ -14,6 +14,7 @@ stopped.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,23 +108,29 @@ def grid(config: GridConfig, cells: Mapping[tuple[str, str], Cell], scores: Eval
     return report
 
 
-def read_cells(config: GridConfig) -> tuple[dict[tuple[str, str], Cell], EvaluateConfig]:
+def read_cells(config: GridConfig, flag_values: flags.FlagValues = flags.FLAGS
+               ) -> tuple[dict[tuple[str, str], Cell], EvaluateConfig]:
     """All configs by (seed, defense), validated before the first run begins; a seed's are carried out together."""
-    on_world = flags.FLAGS.model == world.NAME
+    on_world = flag_values.model == world.NAME
     common.require(config, "published", not (on_world and config.published), f"not with --model={world.NAME}")
+    read = functools.partial(config_flags.read, flag_values=flag_values)
     cells, scores = {}, None
+
+    def preset(of_world: Mapping[str, Any], published: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        return of_world if on_world else published if config.published else None
+
     for seed, name in itertools.product(config.seeds, config.names):
         defense, _, while_tuning = name.partition("+")
         root, seeded = Path(config.run_dir), {"seed": int(seed), "overwrite": False}
-        aligned = config_flags.read(
-            AlignConfig, preset=_preset(config, presets.WORLD_ALIGN, presets.ALIGN[defense]),
+        aligned = read(
+            AlignConfig, preset=preset(presets.WORLD_ALIGN, presets.ALIGN[defense]),
             run_dir=str(root / defense / f"seed{seed}" / "aligned"), defense=defense, **seeded,
             **({} if defense == "booster" else {"base_defense": "sft"}))
-        scores = scores or config_flags.read(
+        scores = scores or read(
             EvaluateConfig, preset=presets.WORLD_TESTS if on_world else None, run_dir=config.run_dir,
-            model=flags.FLAGS.model, trained="", **seeded, **{of: getattr(aligned, of) for of in EVALUATE_SHARED})
-        attack = config_flags.read(
-            FinetuneConfig, "attack_", _preset(config, presets.WORLD_ATTACK, presets.FINETUNE[defense]), run_dir="-",
+            model=flag_values.model, trained="", **seeded, **{of: getattr(aligned, of) for of in EVALUATE_SHARED})
+        attack = read(
+            FinetuneConfig, "attack_", preset(presets.WORLD_ATTACK, presets.FINETUNE[defense]), run_dir="-",
             aligned=aligned.run_dir, poison_ratio=0.0, test_data=scores.harmful_test,
             defense=while_tuning or "none", alignment_data=aligned.alignment_data if while_tuning else "", **seeded,
             **{of: getattr(aligned, of) for of in ATTACK_SHARED})
@@ -134,11 +141,11 @@ def read_cells(config: GridConfig) -> tuple[dict[tuple[str, str], Cell], Evaluat
     return cells, scores
 
 
-def _preset(config: GridConfig, of_world: Mapping[str, Any], published: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What stands for flags that were not given."""
-    if flags.FLAGS.model == world.NAME:
-        return of_world
-    return published if config.published else None
+def define_cells(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """The flags of `read_cells`."""
+    config_flags.define(AlignConfig, without=_ALIGN_WITHOUT, flag_values=flag_values)
+    config_flags.define(FinetuneConfig, "attack_", _ATTACK_WITHOUT, flag_values)
+    config_flags.define(EvaluateConfig, without=_EVALUATE_WITHOUT, flag_values=flag_values)
 
 
 def main(argv: list[str]) -> None:
@@ -149,7 +156,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     config_flags.define(GridConfig)
-    config_flags.define(AlignConfig, without=_ALIGN_WITHOUT)
-    config_flags.define(FinetuneConfig, "attack_", _ATTACK_WITHOUT)
-    config_flags.define(EvaluateConfig, without=_EVALUATE_WITHOUT)
+    define_cells()
     app.run(main)

@@ -40,20 +40,21 @@ def weights(run_dir):
 
 @pytest.mark.slow
 def test_command_lines(model_dir, tmp_path):
-    """run.py with T-Vaccine and Booster; then again, which repeats nothing; the single scripts find its folders."""
+    """run.py with Booster, and with Lisa after SFT; then again, which repeats nothing."""
     command = [
         sys.executable, "-m", "experiments.run", f"--run_dir={tmp_path}/grid", f"--model={model_dir}",
-        "--defenses=t_vaccine,booster", "--poison_ratios=0.5", "--seeds=0,3",
+        "--defenses=booster,sft+lisa", "--poison_ratios=0.5", "--seeds=0,3",
         *(f"--{k}={v}" for k, v in {**DATA, **SMALL}.items()),
         *(f"--attack_{k}={ATTACK[k]}" for k in ("user_data", "harmful_data", "n", "steps", "batch_size", "max_length")),
-        "--layers=2", "--harmful_test=embedded_harmful@test[0:3]", "--sst2_test=embedded_sentiment@test[0:3]",
+        "--attack_alignment_steps=1", "--attack_user_steps=1",
+        "--harmful_test=embedded_harmful@test[0:3]", "--sst2_test=embedded_sentiment@test[0:3]",
         "--benign_test=embedded_benign@test[0:3]", "--loss_data=embedded_harmful@test[0:3]",
         "--max_new_tokens=4", "--label_max_new_tokens=3"]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stderr[-3000:]
     assert "| booster | attacked, p = 0.5 |" in first.stdout and "over seeds (0, 3)" in first.stdout
     grid = tmp_path / "grid"
-    for cell in ("t_vaccine/seed0/aligned", "t_vaccine/seed3/p0.5", "booster/seed3/p0.5"):
+    for cell in ("sft/seed0/aligned", "sft+lisa/seed3/p0.5", "booster/seed3/p0.5"):
         assert {"config.json", "metrics.jsonl", "metrics.png", "report.md", "adapter", "checkpoints"} <= {
             path.name for path in (grid / cell).iterdir()}
     assert (grid / "grid.png").stat().st_size > 1000
@@ -316,8 +317,9 @@ def test_grid_and_demo_configs_are_valid():
     assert list(cells) == [("0", "sft"), ("0", "booster")] == [("0", name) for name in config.defenses]
     assert all(cell.attacks.keys() == {"0.1"} for cell in cells.values())
     assert scores.harmful_test == cells["0", "sft"].attacks["0.1"].test_data
-    with pytest.raises(ValueError, match="--defenses"):
-        run.GridConfig(run_dir="r", defenses=("sft", "prayer"))
+    for names in (("sft", "prayer"), ("sft", "all"), ("lisa",), ("sft+sft",), ()):
+        with pytest.raises(ValueError, match=r"--defenses: found .*expected all, or some of sft, "):
+            run.GridConfig(run_dir="r", defenses=names)
     with pytest.raises(ValueError, match="--poison_ratios"):
         run.GridConfig(run_dir="r", poison_ratios=("0.1", "2"))
     for seeds, expected in (((), "numbers of at least 0"), (("0", "-1"), "numbers of at least 0"),
@@ -325,3 +327,37 @@ def test_grid_and_demo_configs_are_valid():
         with pytest.raises(ValueError, match=f"--seeds: found .*expected {expected}"):
             run.GridConfig(run_dir="r", seeds=seeds)
     assert np.isclose(float(config.poison_ratios[0]), 0.1)
+
+
+def run_flags(*arguments):
+    """run.py's flags, parsed."""
+    values = flags.FlagValues()
+    config_flags.define(run.GridConfig, flag_values=values)
+    run.define_cells(values)
+    values(["run", "--run_dir=r", *arguments])
+    return config_flags.read(run.GridConfig, flag_values=values), values
+
+
+def test_all_defenses_on_the_small_world():
+    """Every method of both stages, in the world's settings, which flags that are given go before."""
+    config, values = run_flags("--model=world", "--defenses=all", "--seeds=0,2", "--steps=7", "--attack_rho=3")
+    cells, scores = run.read_cells(config, values)
+    assert {name for _, name in cells} == {*align.DEFENSES, "sft+lisa", "sft+ewc", "sft+kl"}
+    assert [seed for seed, _ in cells] == ["0"] * 9 + ["2"] * 9, "a seed's cells are not together"
+    assert scores.harmful_test == presets.WORLD_TESTS["harmful_test"] and scores.max_length == 16
+    for (seed, name), cell in cells.items():
+        assert cell.align.steps == 7 and cell.align.lam == presets.WORLD_ALIGN["lam"]
+        assert cell.align.run_dir == f"r/{name.split('+')[0]}/seed{seed}/aligned"
+        for ratio, attack in cell.attacks.items():
+            assert attack.run_dir == f"r/{name}/seed{seed}/p{ratio}" and attack.aligned == cell.align.run_dir
+            assert (attack.poison_ratio, attack.rho, attack.seed) == (float(ratio), 3, int(seed))
+            assert attack.defense == (name.split("+")[1] if "+" in name else "none")
+            assert attack.test_data == scores.harmful_test
+    assert cells["2", "sft+lisa"].align == cells["2", "sft"].align
+    assert cells["2", "sft+lisa"].attacks["0"].alignment_data == presets.WORLD_ALIGN["alignment_data"]
+
+
+def test_published_recipes_are_not_of_the_small_world():
+    config, values = run_flags("--model=world", "--published")
+    with pytest.raises(ValueError, match="--published: found True, expected not with --model=world"):
+        run.read_cells(config, values)
