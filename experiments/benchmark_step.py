@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app
 
-from experiments import align, common, config_flags, costs
+from experiments import align, common, config_flags, costs, finetune
 from experiments.config_flags import flag
 from experiments.reports import table
 from jaxvaccine import defenses, llama, optim, training
@@ -61,14 +61,19 @@ def full_logits_loss(model: llama.Llama):
 
 
 def methods(model: llama.Llama) -> dict[str, defenses.Defense]:
-    """Every defense that align.py has, and Booster on top of the others."""
+    """Every defense that align.py has, Booster on top of the others, and those that finetune.py has."""
     bases = typing.get_args(typing.get_type_hints(align.AlignConfig)["base_defense"])
     chosen = {name: {"defense": name} for name in align.DEFENSES}
     chosen |= {f"booster on {base}": {"defense": "booster", "base_defense": base} for base in bases if base != "sft"}
     anything = {"model": "-", "run_dir": "-", "alignment_data": "embedded_refusal@train",
                 "harmful_data": "embedded_harmful@harmful", "layers": max(1, model.config.num_layers // 4)}
-    return {name: align.make_defense(align.AlignConfig(**anything, **changes))(model)
-            for name, changes in chosen.items()}
+    aligning = {name: align.make_defense(align.AlignConfig(**anything, **changes))(model)
+                for name, changes in chosen.items()}
+    tuning = finetune.FinetuneConfig(run_dir="-", aligned="-", user_data="embedded_sentiment@attack", poison_ratio=0.0,
+                                     alignment_data="embedded_refusal@train")
+    return aligning | {
+        f"{name}, while fine-tuning": finetune.make_defense(dataclasses.replace(tuning, defense=name), 1)(model, None)
+        for name in finetune.WHILE_TUNING}
 
 
 def variants(model: llama.Llama) -> dict[str, defenses.Defense]:
@@ -161,7 +166,7 @@ def benchmark(config: BenchmarkConfig) -> str:
         return {"input_ids": ids, "labels": jnp.where(supervised, ids, IGNORED), "attention_mask": jnp.ones_like(ids)}
 
     inner_steps = align.AlignConfig.inner_steps
-    batches = {"alignment": batch(3), "harmful": batch(4), "harmless": batch(5),
+    batches = {"alignment": batch(3), "harmful": batch(4), "harmless": batch(5), "user": batch(7),
                "adversary": batch(6, inner_steps * config.rows)}
     key = jax.random.key(0)
     blocks, used = (-(-config.rows * tokens // BLOCK) for tokens in (config.length, config.supervised))

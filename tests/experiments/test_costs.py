@@ -101,7 +101,7 @@ def test_rematerialisation_costs_a_forward_pass():
 def test_the_benchmark(monkeypatch):
     monkeypatch.setattr(benchmark_step, "SMOLLM2", tiny.CONFIG)
     everything = benchmark_step.variants(tiny.model())
-    assert {*align.DEFENSES, "booster on vaccine", "booster on t_vaccine", "sft, remat=none"} <= set(everything)
+    assert {*align.DEFENSES, "booster on repnoise", "lisa, while fine-tuning", "sft, remat=none"} <= set(everything)
     monkeypatch.setattr(benchmark_step, "variants", lambda model: {
         name: defense for name, defense in benchmark_step.methods(model).items() if name in ("sft", "t_vaccine")})
     config = benchmark_step.BenchmarkConfig(rows=1, length=8, supervised=4, repeats=2, rank=2)
