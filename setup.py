@@ -12,7 +12,7 @@ PARITY = ["torch>=2.13", "peft>=0.21.2"]
 setup(
     name="jaxvaccine",
     version="0.1.0",
-    description="Alignment-stage defenses against harmful fine-tuning of LLaMA models, in JAX",
+    description="Alignment-stage defenses against harmful fine-tuning of language models, in JAX",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",

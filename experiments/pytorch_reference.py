@@ -1,4 +1,4 @@
-"""The defenses in plain PyTorch, written from the equations: transformers' LLaMA, PEFT's LoRA, hooks, torch.optim.
+"""The defenses in plain PyTorch, written from the equations: transformers' models, PEFT's LoRA, hooks, torch.optim.
 
 The other side of every comparison, in experiments/compare_pytorch.py and in the tests. It does what the released
 programs were observed to do, and shares nothing with jaxvaccine but two config classes and the layout of the adapter,
@@ -28,7 +28,7 @@ Gradient = Callable[["TorchModel", Mapping[str, Batch]], float]
 class Float64Rope(torch.nn.Module):
     """cos and sin [B, T, H] of the rotary embedding without scaling; transformers' are float32 in any model."""
 
-    def __init__(self, config: transformers.LlamaConfig):
+    def __init__(self, config: transformers.PreTrainedConfig):
         super().__init__()
         rope = config.rope_parameters
         if rope["rope_type"] != "default":
@@ -42,22 +42,37 @@ class Float64Rope(torch.nn.Module):
         return angles.cos(), angles.sin()
 
 
-def load_base(model_dir: str, dtype: str) -> transformers.LlamaForCausalLM:
-    """transformers' model in the given dtype; in float64 with norms, rotary angles and softmax in float64 too."""
-    exact = dtype == "float64"
-    base = transformers.LlamaForCausalLM.from_pretrained(
-        model_dir, dtype=getattr(torch, dtype), attn_implementation="sdpa" if exact else "eager")
-    if exact:
-        # transformers computes these three in float32 whatever the model's dtype.
-        def norm(module):
-            exact_norm = torch.nn.RMSNorm(base.config.hidden_size, module.variance_epsilon, dtype=torch.float64)
-            exact_norm.weight = module.weight
-            return exact_norm
+def _float64_norm(module: torch.nn.Module, gemma: bool) -> torch.nn.Module:
+    epsilon = module.eps if gemma else module.variance_epsilon
+    norm = torch.nn.RMSNorm(module.weight.shape[0], epsilon, dtype=torch.float64)
+    norm.weight = torch.nn.Parameter(1 + module.weight) if gemma else module.weight
+    return norm
 
-        for layer in base.model.layers:
-            layer.input_layernorm = norm(layer.input_layernorm)
-            layer.post_attention_layernorm = norm(layer.post_attention_layernorm)
-        base.model.norm = norm(base.model.norm)
+
+def _capped_attention(module, query, key, value, attention_mask, scaling, softcap, **_):
+    """Gemma2's attention, softmax in the scores' dtype; query [B, N, T, H], key and value [B, K, S, H]."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = softcap * torch.tanh(query @ key.mT * (scaling / softcap))
+    return (torch.softmax(scores + attention_mask, dim=-1) @ value).transpose(1, 2), None
+
+
+def load_base(model_dir: str, dtype: str) -> transformers.PreTrainedModel:
+    """transformers' model in the given dtype; in float64 with norms, rotary angles and softmax in float64 too."""
+    attention = "eager"
+    if dtype == "float64":
+        # transformers computes these three in float32 whatever the model's dtype.
+        attention = "sdpa"
+        if transformers.AutoConfig.from_pretrained(model_dir).model_type == "gemma2":
+            attention = "capped"  # which sdpa cannot do
+            transformers.AttentionInterface.register(attention, _capped_attention)
+            transformers.AttentionMaskInterface.register(attention, transformers.masking_utils.eager_mask)
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=getattr(torch, dtype), attn_implementation=attention)
+    if dtype == "float64":
+        for parent in [base.model, *base.model.layers]:
+            for name, module in list(parent.named_children()):
+                if name.endswith("norm"):
+                    setattr(parent, name, _float64_norm(module, attention == "capped"))
         base.model.rotary_emb = Float64Rope(base.config)
     return base
 
@@ -68,9 +83,9 @@ def lora_matrices(module: torch.nn.Module) -> tuple[torch.nn.Parameter, torch.nn
 
 
 class TorchModel:
-    """A LLaMA with PEFT's LoRA in float32 (float64 for a float64 base) that starts at the given adapter."""
+    """A model with PEFT's LoRA in float32 (float64 for a float64 base) that starts at the given adapter."""
 
-    def __init__(self, base: transformers.LlamaForCausalLM, lora: LoraConfig, adapter):
+    def __init__(self, base: transformers.PreTrainedModel, lora: LoraConfig, adapter):
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # between PEFT and transformers
             self.adapted = peft.get_peft_model(base, peft.LoraConfig(
                 r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)))

@@ -1,4 +1,4 @@
-"""Alignment-stage defenses against harmful fine-tuning, as pure JAX functions over LLaMA parameters."""
+"""Alignment-stage defenses against harmful fine-tuning, as pure JAX functions over a model's parameters."""
 
 from jaxvaccine import defenses
 from jaxvaccine.checkpoints.hugging_face import load_model, save_model

@@ -1,9 +1,9 @@
-"""LLaMA as a pure function of four trees: frozen weights, LoRA adapter, perturbations and batch.
+"""LLaMA and its relatives as a pure function of four trees: frozen weights, LoRA adapter, perturbations and batch.
 
 The trees are Linen collections: ``params`` (frozen base), ``lora`` (what trains), ``perturbations`` (added to each
 attention block's output, zero unless a defense writes them). Layers are stacked on axis 0 of every leaf by
-``nn.scan`` and rematerialised by ``nn.remat``. Flax is known in this file alone; everything else calls the functions
-at its end.
+``nn.scan`` and rematerialised by ``nn.remat``. Where Mistral, Qwen2 and Gemma2 differ, `LlamaConfig.family` says so.
+Flax is known in this file alone; everything else calls the functions at its end.
 
 Shapes in names: B batch, T sequence, S cached positions, D hidden size, N query heads, K key-value heads, H head_dim,
 V vocabulary, L layers, r LoRA rank.
@@ -18,6 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxvaccine.attention import (
+    KeyValues,
+    Segment,
+    at_least_float32,
+    attend,
+    attend_to_cache,
+    attention_masks,
+    slot_positions,
+    soft_cap,
+)
 from jaxvaccine.llama_config import LlamaConfig, LoraConfig
 
 Remat = Literal["none", "dots", "full"]
@@ -25,16 +35,6 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-class KeyValues(NamedTuple):
-    """Keys (rotated) and values of T tokens as they are computed: of all layers [L, B, T, K, H], of one [B, T, K, H].
-
-    Of an unrolled model: tuples of L arrays.
-    """
-
-    k: Any
-    v: Any
 
 
 class Activations(NamedTuple):
@@ -45,34 +45,19 @@ class Activations(NamedTuple):
     final: jax.Array  # [B, T, D], after the last norm
 
 
-class Segment(NamedTuple):
-    """A stretch of what generation remembers of each row, of which the first lengths[b] slots count.
-
-    Both products of attention read it as it lies: in another order, XLA's CPU backend takes three times as long.
-    """
-
-    k: Any  # [L, B, K, H, S], or a tuple of L arrays
-    v: Any  # [L, B, K, S, H], or a tuple of L arrays
-    lengths: jax.Array  # [B] int32
-
-
 def as_segment(new: KeyValues, lengths_B) -> Segment:
     """New keys and values as a segment."""
     return Segment(jax.tree.map(lambda k: jnp.moveaxis(k, -3, -1), new.k),
                    jax.tree.map(lambda v: jnp.moveaxis(v, -3, -2), new.v), lengths_B)
 
 
-def _at_least_float32(dtype) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def _project(x, kernel):
+def _project(x, kernel, dtype=None):
     """x W. In float32 summed in four parts, whose rounding is smaller than one long sum's (BUILD.md has figures).
 
     Not so for one token: generation waits for the weights, and XLA would copy every part.
     """
     if kernel.dtype != jnp.float32 or kernel.shape[0] % 4 or x.shape[-2] == 1:
-        return x @ kernel
+        return jnp.matmul(x, kernel, preferred_element_type=dtype)
     parts = zip(jnp.split(x, 4, axis=-1), jnp.split(kernel, 4, axis=0), strict=True)
     return sum(x_part @ kernel_part for x_part, kernel_part in parts)
 
@@ -81,21 +66,27 @@ class LoraDense(nn.Module):
     """y = x W + (alpha / rank) · dropout(x) A B, arXiv 2106.09685 eq. 3; A Kaiming-uniform (a = √5), B zero, as PEFT.
 
     The kernel W is [in, out] in the base's dtype; A [in, r] and B [r, out] are at least float32 and are cast to the
-    base's dtype for the computation. Dropout applies when a ``dropout`` rng is passed.
+    base's dtype for the computation. Dropout applies when a ``dropout`` rng is passed. With a bias y is x W + bias + ….
     """
 
     features: int
     dtype: Any
     lora: LoraConfig | None
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features), self.dtype)
-        y = _project(x, kernel)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
+            # PyTorch rounds once, after the bias.
+            y = (_project(x, kernel, at_least_float32(self.dtype)) + bias).astype(self.dtype)
+        else:
+            y = _project(x, kernel)
         if self.lora is None or self.name not in self.lora.targets:
             return y
         a_shape, b_shape = (x.shape[-1], self.lora.rank), (self.lora.rank, self.features)
-        adapter_dtype, bound = _at_least_float32(self.dtype), 1 / np.sqrt(x.shape[-1])
+        adapter_dtype, bound = at_least_float32(self.dtype), 1 / np.sqrt(x.shape[-1])
         a = self.variable("lora", "a", lambda: jax.random.uniform(
             self.make_rng("params"), a_shape, adapter_dtype, -bound, bound)).value
         b = self.variable("lora", "b", jnp.zeros, b_shape, adapter_dtype).value
@@ -109,15 +100,25 @@ class LoraDense(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    """x / rms(x) · scale, or with ``offset`` · (1 + scale); the two round where transformers' LLaMA and Gemma2 do."""
+
     epsilon: float
     dtype: Any
+    offset: bool = False
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
-        x = x.astype(_at_least_float32(self.dtype))
+        initial = nn.initializers.zeros if self.offset else nn.initializers.ones
+        scale = self.param("scale", initial, (x.shape[-1],), self.dtype)
+        x = x.astype(at_least_float32(self.dtype))
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        if self.offset:
+            return (x * (1 + scale.astype(x.dtype))).astype(self.dtype)
         return scale * x.astype(self.dtype)
+
+
+def _norm_of(config: LlamaConfig, dtype):
+    return functools.partial(RMSNorm, config.rms_norm_eps, dtype, config.family.offset_norms)
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -134,7 +135,7 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def _rope_table(config: LlamaConfig, positions_BxT, dtype):
-    angles = positions_BxT[:, :, None, None] * jnp.asarray(rope_frequencies(config), _at_least_float32(dtype))
+    angles = positions_BxT[:, :, None, None] * jnp.asarray(rope_frequencies(config), at_least_float32(dtype))
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -143,47 +144,6 @@ def _rotate(x_BxTxNxH, rope):
     first, second = jnp.split(x_BxTxNxH.astype(cos.dtype), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BxTxNxH.dtype)
-
-
-def _weights(scores_BxKxGxTxS, mask_BxTxS, head_dim: int):
-    # Not -inf: a padded query that sees nothing would give NaN.
-    masked_BxKxGxTxS = jnp.where(mask_BxTxS[:, None, None], scores_BxKxGxTxS * head_dim**-0.5,
-                                 jnp.finfo(scores_BxKxGxTxS.dtype).min)
-    return jax.nn.softmax(masked_BxKxGxTxS, axis=-1)
-
-
-def _attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask_BxTxS):
-    """Grouped-query attention, softmax in at least float32 (jax.nn.dot_product_attention's is float32 always)."""
-    batch, length, heads, head_dim = q_BxTxNxH.shape
-    kv_heads = k_BxSxKxH.shape[2]
-    q_BxTxKxGxH = q_BxTxNxH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    scores_BxKxGxTxS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BxTxKxGxH, k_BxSxKxH,
-                                  preferred_element_type=_at_least_float32(q_BxTxNxH.dtype))
-    weights_BxKxGxTxS = _weights(scores_BxKxGxTxS, mask_BxTxS, head_dim).astype(v_BxSxKxH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BxKxGxTxS, v_BxSxKxH)
-
-
-def _attend_to_cache(q_BxTxNxH, new: KeyValues, cached: Sequence[KeyValues], mask_BxTxS):
-    """`_attend` to the cached stretches (k [B, K, H, S], v [B, K, S, H]), then to the new keys and values.
-
-    The stretches are never joined, which would copy the cache for every token, and both products are plain matrix
-    products: XLA's CPU backend turns an einsum's operands around, and takes twice as long.
-    """
-    batch, length, heads, head_dim = q_BxTxNxH.shape
-    kv_heads, dtype = new.k.shape[2], _at_least_float32(q_BxTxNxH.dtype)
-    grouped = (batch, kv_heads, heads // kv_heads, length)
-    flat = (batch, kv_heads, heads // kv_heads * length)
-    q_BxKxGxTxH = q_BxTxNxH.reshape(batch, length, *grouped[1:3], head_dim).transpose(0, 2, 3, 1, 4)
-    q_BxKxFxH = q_BxKxGxTxH.reshape(*flat, head_dim)
-    parts = [*cached, KeyValues(new.k.transpose(0, 2, 3, 1), new.v.transpose(0, 2, 1, 3))]
-    scores_BxKxFxS = jnp.concatenate(
-        [jnp.matmul(q_BxKxFxH, part.k, preferred_element_type=dtype) for part in parts], axis=-1)
-    weights_BxKxGxTxS = _weights(scores_BxKxFxS.reshape(*grouped, -1), mask_BxTxS, head_dim).astype(new.v.dtype)
-    ends = np.cumsum([part.k.shape[-1] for part in parts])[:-1]
-    out_BxKxFxH = sum(
-        jnp.matmul(weights, part.v, preferred_element_type=dtype)
-        for weights, part in zip(jnp.split(weights_BxKxGxTxS.reshape(*flat, -1), ends, axis=-1), parts, strict=True))
-    return out_BxKxFxH.astype(new.v.dtype).reshape(*grouped, head_dim).transpose(0, 3, 1, 2, 4)
 
 
 class Attention(nn.Module):
@@ -198,13 +158,25 @@ class Attention(nn.Module):
         dense = functools.partial(LoraDense, dtype=self.dtype, lora=self.lora)
 
         def heads(name, count):
-            return dense(count * config.head_dim, name=name)(x_BxTxD).reshape(batch, length, count, config.head_dim)
+            projected = dense(count * config.head_dim, use_bias=config.family.qkv_biases, name=name)(x_BxTxD)
+            return projected.reshape(batch, length, count, config.head_dim)
 
         q_BxTxNxH = _rotate(heads("q_proj", config.num_heads), rope)
         new = KeyValues(_rotate(heads("k_proj", config.num_kv_heads), rope), heads("v_proj", config.num_kv_heads))
-        out = _attend_to_cache(q_BxTxNxH, new, cached, mask_BxTxS) if cached else _attend(q_BxTxNxH, *new, mask_BxTxS)
+        if cached:
+            out = attend_to_cache(config, q_BxTxNxH, new, cached, mask_BxTxS)
+        else:
+            out = attend(config, q_BxTxNxH, *new, mask_BxTxS)
         out = dense(config.hidden_size, name="o_proj")(out.reshape(batch, length, config.num_heads * config.head_dim))
         return self.perturb("output", out), new
+
+
+def _gelu(x):
+    """GELU by tanh. In float32, as in PyTorch: in float16 x³ is infinite above 40, and the derivative NaN."""
+    return jax.nn.gelu(x.astype(at_least_float32(x.dtype)), approximate=True).astype(x.dtype)
+
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": _gelu}
 
 
 class MLP(nn.Module):
@@ -215,7 +187,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         dense = functools.partial(LoraDense, dtype=self.dtype, lora=self.lora)
-        gate = jax.nn.silu(dense(self.config.intermediate_size, name="gate_proj")(x))
+        activation = ACTIVATIONS[self.config.family.activation]
+        gate = activation(dense(self.config.intermediate_size, name="gate_proj")(x))
         out = dense(self.config.hidden_size, name="down_proj")(
             gate * dense(self.config.intermediate_size, name="up_proj")(x))
         self.sow("intermediates", "output", out)  # kept by `layer_activations` alone
@@ -228,14 +201,19 @@ class Layer(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, rope, mask, cached):
+    def __call__(self, x, rope, masks, local, cached):
         self.sow("intermediates", "input", x)
-        norm = functools.partial(RMSNorm, self.config.rms_norm_eps, self.dtype)
+        norm = _norm_of(self.config, self.dtype)
+
+        def post_norm(name, y):
+            return norm(name=name)(y) if self.config.family.post_norms else y
+
+        mask = jnp.where(local, masks[1], masks[0]) if len(masks) == 2 else masks[0]
         attention, new = Attention(self.config, self.lora, self.dtype, name="attention")(
             norm(name="attention_norm")(x), rope, mask, cached)
-        x = x + attention
-        x = x + MLP(self.config, self.lora, self.dtype, name="mlp")(norm(name="mlp_norm")(x))
-        return x, new
+        x = x + post_norm("attention_post_norm", attention)
+        mlp = MLP(self.config, self.lora, self.dtype, name="mlp")(norm(name="mlp_norm")(x))
+        return x + post_norm("mlp_post_norm", mlp), new
 
 
 class Llama(nn.Module):
@@ -256,7 +234,7 @@ class Llama(nn.Module):
         self.embed_tokens = self.param("embed_tokens", normal, (config.vocab_size, config.hidden_size), self.dtype)
         if not config.tie_word_embeddings:
             self.lm_head = self.param("lm_head", normal, (config.hidden_size, config.vocab_size), self.dtype)
-        self.norm = RMSNorm(config.rms_norm_eps, self.dtype)
+        self.norm = _norm_of(config, self.dtype)()
         if self.unroll:
             self.layers = [Layer(config, self.lora, self.dtype) for _ in range(config.num_layers)]
             return
@@ -264,36 +242,36 @@ class Llama(nn.Module):
         layer = Layer if self.remat == "none" else nn.remat(
             Layer, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
         self.layers = nn.scan(
-            layer, length=config.num_layers, in_axes=(nn.broadcast, nn.broadcast, 0),
+            layer, length=config.num_layers, in_axes=(nn.broadcast, nn.broadcast, 0, 0),
             variable_axes={"params": 0, "lora": 0, "perturbations": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
         )(config, self.lora, self.dtype)
 
     def __call__(self, input_ids_BxT, attention_mask_BxT, cache: Sequence[Segment] = ()):
         """Final hidden states [B, T, D], after the last norm, and the new keys and values [L, B, T, K, H]."""
-        batch, length = input_ids_BxT.shape
-        start_B = sum((segment.lengths for segment in cache), jnp.zeros(batch, jnp.int32))
-        rope = _rope_table(self.config, start_B[:, None] + jnp.arange(length), self.dtype)
-        mask_BxTxS = jnp.tril(jnp.ones((length, length), bool)) & attention_mask_BxT[:, None, :].astype(bool)
-        sizes = [jax.tree.leaves(segment.k)[0].shape[-1] for segment in cache]
-        seen = [jnp.broadcast_to(jnp.arange(size) < segment.lengths[:, None, None], (batch, length, size))
-                for segment, size in zip(cache, sizes, strict=True)]
-        mask_BxTxS = jnp.concatenate([*seen, mask_BxTxS], axis=-1)
+        positions = slot_positions(cache, *input_ids_BxT.shape)
+        rope = _rope_table(self.config, positions[-1], self.dtype)
+        masks = attention_masks(self.config, attention_mask_BxT, cache, positions)
+        # Which of two masks a layer takes is a value that the scan hands it: one program for all layers.
+        local_L = jnp.asarray(self.config.local_layers) if len(masks) == 2 else None
         x_BxTxD = self.embed_tokens[input_ids_BxT]
+        if self.config.family.scaled_embeddings:
+            x_BxTxD = x_BxTxD * jnp.asarray(self.config.hidden_size**0.5, self.dtype)
         if self.unroll:
             news = []
             for i, layer in enumerate(self.layers):
                 cached = tuple(KeyValues(segment.k[i], segment.v[i]) for segment in cache)
-                x_BxTxD, new = layer(x_BxTxD, rope, mask_BxTxS, cached)
+                x_BxTxD, new = layer(x_BxTxD, rope, masks, self.config.local_layers[i], cached)
                 news.append(new)
             return self.norm(x_BxTxD), KeyValues(*zip(*news, strict=True))
         x_BxTxD, entries = self.layers(
-            x_BxTxD, rope, mask_BxTxS, tuple(KeyValues(segment.k, segment.v) for segment in cache))
+            x_BxTxD, rope, masks, local_L, tuple(KeyValues(segment.k, segment.v) for segment in cache))
         return self.norm(x_BxTxD), entries
 
     def logits(self, hidden):
         kernel_DxV = self.embed_tokens.T if self.config.tie_word_embeddings else self.lm_head
-        return jnp.matmul(hidden, kernel_DxV, preferred_element_type=_at_least_float32(self.dtype))
+        logits = jnp.matmul(hidden, kernel_DxV, preferred_element_type=at_least_float32(self.dtype))
+        return soft_cap(logits, self.config.final_logit_softcapping)
 
 
 def _bind(model: Llama, adapter, frozen, perturbations=None):
@@ -366,7 +344,7 @@ def _init(model: Llama, key):
 
 
 def init_frozen(model: Llama, key):
-    """Random base weights (normal, σ 0.02; norms 1) in the model's dtype, layers stacked [L, ...]."""
+    """Random base weights (normal, σ 0.02; norms neutral, biases 0) in the model's dtype, layers stacked [L, ...]."""
     return jax.jit(lambda key: _init(model, key)["params"])(key)
 
 
@@ -401,7 +379,7 @@ def merge_adapter(model: Llama, adapter, frozen):
             if not lora:
                 return base
             delta = model.lora.scale * jnp.matmul(lora["a"], lora["b"])
-            return {"kernel": (base["kernel"] + delta).astype(base["kernel"].dtype)}
+            return {**base, "kernel": (base["kernel"] + delta).astype(base["kernel"].dtype)}
         return {name: merge(child, lora[name]) if name in lora else child for name, child in base.items()}
 
     return merge(frozen, adapter)

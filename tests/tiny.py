@@ -1,5 +1,7 @@
 """Tiny models and batches that many tests share."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,15 @@ from jaxvaccine import llama
 from jaxvaccine.llama_config import TARGETS, LoraConfig
 
 CONFIG = parity.TINY
+# Windows shorter than half of a batch's rows; caps near the sizes of scores and logits; heads that are not D / N wide.
+FAMILIES = {name: dataclasses.replace(CONFIG, **changes) for name, changes in {
+    "mistral": {"model_type": "mistral", "sliding_window": 5, "head_dim": 10},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2_window": {"model_type": "qwen2", "sliding_window": 5, "sliding_layers": (False, False, True, True)},
+    "gemma2": {"model_type": "gemma2", "tie_word_embeddings": True, "head_dim": 12, "query_pre_attn_scalar": 20,
+               "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "sliding_window": 5,
+               "sliding_layers": (True, False, True, False)},
+}.items()}
 
 
 def model(rank=4, alpha=8.0, targets=TARGETS, dropout=0.0, config=CONFIG, dtype=jnp.float32, remat="full"):

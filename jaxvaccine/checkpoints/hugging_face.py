@@ -50,17 +50,23 @@ def tensor_sites(config: LlamaConfig) -> dict[str, Site]:
         "mlp.gate_proj": ("mlp", (inner, hidden)), "mlp.up_proj": ("mlp", (inner, hidden)),
         "mlp.down_proj": ("mlp", (hidden, inner)),
     }
+    norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+    if config.family.post_norms:
+        norms |= {"post_attention_layernorm": "attention_post_norm", "pre_feedforward_layernorm": "mlp_norm",
+                  "post_feedforward_layernorm": "mlp_post_norm"}
     vocabulary = (config.vocab_size, hidden)
     sites = {"model.embed_tokens.weight": Site(("embed_tokens",), None, False, vocabulary)}
     if not config.tie_word_embeddings:
         sites["lm_head.weight"] = Site(("lm_head",), None, True, vocabulary)
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}"
-        for name, norm in (("input_layernorm", "attention_norm"), ("post_attention_layernorm", "mlp_norm")):
+        for name, norm in norms.items():
             sites[f"{prefix}.{name}.weight"] = Site(("layers", norm, "scale"), layer, False, (hidden,))
         for name, (block, shape) in matrices.items():
-            path = ("layers", block, name.split(".")[1], "kernel")
-            sites[f"{prefix}.{name}.weight"] = Site(path, layer, True, shape)
+            path = ("layers", block, name.split(".")[1])
+            sites[f"{prefix}.{name}.weight"] = Site((*path, "kernel"), layer, True, shape)
+            if config.family.qkv_biases and path[-1] in ("q_proj", "k_proj", "v_proj"):
+                sites[f"{prefix}.{name}.bias"] = Site((*path, "bias"), layer, False, shape[:1])
     sites["model.norm.weight"] = Site(("norm", "scale"), None, False, (hidden,))
     return sites
 
@@ -213,6 +219,9 @@ def load_classifier(path_or_hub_id: str | os.PathLike, *, dtype: Any = None) -> 
     dtype = None if dtype is None else _check_dtype(dtype)
     directory = resolve_model(path_or_hub_id)
     fields, source = files.read_json(directory / "config.json"), str(directory / "config.json")
+    if fields.get("model_type", "llama") != "llama":
+        raise ValueError(f"{source}: field 'model_type': found {fields['model_type']!r}, expected 'llama', of a "
+                         "classifier: not supported")
     # Nobody asks for next tokens: with tied embeddings there is no lm_head to look for.
     config = dataclasses.replace(LlamaConfig.from_hugging_face(fields, source), tie_word_embeddings=True)
     names = fields.get("id2label")

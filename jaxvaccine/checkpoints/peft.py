@@ -129,7 +129,7 @@ def _adapter_tensors(model: Llama) -> dict[str, tuple[tuple[str, ...], int, tupl
     """By PEFT's name: the leaf's path in our tree, the layer, and PEFT's shape."""
     tensors = {}
     for name, site in tensor_sites(model.config).items():
-        if len(site.path) < 3 or site.path[-2] not in model.lora.targets:
+        if site.path[-1] != "kernel" or site.path[-2] not in model.lora.targets:
             continue
         prefix, (out_size, in_size) = PREFIX + name.removesuffix(".weight"), site.shape
         tensors[f"{prefix}.lora_A.weight"] = (*site.path[:-1], "a"), site.layer, (model.lora.rank, in_size)
