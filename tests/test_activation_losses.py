@@ -52,8 +52,8 @@ def unnormed(module, ids, mask):
     """The residual stream after the last layer."""
     length = ids.shape[1]
     rope = llama._rope_table(module.config, jnp.zeros((len(ids), 1), int) + jnp.arange(length), module.dtype)
-    return module.layers(module.embed_tokens[ids], rope,
-                         jnp.tril(jnp.ones((length, length), bool)) & mask[:, None].astype(bool), ())
+    causal = jnp.tril(jnp.ones((length, length), bool)) & mask[:, None].astype(bool)
+    return module.layers(module.embed_tokens[ids], rope, (causal,), None, ())
 
 
 def test_activations(trees, pair):
