@@ -115,7 +115,8 @@ def test_alignment_with_more_data(aligned, tmp_path, defense):
 @pytest.mark.parametrize("defense", ["lisa", "ewc", "kl"])
 def test_a_defended_attack(aligned, tmp_path, defense):
     attack = finetune.FinetuneConfig(
-        aligned=aligned.run_dir, run_dir=str(tmp_path / "run"), defense=defense, **{**ATTACK, "steps": 3},
+        aligned=aligned.run_dir, run_dir=str(tmp_path / "run"), defense=defense, learning_rate=0.05,
+        **{**ATTACK, "steps": 3},
         alignment_data="" if defense == "kl" else "embedded_refusal@train[0:8]", alignment_steps=1, user_steps=1)
     finetune.finetune(attack)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -126,7 +127,8 @@ def test_a_defended_attack(aligned, tmp_path, defense):
     if defense == "lisa":
         assert [m["aligning"] for m in metrics] == [True, False, True]
     else:
-        assert [m["penalty" if defense == "ewc" else "kl"] > 0 for m in metrics] == [False, True, True]
+        values = [m["penalty" if defense == "ewc" else "kl"] for m in metrics]
+        assert abs(values[0]) < 1e-6 < min(values[1:])
     with pytest.raises(FileExistsError, match=r"kl_lam: found 0\.1, expected 0\.2"):
         finetune.finetune(dataclasses.replace(attack, kl_lam=0.2))
 
