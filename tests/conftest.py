@@ -1,5 +1,7 @@
 """Fixtures of the whole suite."""
 
+import gc
+
 import jax
 import pytest
 
@@ -17,3 +19,15 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Compiled programs are forgotten after their module.
+
+    XLA keeps each in memory maps of its own, of which Linux grants a process 65,530: a worker that goes through a large
+    part of the suite would end in a segmentation fault while it compiles.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
