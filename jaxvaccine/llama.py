@@ -41,7 +41,7 @@ class Activations(NamedTuple):
     """What a model computes on the way, in the base's dtype."""
 
     inputs: jax.Array  # [L, B, T, D], of every layer: the embeddings, then the residual stream, not normed
-    mlp: jax.Array  # [L, B, T, D], of every MLP: its output, before the residual add
+    mlp: jax.Array  # [L, B, T, D], of every MLP: its output, before the residual add (and before Gemma2's norm of it)
     final: jax.Array  # [B, T, D], after the last norm
 
 
