@@ -188,8 +188,8 @@ def booster_from(combine):
     def patch(monkeypatch):
         make = defenses.booster
 
-        def mutant(loss_fn, lam, alpha, base=None):
-            original, plain = make(loss_fn, lam, alpha, base), make(loss_fn, 0.0, alpha, base)
+        def mutant(loss_fn, lam, alpha, base=None, exact=False):
+            original, plain = (make(loss_fn, weight, alpha, base, exact) for weight in (lam, 0.0))
 
             def gradient(*args):
                 grads, state, metrics = original.gradient(*args)
