@@ -27,6 +27,7 @@ from experiments.align import DEFENSES, AlignConfig, align
 from experiments.config_flags import flag
 from experiments.evaluate import EvaluateConfig, evaluate
 from experiments.finetune import WHILE_TUNING, FinetuneConfig, finetune
+from experiments.sweep_report import ALIGNED
 from jaxvaccine import world
 
 # Flags that are the same in alignment, attack and evaluation, or follow from the others.
@@ -98,7 +99,7 @@ def grid(config: GridConfig, cells: Mapping[tuple[str, str], Cell], scores: Eval
         align(cell.align)
         stages = results.setdefault(defense, {})
         aligned = score(cell.align.run_dir, trained=cell.align.run_dir, seed=int(seed))
-        stages.setdefault(run_report.ALIGNED, []).append(aligned)
+        stages.setdefault(ALIGNED, []).append(aligned)
         for ratio, attack in cell.attacks.items():
             finetune(attack)
             stages.setdefault(ratio, []).append(score(attack.run_dir, trained=attack.run_dir, seed=int(seed)))
@@ -129,14 +130,13 @@ def read_cells(config: GridConfig, flag_values: flags.FlagValues = flags.FLAGS
         scores = scores or read(
             EvaluateConfig, preset=presets.WORLD_TESTS if on_world else None, run_dir=config.run_dir,
             model=flag_values.model, trained="", **seeded, **{of: getattr(aligned, of) for of in EVALUATE_SHARED})
-        attack = read(
-            FinetuneConfig, "attack_", preset(presets.WORLD_ATTACK, presets.FINETUNE[defense]), run_dir="-",
-            aligned=aligned.run_dir, poison_ratio=0.0, test_data=scores.harmful_test,
-            defense=while_tuning or "none", alignment_data=aligned.alignment_data if while_tuning else "", **seeded,
-            **{of: getattr(aligned, of) for of in ATTACK_SHARED})
         cells[seed, name] = Cell(aligned, {
-            ratio: dataclasses.replace(
-                attack, run_dir=str(root / name / f"seed{seed}" / f"p{ratio}"), poison_ratio=float(ratio))
+            ratio: read(
+                FinetuneConfig, "attack_", preset(presets.WORLD_ATTACK, presets.FINETUNE[defense]),
+                run_dir=str(root / name / f"seed{seed}" / f"p{ratio}"), aligned=aligned.run_dir,
+                poison_ratio=float(ratio), test_data=scores.harmful_test, defense=while_tuning or "none",
+                alignment_data=aligned.alignment_data if while_tuning else "", **seeded,
+                **{of: getattr(aligned, of) for of in ATTACK_SHARED})
             for ratio in config.poison_ratios})
     return cells, scores
 

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from experiments import grid_report, reports
-from experiments.sweep_report import MARKERS
+from experiments.sweep_report import ALIGNED, MARKERS
 
-ALIGNED = "aligned"
 # defense -> "aligned" or poison ratio as text -> results of evaluate.py, one per seed
 Cells = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 
@@ -32,7 +31,7 @@ def write_grid_report(run_dir: Path, title: str, base: Mapping[str, Any] | None,
     rows = [["none", "as it comes", *_row([base], tasks, with_loss), ""]] if base else []
     for defense, by_stage in cells.items():
         for stage, runs in by_stage.items():
-            name = "aligned" if stage == ALIGNED else f"attacked, p = {stage}"
+            name = stage if stage == ALIGNED else f"attacked, p = {stage}"
             rows.append([defense, name, *_row(runs, tasks, with_loss), str(len(runs))])
     header = ["defense", "model", *names, "seeds"]
     if len(seeds) == 1:
