@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, str]] = {
     "repnoise": {"defense": "repnoise"},
     "repnoise_booster": {"defense": "booster", "base_defense": "repnoise"},
     "tar": {"defense": "tar"},
+    "tar_booster": {"defense": "booster", "base_defense": "tar"},
 }
 
 # Four layers, grouped-query attention, every size different from the others where it can be.

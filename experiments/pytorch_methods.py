@@ -49,6 +49,12 @@ def copies(model: TorchModel) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
+def output_head(model: TorchModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits of the last norm's output, capped where the model caps its own (Gemma2)."""
+    logits, cap = model.base.lm_head(hidden), getattr(model.base.config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
 def supervised_log_probabilities(model: TorchModel, batch: Batch) -> torch.Tensor:
     """log p [N, V] of the next token wherever there is a label for it."""
     tensors = tensors_of(batch)
@@ -192,7 +198,7 @@ def repnoise_gradient(alpha: float, beta: float, noise: Callable[[int, tuple[int
         targets = harmful["input_ids"][:, 1:][differs[:, 1:]]
         losses = []
         for hidden in [*(model.base.model.norm(h) for h in inputs), final]:
-            logits = upcast(model.base.lm_head(hidden))[:, :-1][differs[:, 1:]]
+            logits = upcast(output_head(model, hidden))[:, :-1][differs[:, 1:]]
             losses.append(torch.nn.functional.cross_entropy(logits, targets))
         loss = model.loss(batches["alignment"])
         ascent = sum(losses) / len(losses)

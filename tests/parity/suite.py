@@ -25,7 +25,7 @@ FLOAT64 = Tolerance(first_gradient=1e-10, gradient=1e-10, loss=1e-10, adapter=1e
 
 
 # Fifty steps for layers that freeze and come back; five show a method that has no schedule.
-STEPS = dict.fromkeys(("repnoise", "repnoise_booster", "tar"), 5)
+STEPS = dict.fromkeys(("repnoise", "repnoise_booster", "tar", "tar_booster"), 5)
 
 
 def tiny_config(method: str, **flags) -> AlignConfig:
