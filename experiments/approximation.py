@@ -57,8 +57,7 @@ class ApproximationConfig:
         common.require(self, "run_dir", bool(self.run_dir), "a folder")
         for name in ("bases", "methods"):
             common.require(self, name, bool(getattr(self, name)), "at least one")
-        common.require(self, "seeds", bool(self.seeds) and all(seed.isdecimal() for seed in self.seeds),
-                       "numbers of at least 0")
+        common.require_numbers(self, "seeds")
         common.require(self, "measure_every", self.measure_every >= 1, "at least 1")
         for name in ("alignment_probe", "harmful_probe"):
             common.require(self, name, bool(getattr(self, name)), "a data source")

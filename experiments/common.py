@@ -88,6 +88,13 @@ def require(config: Any, name: str, holds: bool, expected: str) -> None:
         raise ValueError(f"--{name}: found {getattr(config, name)!r}, expected {expected}")
 
 
+def require_numbers(config: Any, *names: str) -> None:
+    """Raises ValueError unless each of these flags lists at least one whole number, none of them negative."""
+    for name in names:
+        texts = getattr(config, name)
+        require(config, name, bool(texts) and all(text.isdecimal() for text in texts), "numbers of at least 0")
+
+
 def check_sources(config: Any, *names: str) -> None:
     """Parses the data flags, so that a mistake in one is found before anything is loaded."""
     for name in names:

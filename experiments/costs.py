@@ -20,6 +20,9 @@ class Cost(NamedTuple):
     def __add__(self, other: "Cost") -> "Cost":  # of a tuple it would be concatenation
         return Cost(*(a + b for a, b in zip(self, other, strict=True)))
 
+    def repeated(self, times: int) -> "Cost":
+        return Cost(*(times * value for value in self))
+
 
 def count(fn, *args, layers: int, share_of_blocks: float = 1.0) -> tuple[Cost, Cost]:
     """(cost of every call, cost of what a call adds where a branch on the schedule falls due).
@@ -58,9 +61,9 @@ def _count(jaxpr, layers: int, share: float, in_loop: bool) -> tuple[Cost, Cost]
             continue
         times = equation.params["length"] if name == "scan" else 1
         for a, d in inner:
-            always += a._replace(flops=times * a.flops)
-            due += d._replace(flops=times * d.flops)
-        if name == "scan" and times == layers and inner[0][0].flops and not _has_branch(equation):
+            always += a.repeated(times)
+            due += d.repeated(times)
+        if name == "scan" and times == layers and inner[0][0].flops and _is_pass(equation):
             always += Cost(**{"backward" if equation.params["reverse"] else "forward": 1})
     return always, due
 
@@ -73,8 +76,12 @@ def _inner(equation) -> Iterator[Any]:
                 yield jaxpr
 
 
+def _is_pass(scan) -> bool:
+    """A loop whose steps hand something on, as layers do; not over a loss's blocks, nor over layers side by side."""
+    return scan.params["num_carry"] > 0 and not _has_branch(scan)
+
+
 def _has_branch(equation) -> bool:
-    """A loop over the loss's blocks, and not over layers."""
     return equation.primitive.name == "cond" or any(
         _has_branch(e) for jaxpr in _inner(equation) for e in jaxpr.eqns)
 

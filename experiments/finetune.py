@@ -63,8 +63,7 @@ class FinetuneConfig(common.TrainingConfig):
         common.require(self, "user_data", bool(self.user_data) or round(self.n * self.poison_ratio) == self.n,
                        "a data source, unless --poison_ratio=1")
         if self.layers is not None:
-            common.require(self, "layers", bool(self.layers) and all(text.isdecimal() for text in self.layers),
-                           "numbers of layers")
+            common.require_numbers(self, "layers")
         common.require(self, "alignment_data", bool(self.alignment_data) or not self.needs_alignment(),
                        f"a data source, which --defense={self.defense} needs")
         common.check_sources(self, "user_data", "harmful_data", "test_data", "alignment_data")

@@ -52,8 +52,7 @@ class ReproduceConfig:
     def __post_init__(self):
         common.require(self, "run_dir", bool(self.run_dir), "a folder")
         common.require(self, "model", bool(self.model), "a directory, a hub id or a .gguf file")
-        common.require(self, "seeds", bool(self.seeds) and all(seed.isdecimal() for seed in self.seeds),
-                       "numbers of at least 0")
+        common.require_numbers(self, "seeds")
 
     @property
     def folders(self) -> list[str]:

@@ -63,8 +63,7 @@ class GridConfig:
             except ValueError:
                 valid = False
             common.require(self, "poison_ratios", valid, "numbers from 0 to 1")
-        common.require(self, "seeds", bool(self.seeds) and all(seed.isdecimal() for seed in self.seeds),
-                       "numbers of at least 0")
+        common.require_numbers(self, "seeds")
         for name in ("defenses", "poison_ratios", "seeds"):
             values = getattr(self, name)
             common.require(self, name, len(set(values)) == len(values), "each once")

@@ -61,10 +61,9 @@ class SweepConfig:
 
     def __post_init__(self):
         common.require(self, "run_dir", bool(self.run_dir), "a folder")
-        for name in ("bases", "methods", "attacks", "seeds", "score_steps"):
+        for name in ("bases", "methods", "attacks"):
             common.require(self, name, bool(getattr(self, name)), "at least one")
-        for name in ("seeds", "score_steps"):
-            common.require(self, name, all(text.isdecimal() for text in getattr(self, name)), "numbers of at least 0")
+        common.require_numbers(self, "seeds", "score_steps")
         common.check_sources(self, *TESTS.values())
 
     @property

@@ -66,6 +66,26 @@ def test_passes(method, passes):
     assert (always.forward, always.backward) == (passes, passes) and due == costs.Cost()
 
 
+def test_passes_of_every_method():
+    """TAR: four steps of the attack, the tampered model, the retained one, and the reference forward alone."""
+    model = tiny.model()
+    shapes = llama.tree_shapes(model)
+    rows = {"alignment": ROWS, "harmful": ROWS, "harmless": ROWS, "user": ROWS, "adversary": 4 * ROWS}
+    batches = {of: dict.fromkeys(("input_ids", "labels", "attention_mask"),
+                                 jax.ShapeDtypeStruct((count, LENGTH), jnp.int32)) for of, count in rows.items()}
+    passes = {}
+    for name, defense in benchmark_step.methods(model).items():
+        always, _ = costs.count(
+            defense.gradient, shapes["lora"], shapes["params"], jax.eval_shape(defense.init, shapes["lora"]), batches,
+            jax.eval_shape(lambda: jax.random.key(0)), layers=tiny.CONFIG.num_layers)
+        passes[name] = always.forward, always.backward
+    assert passes == {
+        "sft": (1, 1), "vaccine": (2, 2), "t_vaccine": (2, 2), "booster": (3, 3), "repnoise": (2, 2), "tar": (7, 6),
+        "booster on vaccine": (4, 4), "booster on t_vaccine": (4, 4), "booster on repnoise": (4, 4),
+        "booster on tar": (9, 8), "lisa, while fine-tuning": (1, 1), "ewc, while fine-tuning": (1, 1),
+        "kl, while fine-tuning": (2, 1)}
+
+
 def test_a_probe_falls_due():
     always, due = gradient_cost(lambda loss_fn: defenses.t_vaccine(loss_fn, layers=2))
     vaccine, _ = gradient_cost(defenses.vaccine)

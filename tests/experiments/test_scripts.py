@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from absl import flags
+from safetensors.numpy import load_file
 
 from experiments import align, config_flags, demo_smollm2, evaluate, finetune, presets, run
 from jaxvaccine import save_model
@@ -133,6 +134,25 @@ def test_a_defended_attack(aligned, tmp_path, defense):
         finetune.finetune(dataclasses.replace(attack, kl_lam=0.2))
 
 
+def test_lisa_after_other_defenses(aligned, tmp_path):
+    """It starts from what Booster on T-Vaccine left, and pulls to it: with a huge rho the model hardly moves."""
+    first = dataclasses.replace(
+        aligned, run_dir=str(tmp_path / "first"), defense="booster", base_defense="t_vaccine", layers=1)
+    align.align(first)
+    start = load_file(tmp_path / "first" / "adapter" / "adapter_model.safetensors")
+
+    def distance(rho):
+        attack = finetune.FinetuneConfig(
+            aligned=first.run_dir, run_dir=str(tmp_path / f"lisa{rho}"), adapter="continue", defense="lisa",
+            alignment_data="embedded_refusal@train[0:8]", alignment_steps=2, user_steps=2, rho=rho,
+            learning_rate=1e-3, **{**ATTACK, "steps": 10})
+        finetune.finetune(attack)
+        end = load_file(tmp_path / f"lisa{rho}" / "adapter" / "adapter_model.safetensors")
+        return np.sqrt(sum(np.sum((end[name] - start[name]) ** 2) for name in start))
+
+    assert 0 < distance(1e6) < 0.5 * distance(0.0)
+
+
 def test_defenses_of_the_attack_are_checked():
     def error(**changes):
         with pytest.raises(ValueError) as raised:
@@ -214,7 +234,7 @@ def test_layers_to_train(aligned, tmp_path):
     assert attack.layer_mask(4) is None
     assert dataclasses.replace(attack, layers=("3", "0", "3")).layer_mask(4).tolist() == [True, False, False, True]
     for layers in ((), ("a",), ("-1",)):
-        with pytest.raises(ValueError, match=r"--layers: found .*expected numbers of layers"):
+        with pytest.raises(ValueError, match=r"--layers: found .*expected numbers of at least 0"):
             dataclasses.replace(attack, layers=layers)
     with pytest.raises(ValueError, match=r"--layers: found \('4',\), expected numbers below 4"):
         finetune.finetune(dataclasses.replace(attack, layers=("4",)))
