@@ -109,11 +109,13 @@ def jax_steps(problem: Problem, make: Callable[..., Any] = make_defense) -> Iter
 
 def repnoise_noise(config: AlignConfig, step: int, layer: int, shape: tuple[int, ...]) -> np.ndarray:
     """The noise that RepNoise draws in a step: random draws are shared between the two sides."""
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
-    if config.defense == "booster":
-        key = jax.random.split(key, 3)[0]
-    noise_key = jax.random.split(key, 3)[2]
-    return np.asarray(layer_noise(noise_key, layer, shape, jnp.promote_types(config.dtype, jnp.float32)))
+    # The reference may run in a process of its own, in which JAX has no float64 yet.
+    with jax.enable_x64(config.dtype == "float64"):
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        if config.defense == "booster":
+            key = jax.random.split(key, 3)[0]
+        noise_key = jax.random.split(key, 3)[2]
+        return np.asarray(layer_noise(noise_key, layer, shape, jnp.promote_types(config.dtype, jnp.float32)))
 
 
 def torch_steps(problem: Problem, drawn: Sequence[np.ndarray | None], gradient=None) -> Iterator[StepRecord]:

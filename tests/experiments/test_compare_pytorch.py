@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -20,6 +22,18 @@ ROOT = Path(__file__).parents[2]
 def command(run_dir, *flags):
     return subprocess.run([sys.executable, "-m", "experiments.compare_pytorch", f"--run_dir={run_dir}", *flags],
                           cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("method", ["repnoise", "repnoise_booster"])
+def test_the_reference_draws_the_same_noise_in_a_process_without_float64(method):
+    """Numbers drawn in float32 are others, not the same rounded."""
+    config = AlignConfig(run_dir="-", model="-", alignment_data="embedded_refusal@train", dtype="float64",
+                         harmful_data="embedded_harmful@harmful", **parity.METHODS[method])
+    assert not jax.config.jax_enable_x64
+    found = parity.repnoise_noise(config, 3, 1, (2, 5))
+    assert found.dtype == np.float64
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(found, parity.repnoise_noise(config, 3, 1, (2, 5)))
 
 
 @pytest.fixture
