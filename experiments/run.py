@@ -88,6 +88,7 @@ def grid(config: GridConfig, cells: Mapping[tuple[str, str], Cell], scores: Eval
     """Carries out what has not been carried out yet of the cells (seed, defense); returns the report."""
     root, base = Path(config.run_dir), None
     results: dict[str, dict[str, list[Any]]] = {}
+    aligned: dict[str, dict[str, Any]] = {}  # scores by folder: defenses of the fine-tuning stage share theirs
 
     def score(run_dir: str, **of: Any) -> dict[str, Any]:
         return evaluate(dataclasses.replace(scores, run_dir=f"{run_dir}-scores", **{"model": "", "trained": "", **of}))
@@ -95,10 +96,12 @@ def grid(config: GridConfig, cells: Mapping[tuple[str, str], Cell], scores: Eval
     if config.score_base:
         base = score(str(root / "base"), model=scores.model)
     for (seed, defense), cell in cells.items():
-        align(cell.align)
+        folder = cell.align.run_dir
+        if folder not in aligned:
+            align(cell.align)
+            aligned[folder] = score(folder, trained=folder, seed=int(seed))
         stages = results.setdefault(defense, {})
-        aligned = score(cell.align.run_dir, trained=cell.align.run_dir, seed=int(seed))
-        stages.setdefault(ALIGNED, []).append(aligned)
+        stages.setdefault(ALIGNED, []).append(aligned[folder])
         for ratio, attack in cell.attacks.items():
             finetune(attack)
             stages.setdefault(ratio, []).append(score(attack.run_dir, trained=attack.run_dir, seed=int(seed)))

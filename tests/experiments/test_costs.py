@@ -14,15 +14,20 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 ROWS, LENGTH = 2, 8
 
 
-def gradient_cost(defense, remat="none", share=1.0):
-    model = tiny.model(remat=remat)
+def cost_of(model, defense):
     shapes = llama.tree_shapes(model)
-    batch = dict.fromkeys(("input_ids", "labels", "attention_mask"), jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32))
-    defense = defense(causal_lm_loss(model, block=4))
+    rows = {"alignment": ROWS, "harmful": ROWS, "harmless": ROWS, "user": ROWS,
+            "adversary": align.AlignConfig.inner_steps * ROWS}
+    batches = {of: dict.fromkeys(("input_ids", "labels", "attention_mask"),
+                                 jax.ShapeDtypeStruct((count, LENGTH), jnp.int32)) for of, count in rows.items()}
     return costs.count(
-        defense.gradient, shapes["lora"], shapes["params"], jax.eval_shape(defense.init, shapes["lora"]),
-        {"alignment": batch, "harmful": batch}, jax.eval_shape(lambda: jax.random.key(0)),
-        layers=tiny.CONFIG.num_layers, share_of_blocks=share)
+        defense.gradient, shapes["lora"], shapes["params"], jax.eval_shape(defense.init, shapes["lora"]), batches,
+        jax.eval_shape(lambda: jax.random.key(0)), layers=tiny.CONFIG.num_layers)
+
+
+def gradient_cost(defense, remat="none"):
+    model = tiny.model(remat=remat)
+    return cost_of(model, defense(causal_lm_loss(model, block=4)))
 
 
 def test_products_are_xlas():
@@ -58,32 +63,16 @@ def test_loops_branches_and_what_nothing_needs():
     assert (always, due) == (costs.Cost(2 * 2 * 9), costs.Cost())
 
 
-@pytest.mark.parametrize("method, passes", [
-    (defenses.sft, 1), (defenses.vaccine, 2), (defenses.booster, 3),
-    (lambda loss_fn: defenses.booster(loss_fn, base=defenses.vaccine(loss_fn)), 4)])
-def test_passes(method, passes):
-    always, due = gradient_cost(method)
-    assert (always.forward, always.backward) == (passes, passes) and due == costs.Cost()
-
-
 def test_passes_of_every_method():
     """TAR: four steps of the attack, the tampered model, the retained one, and the reference forward alone."""
     model = tiny.model()
-    shapes = llama.tree_shapes(model)
-    rows = {"alignment": ROWS, "harmful": ROWS, "harmless": ROWS, "user": ROWS, "adversary": 4 * ROWS}
-    batches = {of: dict.fromkeys(("input_ids", "labels", "attention_mask"),
-                                 jax.ShapeDtypeStruct((count, LENGTH), jnp.int32)) for of, count in rows.items()}
-    passes = {}
-    for name, defense in benchmark_step.methods(model).items():
-        always, _ = costs.count(
-            defense.gradient, shapes["lora"], shapes["params"], jax.eval_shape(defense.init, shapes["lora"]), batches,
-            jax.eval_shape(lambda: jax.random.key(0)), layers=tiny.CONFIG.num_layers)
-        passes[name] = always.forward, always.backward
-    assert passes == {
+    found = {name: cost_of(model, defense) for name, defense in benchmark_step.methods(model).items()}
+    assert {name: (always.forward, always.backward) for name, (always, _) in found.items()} == {
         "sft": (1, 1), "vaccine": (2, 2), "t_vaccine": (2, 2), "booster": (3, 3), "repnoise": (2, 2), "tar": (7, 6),
         "booster on vaccine": (4, 4), "booster on t_vaccine": (4, 4), "booster on repnoise": (4, 4),
         "booster on tar": (9, 8), "lisa, while fine-tuning": (1, 1), "ewc, while fine-tuning": (1, 1),
         "kl, while fine-tuning": (2, 1)}
+    assert {name for name, (_, due) in found.items() if due != costs.Cost()} == {"t_vaccine", "booster on t_vaccine"}
 
 
 def test_a_probe_falls_due():
