@@ -1,9 +1,10 @@
 """Tokens per second of generation: ours against transformers' generate, one prompt at a time and in batches.
 
-  python -m experiments.benchmark_generation --max_new_tokens=128
+  python -m experiments.benchmark_generation
 
-The papers' scripts decode one prompt at a time. The same weights, prompts, EOS and longest answer for all, on the same
-number of threads; transformers gets its prompts sorted by length, left-padded, and its best batch size of several.
+The papers' scripts decode one prompt at a time, 200 tokens at most, of 500 and more prompts. The same weights, prompts,
+EOS and longest answer for all, on the same number of threads; transformers gets its prompts sorted by length,
+left-padded, and its best batch size of several.
 Needs torch (the `parity` extra).
 """
 
@@ -75,7 +76,7 @@ def transformers_answers(directory: str, dtype: str, eos: int, max_new_tokens: i
 
 
 def compare(directory: str, source: str, count: int, singles: int, max_new_tokens: int, batch_sizes: Sequence[int],
-            dtype: str, repeats: int) -> str:
+            rows: Sequence[int], dtype: str, repeats: int) -> str:
     """The Markdown table, with what it was measured on."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     model, frozen = hugging_face.load_model(directory, dtype=dtype)
@@ -89,11 +90,12 @@ def compare(directory: str, source: str, count: int, singles: int, max_new_token
     def ours(prompts, batch_size):
         return [answer.tolist() for answer in generate(
             model, None, frozen, prompts, max_new_tokens=max_new_tokens, eos_ids=(tokenizer.eos_token_id,),
-            batch_size=batch_size, bucket=16)]
+            batch_size=batch_size, bucket=8)]
 
     cases = {ONE: (lambda p: theirs(p, 1), prompts[:singles])}
     for size in batch_sizes:
         cases[f"transformers, batches of {size}"] = (lambda p, size=size: theirs(p, size), prompts)
+    for size in rows:
         cases[f"jaxvaccine, {size} rows"] = (lambda p, size=size: ours(p, size), prompts)
     theirs(prompts[:2], 2)
     first = {name: timed(*case).seconds for name, case in cases.items() if name.startswith("jaxvaccine")}
@@ -108,11 +110,11 @@ def compare(directory: str, source: str, count: int, singles: int, max_new_token
 
     best = max((name for name in cases if name.startswith("transformers, b")), key=speed)
     reference = timings[ONE][0].answers
-    rows = []
+    lines = []
     for name in cases:
         answers = timings[name][0].answers
         equal = sum(a == b for a, b in zip(answers, reference, strict=False))
-        rows.append([name, f"{speed(name):.1f}", f"{speed(name) / speed(ONE):.1f}", f"{speed(name) / speed(best):.2f}",
+        lines.append([name, f"{speed(name):.1f}", f"{speed(name) / speed(ONE):.1f}", f"{speed(name) / speed(best):.2f}",
                      f"{speed(name, cpu=True):.1f}", f"{speed(name, True) / speed(ONE, True):.1f}",
                      f"{speed(name, True) / speed(best, True):.2f}", f"{equal}/{len(reference)}"])
     compiling = ", ".join(f"{seconds:.0f} s ({name})" for name, seconds in first.items())
@@ -124,23 +126,25 @@ def compare(directory: str, source: str, count: int, singles: int, max_new_token
         f"{load:.1f} at the start and {os.getloadavg()[0]:.1f} at the end; median of {repeats}, in turn. "
         f"The first pass, with compilation, took {compiling}.\n",
         table(["", "tokens/s", "/ one at a time", "/ best batches", "tokens per CPU second", "/ one at a time",
-               "/ best batches", "equal to one at a time"], rows)])
+               "/ best batches", "equal to one at a time"], lines)])
 
 
 def main(argv: list[str]) -> None:
     with readable_errors("benchmark_generation", argv):
         f = flags.FLAGS
         print(compare(f.model or str(smollm2.fetch()), f.data, f.prompts, min(f.single_prompts, f.prompts),
-                      f.max_new_tokens, [int(size) for size in f.batch_sizes], f.dtype, f.repeats))
+                      f.max_new_tokens, [int(size) for size in f.batch_sizes], [int(size) for size in f.rows], f.dtype,
+                      f.repeats))
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("model", "", "Hugging Face directory; SmolLM2-135M-Instruct unless given.")
-    flags.DEFINE_string("data", "embedded_benign@test", "Prompts: kind:path-or-hub-id@split[start:stop].")
-    flags.DEFINE_integer("prompts", 128, "How many of them.", lower_bound=1)
+    flags.DEFINE_string("data", "embedded_benign@train", "Prompts: kind:path-or-hub-id@split[start:stop].")
+    flags.DEFINE_integer("prompts", 500, "How many of them.", lower_bound=1)
     flags.DEFINE_integer("single_prompts", 8, "How many of these transformers answers one at a time.", lower_bound=1)
-    flags.DEFINE_integer("max_new_tokens", 128, "Longest answer.", lower_bound=1)
-    flags.DEFINE_list("batch_sizes", ["32", "64"], "Rows decoded together.")
+    flags.DEFINE_integer("max_new_tokens", 200, "Longest answer.", lower_bound=1)
+    flags.DEFINE_list("batch_sizes", ["64", "128"], "Prompts that transformers answers together.")
+    flags.DEFINE_list("rows", ["256"], "Prompts that we answer together.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of weights and computation.")
-    flags.DEFINE_integer("repeats", 3, "Timed passes.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 1, "Timed passes.", lower_bound=1)
     app.run(main)

@@ -163,12 +163,18 @@ def test_adapters_to_and_from_peft(family, tmp_path):
         np.testing.assert_allclose(tensor, merged[name].numpy(), atol=1e-6, err_msg=name)
 
 
-def test_greedy_generation_equals_transformers(family, monkeypatch):
-    """Prompts shorter and longer than the window, and answers that leave it behind; rows decoded together."""
+@pytest.mark.parametrize("common", [0, 18])
+def test_greedy_generation_equals_transformers(family, common, monkeypatch):
+    """Prompts shorter and longer than the window, and answers that leave it behind; rows decoded together.
+
+    With a common beginning, which is read once, the window ends within it.
+    """
     import torch
 
     theirs, _, model, frozen = family
-    prompts = [np.random.default_rng(i).integers(0, 97, length) for i, length in enumerate((1, 4, 9, 14))]
+    begin = np.random.default_rng(9).integers(0, 97, common)
+    prompts = [np.append(begin, np.random.default_rng(i).integers(0, 97, length))
+               for i, length in enumerate((1, 4, 9, 14))]
     expected = []
     for prompt in prompts:
         ids = torch.tensor(prompt[None])

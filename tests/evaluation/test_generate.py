@@ -1,5 +1,7 @@
 import functools
 import importlib
+import os
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from jaxvaccine.checkpoints import smollm2
 from jaxvaccine.checkpoints.hugging_face import load_model
 from jaxvaccine.data import encode_prompts, load_examples, load_tokenizer
+from jaxvaccine.evaluation import decoding
 from jaxvaccine.evaluation.generate import generate
 from jaxvaccine.evaluation.sampling import GREEDY, Sampling
 from jaxvaccine.llama import Llama, hidden_states, init_adapter, init_frozen, merge_adapter, token_logits
@@ -89,13 +92,13 @@ def alone(sampling):
 def test_rows_that_leave_and_join_change_nothing(batch_size, sampling, monkeypatch):
     """40 prompts whose answers end anywhere: rows are filled again, the batch gets smaller, and its cache shorter."""
     expected, shapes = alone(sampling), []
-    original = MODULE._decode
+    original = decoding.decode
 
-    def decode(model, adapter, frozen, rows, cache, *args, **kwargs):
+    def decode(model, adapter, frozen, shared, eos_ids, rows, cache, **kwargs):
         shapes.append((len(rows.last), cache.k[0].shape[-1]))
-        return original(model, adapter, frozen, rows, cache, *args, **kwargs)
+        return original(model, adapter, frozen, shared, eos_ids, rows, cache, **kwargs)
 
-    monkeypatch.setattr(MODULE, "_decode", decode)
+    monkeypatch.setattr(decoding, "decode", decode)
     monkeypatch.setattr(MODULE, "BLOCK", 4)
     answers = generate(MODEL, ADAPTER, FROZEN, MANY, max_new_tokens=12, eos_ids=(7, 11), batch_size=batch_size,
                        bucket=32, sampling=sampling)
@@ -107,6 +110,92 @@ def test_rows_that_leave_and_join_change_nothing(batch_size, sampling, monkeypat
         assert len(shapes) < 3 * -(-40 // 7), "no waiting for a whole batch to end"
     else:
         assert len(shapes) == 3 and shapes[-1][0] in (8, 16, 32), "12 tokens in blocks of 4, the last for few rows"
+
+
+# Lengths that no other test uses: a function compiled earlier would not be traced.
+@pytest.mark.parametrize("adapter, backend, common", [(None, "cpu", 16), (ADAPTER, "cpu", 17), (ADAPTER, "gpu", 18)])
+def test_what_all_prompts_begin_with_is_read_once(adapter, backend, common, monkeypatch, next_token):
+    """On accelerators layers are stacked."""
+    begin = np.random.default_rng(99).integers(0, 23, common).astype(np.int32)
+    lengths, original = [], decoding.extend_cache
+    monkeypatch.setattr(decoding, "extend_cache", lambda *a: (lengths.append(a[3].shape), original(*a))[1])
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    prompts = [np.concatenate([begin, prompt[:7]]) for prompt in MANY[:7]]
+    answers = generate(MODEL, adapter, FROZEN, prompts, max_new_tokens=13, eos_ids=(7,), batch_size=3, bucket=7)
+    assert as_lists(answers) == [continue_without_cache(next_token, adapter, p, 13, (7,)) for p in prompts]
+    assert set(lengths) == {(1, common), (1, 7), (3, 1)}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), min_size=1, max_size=4), st.integers(0, 20))
+def test_length_of_what_all_prompts_begin_with(tails, common):
+    prompts = [[2] * common + tail for tail in tails]
+    found = MODULE._shared_length([np.array(prompt) for prompt in prompts])
+    if found:
+        assert all(prompt[:found] == prompts[0][:found] and len(prompt) > found for prompt in prompts)
+        assert len(prompts) > 1 and found >= MODULE._SHARED_LEAST
+        longer = {tuple(prompt[:found + 1]) for prompt in prompts}
+        assert len(longer) > 1 or min(map(len, prompts)) == found + 1, "more could be shared"
+    else:
+        assert len(prompts) == 1 or common < MODULE._SHARED_LEAST
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+def test_batches_side_by_side(sampling, monkeypatch):
+    workers = []
+    original = MODULE._answer
+
+    def answer(steps, prompts, waiting, batch_size, *args):
+        workers.append((threading.current_thread(), len(waiting), batch_size))
+        return original(steps, prompts, waiting, batch_size, *args)
+
+    monkeypatch.setattr(MODULE, "_answer", answer)
+    monkeypatch.setattr(MODULE, "_num_workers", lambda batch_size: 3)
+    answers = generate(MODEL, ADAPTER, FROZEN, MANY, max_new_tokens=12, eos_ids=(7, 11), batch_size=10, bucket=32,
+                       sampling=sampling)
+    assert as_lists(answers) == alone(sampling)
+    assert {thread for thread, _, _ in workers}.isdisjoint({threading.main_thread()})
+    assert sorted(counts for _, *counts in workers) == [[13, 4], [13, 4], [14, 4]]
+
+
+def test_batches_side_by_side_are_of_the_callers_precision(monkeypatch):
+    monkeypatch.setattr(MODULE, "_num_workers", lambda batch_size: 2)
+    found = []
+    original = decoding.token_logits
+    monkeypatch.setattr(decoding, "token_logits", lambda *a: (found.append(original(*a)), found[-1])[1])
+    with jax.enable_x64(True):
+        model, frozen = MODEL.clone(dtype=jnp.float64), jax.tree.map(lambda x: x.astype(jnp.float64), FROZEN)
+        generate(model, None, frozen, PROMPTS, max_new_tokens=2, eos_ids=(), batch_size=4)
+    assert found and all(logits.dtype == jnp.float64 for logits in found)
+
+
+def test_batches_side_by_side_stop_together(monkeypatch):
+    """One finds logits that are not finite: what the other has still to do is not done."""
+    monkeypatch.setattr(MODULE, "_num_workers", lambda batch_size: 2)
+    frozen = {**FROZEN, "embed_tokens": FROZEN["embed_tokens"].at[22].set(jnp.nan)}
+    good, bad = np.array([1, 2], np.int32), np.array([22, 22, 22], np.int32)
+    model = Llama(LlamaConfig(**{**vars(CONFIG), "tie_word_embeddings": False}))
+    frozen["lm_head"] = FROZEN["embed_tokens"].T
+    blocks, original = [], MODULE._answer
+
+    def answer(*args):
+        for block in original(*args):
+            blocks.append(block)
+            yield block
+
+    monkeypatch.setattr(MODULE, "_answer", answer)
+    monkeypatch.setattr(MODULE, "BLOCK", 1)
+    with pytest.raises(FloatingPointError, match="prompt 3: the model's logits are not finite"):
+        generate(model, None, frozen, [good, good, good, bad], max_new_tokens=60, eos_ids=(), batch_size=4)
+    assert len(blocks) < 60
+
+
+@pytest.mark.parametrize("backend, cores, batch_size, workers", [
+    ("gpu", 8, 512, 1), ("cpu", 8, 512, 8), ("cpu", 2, 512, 2), ("cpu", 8, 64, 2), ("cpu", 8, 63, 1), ("cpu", 8, 1, 1)])
+def test_as_many_batches_as_cores(backend, cores, batch_size, workers, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    assert MODULE._num_workers(batch_size) == workers
 
 
 def test_draws_depend_on_seed_prompt_and_position():
@@ -154,13 +243,13 @@ def test_prompt_of_exactly_a_bucket_and_answer_up_to_the_last_position(next_toke
 
 def test_the_loop_stops_when_every_row_has_ended(monkeypatch):
     steps = []
-    original = MODULE.extend_cache
+    original = decoding.extend_cache
 
     def counted(*args):
         jax.debug.callback(lambda: steps.append(1), ordered=True)
         return original(*args)
 
-    monkeypatch.setattr(MODULE, "extend_cache", counted)
+    monkeypatch.setattr(decoding, "extend_cache", counted)
     # Sizes that no other test uses: a function compiled earlier would not be traced with the counter.
     prompts, joins = PROMPTS[:3], 3
     free = generate(MODEL, None, FROZEN, prompts, max_new_tokens=21, eos_ids=(), batch_size=3, bucket=6)
@@ -175,11 +264,11 @@ def test_the_loop_stops_when_every_row_has_ended(monkeypatch):
 
 def test_one_compile_per_bucket(monkeypatch):
     traces = []
-    original = MODULE.extend_cache
-    monkeypatch.setattr(MODULE, "extend_cache", lambda *a: (traces.append(a[3].shape), original(*a))[1])
+    original = decoding.extend_cache
+    monkeypatch.setattr(decoding, "extend_cache", lambda *a: (traces.append(a[3].shape), original(*a))[1])
     prompts = [p[:n] for n in (1, 2, 3, 4, 5, 9, 10) for p in (np.arange(10, dtype=np.int32),)]
     for eos in ((3,), (4,), (5,)):
-        generate(MODEL, None, FROZEN, prompts, max_new_tokens=7, eos_ids=eos, batch_size=2, bucket=5)
+        generate(MODEL, None, FROZEN, prompts, max_new_tokens=12, eos_ids=eos, batch_size=2, bucket=5)
     prefills = [shape for shape in traces if shape[1] != 1]
     assert sorted(prefills) == [(1, 5), (1, 10)], "once per bucket"
     assert len(traces) == 3, "and one step for all"
@@ -187,9 +276,9 @@ def test_one_compile_per_bucket(monkeypatch):
 
 def test_never_materialises_logits_of_the_prompt():
     def admit(ids, lengths):
-        rows, cache = MODULE._empty(MODEL, batch=2, capacity=50, max_new_tokens=3)
-        return MODULE._admit(MODEL, None, FROZEN, rows, cache, ids, lengths, lengths, lengths, np.array([7]),
-                             sampling=GREEDY)
+        rows, cache = decoding.empty(MODEL, batch=2, capacity=50, max_new_tokens=3)
+        return decoding.admit(MODEL, None, FROZEN, (), np.array([7]), rows, cache, ids, lengths, lengths, lengths,
+                              sampling=GREEDY)
 
     program = str(jax.make_jaxpr(admit)(np.zeros((2, 40), np.int32), np.ones(2, np.int32)))
     assert "[2,23]" in program and "[2,40,23]" not in program
@@ -234,8 +323,8 @@ OK = np.array([1, 2], np.int32)
     ([OK], {"bucket": 0}, "bucket: found 0"),
 ])
 def test_bad_input_is_an_error_before_anything_runs(prompts, changes, message, monkeypatch):
-    for name in ("_empty", "_admit", "_decode"):
-        monkeypatch.setattr(MODULE, name, lambda *a, **k: pytest.fail("ran"))
+    for name in ("empty", "admit", "decode", "read_shared", "unrolled"):
+        monkeypatch.setattr(decoding, name, lambda *a, **k: pytest.fail("ran"))
     with pytest.raises(ValueError, match=message):
         generate(MODEL, None, FROZEN, prompts, **{"max_new_tokens": 4, "eos_ids": (0,), **changes})
 

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxvaccine.evaluation.sampling import GREEDY, Sampling, choose, keep_likely
 
@@ -49,6 +51,14 @@ def test_greedy_and_logits_that_are_not_finite():
         assert sound.tolist() == [True, False, False, True] and tokens.dtype == jnp.int32
         if not sampling.temperature:
             assert tokens[0] == LOGITS[0].argmax() and tokens[3] == LOGITS[3].argmax()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([-jnp.inf, -2.0, 0.0, 1.0, 3.0]), min_size=6, max_size=6))
+def test_the_first_of_the_largest(row):
+    logits = jnp.array([row])
+    token, _ = choose(logits, jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), GREEDY)
+    assert token == jnp.argmax(logits)
 
 
 @pytest.mark.parametrize("field, value", [

@@ -9,7 +9,7 @@ pytest.importorskip("torch")
 
 def test_compare(model_dir):
     text = benchmark_generation.compare(model_dir, "embedded_benign@test", count=3, singles=2, max_new_tokens=4,
-                                        batch_sizes=[2], dtype="float32", repeats=1)
+                                        batch_sizes=[2], rows=[2], dtype="float32", repeats=1)
     assert text.startswith("3 prompts of embedded_benign@test (2 of them one at a time)") and "median of 1" in text
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     rows = {row[0]: row[1:] for row in table[2:]}
@@ -23,7 +23,7 @@ def test_compare(model_dir):
 
 def test_more_prompts_than_there_are(model_dir):
     with pytest.raises(ValueError, match=r"--prompts: found 100000, expected at most the \d+ of embedded_benign@test"):
-        benchmark_generation.compare(model_dir, "embedded_benign@test", 100000, 1, 4, [2], "float32", 1)
+        benchmark_generation.compare(model_dir, "embedded_benign@test", 100000, 1, 4, [2], [2], "float32", 1)
 
 
 def test_timing():

@@ -1,0 +1,139 @@
+"""What `generate` runs on the device: pure jitted steps over rows, each an answer under way, and their cache.
+
+Shapes in names: B rows decoded together, G prompts that join them, T padded prompt length, S cached positions, N
+max_new_tokens, P tokens that all prompts begin with, E number of EOS ids.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxvaccine.evaluation.sampling import Sampling, choose
+from jaxvaccine.llama import Llama, Segment, as_segment, extend_cache, token_logits, unroll_layers
+
+
+class Rows(NamedTuple):
+    """Answers under way, one per row."""
+
+    prompt: jax.Array  # [B] int32: its number
+    last: jax.Array  # [B] int32
+    tokens: jax.Array  # [B, N] int32
+    counts: jax.Array  # [B] int32: tokens before EOS
+    ended: jax.Array  # [B] bool
+    finite: jax.Array  # [B] bool
+
+
+def _fresh_rows(prompt_B, ended_B, max_new_tokens: int) -> Rows:
+    zeros_B = jnp.zeros_like(prompt_B)
+    return Rows(prompt_B, zeros_B, jnp.zeros((len(prompt_B), max_new_tokens), jnp.int32), zeros_B, ended_B,
+                jnp.ones_like(ended_B))
+
+
+def _record(model: Llama, frozen, rows: Rows, hidden_BxD, eos_ids_E, sampling: Sampling) -> Rows:
+    """One more token for every row, from its last hidden state."""
+    token_B, sound_B = choose(token_logits(model, frozen, hidden_BxD), rows.prompt, rows.counts, sampling)
+    finite_B = rows.finite & (sound_B | rows.ended)
+    ended_B = rows.ended | ~finite_B | jnp.any(token_B[:, None] == eos_ids_E, axis=-1)
+    tokens_BxN = rows.tokens.at[jnp.arange(len(token_B)), rows.counts].set(token_B, mode="drop")
+    counts_B = rows.counts + ~ended_B
+    return Rows(rows.prompt, token_B, tokens_BxN, counts_B, ended_B | (counts_B == tokens_BxN.shape[1]), finite_B)
+
+
+def _empty_segment(model: Llama, batch: int, capacity: int) -> Segment:
+    config = model.config
+    heads = (batch, config.num_kv_heads)
+    k, v = (*heads, config.head_dim, capacity), (*heads, capacity, config.head_dim)
+
+    def zeros(shape):
+        if model.unroll:
+            return tuple(jnp.zeros(shape, model.dtype) for _ in range(config.num_layers))
+        return jnp.zeros((config.num_layers, *shape), model.dtype)
+
+    return Segment(zeros(k), zeros(v), jnp.zeros(batch, jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def read_shared(model: Llama, adapter, frozen, input_ids_P) -> Segment:
+    """The cache of what all prompts begin with: read once, for one row."""
+    input_ids_1xP = input_ids_P[None]
+    _, entries = extend_cache(model, adapter, frozen, input_ids_1xP, jnp.ones_like(input_ids_1xP))
+    return as_segment(entries, jnp.full(1, len(input_ids_P), jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "batch", "capacity", "max_new_tokens"))
+def empty(model: Llama, *, batch: int, capacity: int, max_new_tokens: int) -> tuple[Rows, Segment]:
+    """Rows that have all ended, and their cache."""
+    rows = _fresh_rows(jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool), max_new_tokens)
+    return rows, _empty_segment(model, batch, capacity)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames=("rows", "cache"))
+def admit(model: Llama, adapter, frozen, shared: tuple[Segment, ...], eos_ids_E, rows: Rows, cache: Segment,
+          input_ids_GxT, lengths_G, prompts_G, slots_G, *, sampling: Sampling) -> tuple[Rows, Segment]:
+    """Prompts take over the rows `slots`, each with its first token. Slots beyond the last row hold filler.
+
+    What `shared` holds, if anything, comes before each prompt.
+    """
+    length = input_ids_GxT.shape[1]
+    lengths_G = jnp.maximum(lengths_G, 1)
+    mask_GxT = (jnp.arange(length) < lengths_G[:, None]).astype(jnp.int32)
+    hidden_GxTxD, entries = extend_cache(model, adapter, frozen, input_ids_GxT, mask_GxT, shared)
+    joining = _record(model, frozen, _fresh_rows(prompts_G, jnp.zeros(len(prompts_G), bool), rows.tokens.shape[1]),
+                      hidden_GxTxD[jnp.arange(len(lengths_G)), lengths_G - 1], eos_ids_E, sampling)
+    new = as_segment(entries, lengths_G)
+    if isinstance(cache.k, tuple):
+        new = unrolled_segment(new)
+    return jax.tree.map(lambda old, new: old.at[slots_G].set(new, mode="drop"), rows, joining), Segment(
+        jax.tree.map(lambda old, new: old.at[..., slots_G, :, :, :length].set(new, mode="drop"), cache.k, new.k),
+        jax.tree.map(lambda old, new: old.at[..., slots_G, :, :length, :].set(new, mode="drop"), cache.v, new.v),
+        cache.lengths.at[slots_G].set(new.lengths, mode="drop"))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "steps", "sampling"), donate_argnames=("rows", "cache"))
+def decode(model: Llama, adapter, frozen, shared: tuple[Segment, ...], eos_ids_E, rows: Rows, cache: Segment, *,
+           steps: int, sampling: Sampling) -> tuple[Rows, Segment]:
+    """Up to `steps` more tokens for every row; fewer when all have ended.
+
+    The cache itself is only read until the end. What is new lies in a short segment of its own, in the same slots for
+    all rows: to write every token where it belongs would take about as long as all of attention.
+    """
+    ones_Bx1 = jnp.ones((len(rows.last), 1), jnp.int32)
+
+    def put(old, new, at, axis):
+        return jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis), old, new)
+
+    def advance(state: tuple[jax.Array, Rows, Segment]):
+        step, rows, recent = state
+        hidden_Bx1xD, entries = extend_cache(model, adapter, frozen, rows.last[:, None], ones_Bx1,
+                                           (*shared, cache, recent))
+        new = as_segment(entries, recent.lengths + 1)
+        recent = Segment(put(recent.k, new.k, step, -1), put(recent.v, new.v, step, -2), new.lengths)
+        return step + 1, _record(model, frozen, rows, hidden_Bx1xD[:, 0], eos_ids_E, sampling), recent
+
+    start = jnp.zeros((), jnp.int32), rows, _empty_segment(model, len(rows.last), steps)
+    _, rows, recent = jax.lax.while_loop(lambda state: (state[0] < steps) & ~jnp.all(state[1].ended), advance, start)
+    append_k, append_v = (jax.vmap(functools.partial(put, axis=axis), in_axes=(-4, -4, 0), out_axes=-4)
+                          for axis in (-1, -2))
+    return rows, Segment(append_k(cache.k, recent.k, cache.lengths), append_v(cache.v, recent.v, cache.lengths),
+                         cache.lengths + recent.lengths)
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def keep(rows: Rows, cache: Segment, slots_B, *, capacity: int) -> tuple[Rows, Segment]:
+    """The rows `slots` alone, with room for `capacity` positions."""
+    return jax.tree.map(lambda x: x[slots_B], rows), Segment(
+        jax.tree.map(lambda x: x[..., slots_B, :, :, :capacity], cache.k),
+        jax.tree.map(lambda x: x[..., slots_B, :, :capacity, :], cache.v), cache.lengths[slots_B])
+
+
+def unrolled_segment(segment: Segment) -> Segment:
+    return segment._replace(k=tuple(segment.k), v=tuple(segment.v))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def unrolled(model: Llama, adapter, frozen, shared: tuple[Segment, ...]):
+    """The trees and segments as an unrolled model takes them."""
+    return (adapter and unroll_layers(model, adapter), unroll_layers(model, frozen),
+            tuple(unrolled_segment(segment) for segment in shared))
