@@ -28,6 +28,8 @@ class KeyValues(NamedTuple):
 class Segment(NamedTuple):
     """A stretch of what generation remembers of each row, of which the first lengths[b] slots count.
 
+    B is 1 for a stretch that all rows share.
+
     Both products of attention read it as it lies: in another order, XLA's CPU backend takes three times as long.
     """
 
@@ -100,7 +102,7 @@ def attend(config: LlamaConfig, q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask_BxTxS):
 
 
 def attend_to_cache(config: LlamaConfig, q_BxTxNxH, new: KeyValues, cached: Sequence[KeyValues], mask_BxTxS):
-    """`attend` to the cached stretches (k [B, K, H, S], v [B, K, S, H]), then to the new keys and values.
+    """`attend` to the cached stretches (k [B or 1, K, H, S], v [B or 1, K, S, H]), then to the new keys and values.
 
     The stretches are never joined, which would copy the cache for every token, and both products are plain matrix
     products: XLA's CPU backend turns an einsum's operands around, and takes twice as long.

@@ -100,7 +100,7 @@ def _answer(steps: _Steps, prompts: Sequence[np.ndarray], waiting: list[int], ba
     Yields after each block: the answers that ended with it, by number, and how many tokens the others have so far.
     """
     def capacity(numbers: Sequence[int]) -> int:
-        # A row's last block may reach beyond this, and then writes over what only that row saw.
+        # A row that ends within a block may have no room for all of it: what is written over is its own.
         return bucket_length(max(prompts[i].size for i in numbers) + max_new_tokens, bucket)
 
     owners = [_FREE] * batch_size  # which prompt each row is at
