@@ -115,8 +115,8 @@ def compare(directory: str, source: str, count: int, singles: int, max_new_token
         answers = timings[name][0].answers
         equal = sum(a == b for a, b in zip(answers, reference, strict=False))
         lines.append([name, f"{speed(name):.1f}", f"{speed(name) / speed(ONE):.1f}", f"{speed(name) / speed(best):.2f}",
-                     f"{speed(name, cpu=True):.1f}", f"{speed(name, True) / speed(ONE, True):.1f}",
-                     f"{speed(name, True) / speed(best, True):.2f}", f"{equal}/{len(reference)}"])
+                      f"{speed(name, cpu=True):.1f}", f"{speed(name, True) / speed(ONE, True):.1f}",
+                      f"{speed(name, True) / speed(best, True):.2f}", f"{equal}/{len(reference)}"])
     compiling = ", ".join(f"{seconds:.0f} s ({name})" for name, seconds in first.items())
     lengths = [len(answer) for answer in timings[best][0].answers]
     return "\n".join([
