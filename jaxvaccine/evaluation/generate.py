@@ -27,7 +27,7 @@ _SMALLEST = 8
 # With fewer common tokens, attention to one more segment takes longer than reading them with each prompt.
 _SHARED_LEAST = 16
 # A worker of fewer rows is not worth it: each worker reads all weights for every token.
-_WORKER_ROWS = 32
+_WORKER_ROWS = 64
 _FREE = -1
 
 
