@@ -23,6 +23,7 @@ from experiments.reports import table
 from jaxvaccine import data
 from jaxvaccine.checkpoints import hugging_face, smollm2
 from jaxvaccine.evaluation import generate
+from jaxvaccine.evaluation.generate import available_cores
 
 ONE = "transformers, one prompt at a time"
 
@@ -78,7 +79,7 @@ def transformers_answers(directory: str, dtype: str, eos: int, max_new_tokens: i
 def compare(directory: str, source: str, count: int, singles: int, max_new_tokens: int, batch_sizes: Sequence[int],
             rows: Sequence[int], dtype: str, repeats: int) -> str:
     """The Markdown table, with what it was measured on."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = available_cores()
     model, frozen = hugging_face.load_model(directory, dtype=dtype)
     tokenizer = data.load_tokenizer(directory)
     examples = data.load_examples(source)

@@ -56,12 +56,16 @@ def _shared_length(prompts: Sequence[np.ndarray]) -> int:
     return length if len(prompts) > 1 and length >= _SHARED_LEAST else 0
 
 
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _num_workers(batch_size: int) -> int:
     """How many batches are decoded side by side: XLA's CPU backend computes attention to the cache on one core."""
     if jax.default_backend() != "cpu":
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(cores, batch_size // _WORKER_ROWS))
+    return max(1, min(available_cores(), batch_size // _WORKER_ROWS))
 
 
 class _Steps(NamedTuple):

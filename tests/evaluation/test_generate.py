@@ -2,6 +2,7 @@ import functools
 import importlib
 import os
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -180,6 +181,7 @@ def test_batches_side_by_side_stop_together(monkeypatch):
 
     def answer(*args):
         for block in original(*args):
+            time.sleep(0.05)
             blocks.append(block)
             yield block
 
@@ -187,7 +189,7 @@ def test_batches_side_by_side_stop_together(monkeypatch):
     monkeypatch.setattr(MODULE, "BLOCK", 1)
     with pytest.raises(FloatingPointError, match="prompt 3: the model's logits are not finite"):
         generate(model, None, frozen, [good, good, good, bad], max_new_tokens=60, eos_ids=(), batch_size=4)
-    assert len(blocks) < 60
+    assert len(blocks) < 30, "of 59"
 
 
 @pytest.mark.parametrize("backend, cores, batch_size, workers", [
