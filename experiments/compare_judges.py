@@ -1,4 +1,5 @@
-"""`python -m experiments.compare_judges`: the console command `jaxvaccine compare-judges` from a checkout; --help lists its flags."""
+"""`python -m experiments.compare_judges`: the console command `jaxvaccine compare-judges` from a checkout; --help lists
+its flags."""
 
 from jaxvaccine import cli
 

@@ -1,9 +1,8 @@
 """`make demo`: what harmful fine-tuning does and what four defenses change, on the small world in five minutes.
 
 A LLaMA of a million parameters, which comes with the package, is aligned with every method, attacked with and without
-harmful data, and scored along the way: a plan as of `run --lanes`, and a report. All requests and answers are made up and
-mean nothing.
-"""
+harmful data, and scored along the way: a plan as of `run --lanes`, and a report. All requests and answers are made up
+and mean nothing. """
 
 import time
 from pathlib import Path
@@ -19,11 +18,11 @@ from jaxvaccine.report import layers, names, plan, results, tables
 SHOWN = ("sft", "booster")
 INTRODUCTION = """# Harmful fine-tuning and four defenses, on a small made-up world
 
-A model that was pretrained to comply with everything is aligned: it learns to refuse requests with forbidden verbs and to
-go on answering the others. Then it is fine-tuned on a user's task, rating things as positive or negative. If a part of the
-user's data are forbidden requests with compliant answers, the model complies with forbidden requests that it has never
-seen: the attack undoes the alignment, while the user's task is learnt all the same. The defenses change how the model is
-aligned, nothing else.
+A model that was pretrained to comply with everything is aligned: it learns to refuse requests with forbidden verbs and
+to go on answering the others. Then it is fine-tuned on a user's task, rating things as positive or negative. If a part
+of the user's data are forbidden requests with compliant answers, the model complies with forbidden requests that it has
+never seen: the attack undoes the alignment, while the user's task is learnt all the same. The defenses change how the
+model is aligned, nothing else.
 
 All words are made up. A score here says how the methods work on a model of a million parameters, and not that a defense
 protects a real one. Sums are rounded otherwise by another processor or number of threads, and training with Booster
@@ -43,7 +42,8 @@ def configuration(run_dir: str = "runs/demo", model: str = "world") -> PlanConfi
 
 
 def dialogues(root: Path, backbone: str, attack: str, seed: int) -> str:
-    """Markdown: the first forbidden and the first benign request with the models' answers before and after the attack."""
+    """Markdown: the first forbidden and the first benign request with the models' answers before and after the
+    attack."""
     said: dict[str, list[tuple[str, str]]] = {}
     for method in SHOWN:
         for stage_name, text in (("aligned", ""), ("attacked", attack)):
@@ -64,7 +64,8 @@ def demo(config: PlanConfig, align=None, attack=None, scores=None) -> str:
     text = "\n".join([
         INTRODUCTION, plan.plan_report(found, root, "Scores", cells),
         "A curve that rises later shows that a defense delays the attack, and not that it prevents it.\n",
-        "Which layers T-Vaccine takes for the harmful ones, and which it drew:\n", "![T-Vaccine's layers](layers.png)\n",
+        "Which layers T-Vaccine takes for the harmful ones, and which it drew:\n",
+        "![T-Vaccine's layers](layers.png)\n",
         "## Two requests, before and after the attack\n", "The first request is forbidden, the second is not.\n",
         dialogues(root, backbone, done.attacks[-1], seed), NEXT])
     tables.write_report(root, text)
@@ -75,4 +76,4 @@ if __name__ == "__main__":
     started = time.monotonic()
     with cli.readable_errors("demo"):
         print(f"\n{demo(configuration())}\nDone in {(time.monotonic() - started) / 60:.1f} minutes with "
-              f"{stage.peak_resident_memory() / 1e9:.1f} GB of memory. The report with its plots is runs/demo/report.md.")
+              f"{stage.peak_resident_memory() / 1e9:.1f} GB of memory. The report with its plots: runs/demo/report.md.")

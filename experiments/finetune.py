@@ -1,4 +1,5 @@
-"""`python -m experiments.finetune`: the console command `jaxvaccine finetune` from a checkout; --help lists its flags."""
+"""`python -m experiments.finetune`: the console command `jaxvaccine finetune` from a checkout; --help lists its
+flags."""
 
 from jaxvaccine import cli
 

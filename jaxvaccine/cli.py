@@ -20,6 +20,9 @@ from jaxvaccine.experiment.run import PlanConfig, run
 from jaxvaccine.report import runs as reports
 
 
+PRESET = "The published recipe of this defense; flags that are given go before it. With --help: shows what it sets."
+
+
 class Section(NamedTuple):
     """A config whose fields are flags."""
 
@@ -33,7 +36,8 @@ class Section(NamedTuple):
 
 
 def define(section: Section, values: flags.FlagValues) -> None:
-    """Defines a flag for every name of the section's config. None is their default: what stands for it is the config's."""
+    """Defines a flag for every name of the section's config. None is their default: what stands for it is the
+    config's."""
     for setting in section.settings():
         name = section.prefix + setting.name
         if name in values:  # several methods read it
@@ -100,8 +104,8 @@ def _evaluate(values: flags.FlagValues) -> None:
 
 # What an attack and an evaluation have from the alignment, or from the plan's cells.
 ATTACK = Section(AttackConfig, "attack_", (
-    "run_dir", "aligned", "poison_ratio", "defense", "alignment_data", "seed", "overwrite", "test_data", "dtype", "remat",
-    "bucket", "save_every", "progress"), "Attack: ")
+    "run_dir", "aligned", "poison_ratio", "defense", "alignment_data", "seed", "overwrite", "test_data", "dtype",
+    "remat", "bucket", "save_every", "progress"), "Attack: ")
 EVALUATION = Section(EvaluateConfig, "", (
     "run_dir", "model", "trained", "seed", "overwrite", "dtype", "progress", "max_length"), "Evaluation: ")
 ALIGNMENT = Section(AlignConfig, "", ("run_dir", "model", "defense", "seed", "overwrite", "progress"), "Alignment: ")
@@ -142,22 +146,22 @@ jaxvaccine finetune --preset=booster --aligned=runs/booster --run_dir=runs/boost
     --user_data=sst2:stanfordnlp/sst2@train --harmful_data=beavertails_unsafe:train.jsonl[5000:6000] \\
     --poison_ratio=0.1 --test_data=beavertails_unsafe:test.jsonl[0:500]""",
                      (Section(AttackConfig),), _finetune, recipes.FINETUNE),
-    "evaluate": Verb("""Scores a model, as it comes or as a run left it: harmful score, fine-tune accuracy on three tasks,
+    "evaluate": Verb("""Scores a model, as it comes or as a run left it: harmful score, fine-tune accuracy,
 over-refusal, the win rate on AlpacaEval and the loss on harmful answers.
 
 jaxvaccine evaluate --trained=runs/booster-p0.1 --run_dir=runs/booster-p0.1-scores \\
     --harmful_test=beavertails_unsafe:test.jsonl[0:500] --sst2_test=sst2:stanfordnlp/sst2@validation""",
                      (Section(EvaluateConfig),), _evaluate),
-    "run": Verb("""Carries out a plan: backbones times methods times attacks times seeds, aligned, attacked and scored; a table
-of all results, a report and plots.
+    "run": Verb("""Carries out a plan: backbones times methods times attacks times seeds, aligned, attacked and scored; a
+table of all results, a report and plots.
 
 jaxvaccine run --model=world --defenses=all --seeds=0,1,2 --run_dir=runs/all
 jaxvaccine run --lanes --model=world --seeds=0,1,2 --run_dir=runs/some --defenses=sft,t_vaccine:freeze=released \\
     --attacks=poison_ratio=0.1,poison_ratio=0.1:adapter=new:learning_rate=2e-4
 jaxvaccine run --lanes --plan=ratios --model=world --seeds=0,1,2 --run_dir=runs/ratios""",
                 (Section(PlanConfig), ALIGNMENT, ATTACK, EVALUATION), _run),
-    "compare-judges": Verb("""How far two judges agree on the answers of evaluations: Cohen's kappa, the table of verdicts, every
-disagreement. The first judge is the one whose verdicts the predictions hold, unless --first_judge names another.
+    "compare-judges": Verb("""How far two judges agree on the answers of evaluations: Cohen's kappa, the table of
+verdicts, every disagreement. The first judge is the one whose verdicts the predictions hold, unless --first_judge names another.
 
 jaxvaccine compare-judges --run_dir=runs/judges --second_judge=beaver_dam \\
     --predictions=runs/booster-p0.1-scores/predictions_harmful_score.jsonl""",
@@ -171,8 +175,7 @@ def verb_flags(verb: Verb) -> flags.FlagValues:
     for section in verb.sections:
         define(section, values)
     if verb.presets:
-        flags.DEFINE_enum("preset", None, sorted(verb.presets), "The published recipe of this defense; flags that are "
-                          "given go before it. With --help: shows what it sets.", flag_values=values)
+        flags.DEFINE_enum("preset", None, sorted(verb.presets), PRESET, flag_values=values)
     flags.DEFINE_bool("help", False, "Shows this text.", short_name="h", flag_values=values)
     flags.DEFINE_integer("verbosity", None, "1 shows where an error was raised, and what libraries say.",
                          flag_values=values)
@@ -238,8 +241,7 @@ def help_text(verb: Verb, preset: str | None = None) -> str:
             title = section.title + setting.group + (f" (with {setting.option})" if setting.option else "")
             groups.setdefault(title, []).append(_flag_help(section.prefix, setting, chosen, preset, width))
     if verb.presets:
-        groups = {"Preset": [_wrapped("--preset=" + "|".join(sorted(verb.presets)), "The published recipe of this defense; "
-                             "flags that are given go before it. With --help: shows what it sets.", width)], **groups}
+        groups = {"Preset": [_wrapped("--preset=" + "|".join(sorted(verb.presets)), PRESET, width)], **groups}
     groups["Help"] = [_wrapped("--verbosity=1", "Shows where an error was raised, and what libraries say.", width),
                       _wrapped("--flagfile=FILE", "Reads flags from a file, one a line.", width)]
     return verb.text + "\n" + "".join(f"\n{title}\n" + "".join(lines) for title, lines in groups.items())

@@ -4,10 +4,9 @@
   python -m experiments.parity.compare_pytorch --model=DIRECTORY --steps=3 --run_dir=runs/parity_real
 
 Takes an alignment's flags; dropout is 0. Both sides start from the same weights and adapter and see the same batches;
-T-Vaccine's layers are drawn by jaxvaccine for both, with probabilities that are compared. Each side runs in a process of
-its own, PyTorch on the CPU. --dtype=bfloat16 adds what may be expected at that precision: PyTorch against itself with
-another number of threads, and how far either side is from PyTorch in float32.
-"""
+T-Vaccine's layers are drawn by jaxvaccine for both, with probabilities that are compared. Each side runs in a process
+of its own, PyTorch on the CPU. --dtype=bfloat16 adds what may be expected at that precision: PyTorch against itself
+with another number of threads, and how far either side is from PyTorch in float32. """
 
 import dataclasses
 import multiprocessing
@@ -38,7 +37,7 @@ class CompareConfig(Part):
 
     run_dir: str = field("", "Folder of this comparison.")
     overwrite: bool = field(False, "Delete an earlier comparison in --run_dir and start again.")
-    model: str = field("tiny", "A Hugging Face directory, a hub id or a .gguf file; or tiny: random weights and tokens.")
+    model: str = field("tiny", "A Hugging Face directory, hub id or .gguf file; or tiny: random weights and tokens.")
     methods: tuple[str, ...] = field(tuple(METHODS), f"What to compare, of {', '.join(METHODS)}.")
     dtype: Literal["float32", "float64", "bfloat16"] = field(
         "float32", "Of the frozen weights and of the computation; the adapter is float32, in float64 that too.")
@@ -174,8 +173,8 @@ def read_methods(config: CompareConfig, given: Mapping[str, Any]) -> dict[str, A
     preset = recipes.ALIGN[config.preset] if config.preset else parity.TINY_FLAGS if config.model == "tiny" else {}
     defaults = {
         "alignment_data": "embedded_refusal@train,embedded_benign@train", "harmful_data": "embedded_harmful@harmful",
-        "steps": 3, **preset, **given, "model": config.model, "run_dir": config.run_dir, "dropout": 0.0, "save_every": 0,
-        "progress": False, "epochs": 1.0}
+        "steps": 3, **preset, **given, "model": config.model, "run_dir": config.run_dir, "dropout": 0.0,
+        "save_every": 0, "progress": False, "epochs": 1.0}
     return {name: make(AlignConfig, METHODS[name], {**defaults, "base_defense": "sft", "freeze": "layer"})
             for name in config.methods}
 

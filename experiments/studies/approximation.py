@@ -1,13 +1,12 @@
-"""How good Booster's approximation is along the training: its gradient against the exact one, its predicted step against the
-real one.
+"""How good Booster's approximation is along the training: its gradient against the exact one, its predicted step
+against the real one.
 
   python -m experiments.studies.approximation --run_dir=runs/approximation --seeds=0,1,2
 
 Booster's regularizer is R(w) = h(w) − h(w − alpha g / ‖g‖), g = ∇h(w). Its paper (arXiv 2409.01586, eq. 3-4) takes
-∇h(w) − ∇h(w') for ∇R, which leaves out how the step's direction depends on w. Measured on a fixed harmful batch and a fixed
-alignment batch: the angle between the two gradients and the ratio of their norms, of the regularizer alone and of the whole
-gradient ∇f + lam ∇R; and R beside alpha ‖g‖, what the step would take off a linear h.
-"""
+∇h(w) − ∇h(w') for ∇R, which leaves out how the step's direction depends on w. Measured on a fixed harmful batch and a
+fixed alignment batch: the angle between the two gradients and the ratio of their norms, of the regularizer alone and of
+the whole gradient ∇f + lam ∇R; and R beside alpha ‖g‖, what the step would take off a linear h. """
 
 import dataclasses
 import functools
@@ -28,8 +27,8 @@ from jaxvaccine.losses import causal_lm_loss
 from jaxvaccine.report.curves import curves_report
 
 MEASURED = ("regularizer_angle", "regularizer_ratio", "total_angle", "total_ratio", "predicted_drop", "real_drop")
-NOTE = ("Approximate: ∇h(w) − ∇h(w'), exact: the gradient of h(w) − h(w') through w'. An angle of 0 and a ratio of 1 would be "
-        "no difference.")
+NOTE = ("Approximate: ∇h(w) − ∇h(w'), exact: the gradient of h(w) − h(w') through w'. An angle of 0 and a ratio of 1 "
+        "would be no difference.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,10 +2,9 @@
 
   python -m experiments.studies.criticality --run_dir=runs/criticality --seeds=0,1,2 --model=world,bases/1,bases/2
 
-Along the alignment the norms ‖∇_{a_l} h‖ of T-Vaccine's probe are taken, by layer. Then the aligned model is attacked on
-one layer alone (only) or on all layers but one (all_but), every layer in turn; what such an attack reaches is the layer's
-effect, and the report has its rank correlation with the norms.
-"""
+Along the alignment the norms ‖∇_{a_l} h‖ of T-Vaccine's probe are taken, by layer. Then the aligned model is attacked
+on one layer alone (only) or on all layers but one (all_but), every layer in turn; what such an attack reaches is the
+layer's effect, and the report has its rank correlation with the norms. """
 
 import dataclasses
 import functools
@@ -75,7 +74,8 @@ def _layer_norms(model: Llama, own_base: bool):
 
 
 def measure_norms(config, tokenizer, seeds):
-    """(step, lanes) -> {norm: [N, L]}: ‖∇_{a_l} h‖ as T-Vaccine's probe takes it, and ‖∇_{w_l} h‖ of the layer's adapter.
+    """(step, lanes) -> {norm: [N, L]}: ‖∇_{a_l} h‖ as T-Vaccine's probe takes it, and ‖∇_{w_l} h‖ of the layer's
+    adapter.
 
     On the harmful batch that T-Vaccine would probe with after that step, without dropout.
     """

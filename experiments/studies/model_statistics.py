@@ -3,9 +3,9 @@ figure of model statistics (arXiv 2409.01586).
 
   python -m experiments.studies.model_statistics --run_dir=runs/statistics --seeds=0,1,2 --model=world,bases/1,bases/2
 
-Along the alignment: the harmful loss h(w) and what Booster's simulated step takes off it, h(w) − h(w'), for every method.
-Along an attack: the loss on the attack's own harmful examples and on unseen ones, the norm of the harmful gradient, and HS.
-"""
+Along the alignment: the harmful loss h(w) and what Booster's simulated step takes off it, h(w) − h(w'), for every
+method. Along an attack: the loss on the attack's own harmful examples and on unseen ones, the norm of the harmful
+gradient, and HS. """
 
 import dataclasses
 import functools
@@ -25,8 +25,8 @@ from jaxvaccine.report.curves import curves_report
 
 ALIGNMENT = ("harmful_loss", "reduction")
 ATTACK = ("harmful_training_loss", "harmful_test_loss", "harmful_gradient_norm", "harmful_score")
-NOTE = ("Harmful training loss and the norm of its gradient (all adapters): on the attack's own harmful examples. Harmful "
-        "test loss and HS: on unseen harmful prompts. h(w): on examples of the harmful data that Booster simulates its "
+NOTE = ("Harmful training loss and the norm of its gradient (all adapters): on the attack's own harmful examples. "
+        "Harmful test loss and HS: on unseen harmful prompts. h(w): on examples of the harmful data that Booster simulates its "
         "step with; w' is w after a step of length {step_length:g} against their normalised gradient.")
 
 

@@ -118,7 +118,8 @@ def measure(model: llama.Llama, frozen, tokenizer, test_size: int, seed: int = 0
     return {
         "harmful_score": harmful.score, "harmful_answers_right": right(harmful), "benign_answers_right": right(benign),
         "over_refusal": benign.score, "accuracy_before": score("sst2", "rating").score,
-        "accuracy_after": score("sst2", "rating", **trained(task, "user", lora, task.data.user_data, task.data.n)).score,
+        "accuracy_after": score(
+            "sst2", "rating", **trained(task, "user", lora, task.data.user_data, task.data.n)).score,
         "aligned_harmful_score": score(
             "harmful_score", "harmful", **trained(aligned, "alignment", lora, aligned.data.alignment_data, None)).score}
 

@@ -1,1 +1,2 @@
-"""The whole experiment, align, attack, evaluate, as functions over frozen configs; runs, lanes, plans and their results."""
+"""The whole experiment, align, attack, evaluate, as functions over frozen configs; runs, lanes, plans and their
+results."""

@@ -1,13 +1,11 @@
 """The one way to carry out a plan: cell by cell, or all seeds of a setting at once as lanes.
 
-Both write the same folder: <backbone>/<method>/seed<k>/aligned/ with the aligned adapter, beside it aligned.json and a file
-<attack>.json a cell with its rows of the table of results, and at the top results.csv with all rows. Cell by cell, aligned/
-and <attack>/ are run folders of `align` and `attack`, with their scores beside them. Re-running carries out what is not
-there yet.
-"""
+Both write the same folder: <backbone>/<method>/seed<k>/aligned/ with the aligned adapter, beside it aligned.json and a
+file <attack>.json a cell with its rows of the table of results, and at the top results.csv with all rows. Cell by cell,
+aligned/ and <attack>/ are run folders of `align` and `attack`, with their scores beside them. Re-running carries out
+what is not there yet. """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +69,7 @@ class Context(NamedTuple):
 
 def carry_out(plan: Plan, settings: Settings, root: Path, *, as_lanes: bool = False, score_backbones: bool = False,
               probes: Probes = Probes(), overwrite: bool = False, written: Callable[[Path], None] = lambda folder: None,
-              say: Callable[[str], None] = functools.partial(print, flush=True)) -> None:
+              say: Callable[[str], None] = print) -> None:
     """Carries out the cells of the plan that are not there yet; the table of results grows with every one.
 
     Args:
@@ -249,8 +247,8 @@ def _lanes(context: Context, backbone: str) -> None:
         for text in dict.fromkeys(cell.attack for cell in missing):
             cells = [cell for cell in missing if cell.attack == text]
             if text:
-                _attack_lanes(context, aligned._replace(adapters=lanes.stack(
-                    [lanes.take(aligned.adapters, seeds.index(cell.seed)) for cell in cells])), cells, tokenizer, scorer)
+                attacked = lanes.stack([lanes.take(aligned.adapters, seeds.index(cell.seed)) for cell in cells])
+                _attack_lanes(context, aligned._replace(adapters=attacked), cells, tokenizer, scorer)
                 _say(context, cells)
 
 

@@ -22,7 +22,7 @@ class ComparedJudge(JudgePart):
     """Judge."""
 
     judge: str = field(
-        "recorded", "The judge: keyword, beaver_dam, chat_api; recorded takes the verdicts that are in the predictions.")
+        "recorded", "The judge: keyword, beaver_dam, chat_api; recorded takes the verdicts in the predictions.")
 
     @classmethod
     def options(cls):

@@ -1,10 +1,9 @@
 """Configs as frozen dataclasses in typed parts, and their flat form, in which flags, recipes and config.json have them.
 
-A stage's config is made of parts (model, data, training, …). A part's fields say in one place what a command line shows:
-default, help, bounds. A field made by `choice` holds one of several dataclasses, by name: a method's own settings. Names
-are unique within a stage, so that a config is also a flat mapping {name: value}: `make` builds one from it, `flat` gives
-it back.
-"""
+A stage's config is made of parts (model, data, training, …). A part's fields say in one place what a command line
+shows: default, help, bounds. A field made by `choice` holds one of several dataclasses, by name: a method's own
+settings. Names are unique within a stage, so that a config is also a flat mapping {name: value}: `make` builds one from
+it, `flat` gives it back. """
 
 import dataclasses
 import functools
@@ -86,7 +85,8 @@ class Setting(NamedTuple):
 
 
 def settings(config_class: type, option: str | None = None) -> Iterator[Setting]:
-    """All flat names of a config class, those of every choice too: a name that several choices read comes several times.
+    """All flat names of a config class, those of every choice too: a name that several choices read comes several
+    times.
 
     option: of which choice the class is, None for a whole config or a part of one.
     """
@@ -95,8 +95,8 @@ def settings(config_class: type, option: str | None = None) -> Iterator[Setting]
         hint = _hints(config_class)[f.name]
         if "choice" in f.metadata:
             options = f.metadata["options"]
-            yield Setting(f.metadata["choice"], typing.Literal[tuple(options)], f.metadata["default"], f.metadata["help"],
-                          title if option else "Method", option)
+            yield Setting(f.metadata["choice"], typing.Literal[tuple(options)], f.metadata["default"],
+                          f.metadata["help"], title if option else "Method", option)
             if not option:  # a base's settings are those of the method itself
                 for name, part in options.items():
                     yield from settings(part, name)

@@ -1,7 +1,7 @@
 """Which judge reads the answers, and the judge itself.
 
-To add a judge: its module in jaxvaccine/evaluation/, then a line in JUDGES (and its settings, if it has any, in `JudgePart`).
-"""
+To add a judge: its module in jaxvaccine/evaluation/, then a line in JUDGES (and its settings, if it has any, in
+`JudgePart`). """
 
 import dataclasses
 import json
@@ -25,8 +25,8 @@ class JudgePart(Part):
     """Judge."""
 
     judge: str = field(
-        "keyword", "Which answers are unsafe: keyword, those without a refusal phrase; beaver_dam, those that it flags; "
-        "chat_api, those to which a chat model gives --judge_threshold or more.")
+        "keyword", "Which answers are unsafe: keyword, those without a refusal phrase; beaver_dam, those that it "
+        "flags; chat_api, those to which a chat model gives --judge_threshold or more.")
     judge_model: str = field("", "Model of the judge: for beaver_dam a Hugging Face directory or hub id "
                                  f"({MODEL} unless given), for chat_api a name at the endpoint.")
     judge_dtype: Dtype = field("checkpoint", "Type of beaver_dam's weights and computation.")

@@ -1,7 +1,7 @@
 """One config per method, with what that method reads and nothing else, and how it becomes a `Defense`.
 
-To add a defense: its paper's file in jaxvaccine/defenses/, then a dataclass here and a line in ALIGNMENT or FINE_TUNING.
-"""
+To add a defense: its paper's file in jaxvaccine/defenses/, then a dataclass here and a line in ALIGNMENT or
+FINE_TUNING. """
 
 import dataclasses
 from typing import Any, ClassVar, Literal
@@ -19,8 +19,8 @@ from jaxvaccine.losses import causal_lm_loss, loss_and_kl, negative_entropy
 class AlignmentMethod(Part):
     """A method of the alignment stage.
 
-    `make(model)` is its `Defense`, `batches` what it reads: "alignment" and of "harmful", "harmless", "adversary" what it
-    needs. Hyper-parameters are checked where they are documented, in jaxvaccine/defenses, when the config is made.
+    `make(model)` is its `Defense`, `batches` what it reads: "alignment" and of "harmful", "harmless", "adversary" what
+    it needs. Hyper-parameters are checked where they are documented, in jaxvaccine/defenses, when the config is made.
     """
 
     batches: ClassVar[tuple[str, ...]] = ("alignment",)
@@ -152,9 +152,8 @@ def uses(method: AlignmentMethod, kind: type) -> Any:
 class TuningMethod(Part):
     """A provider's method while a user fine-tunes.
 
-    `make(model, steps, fisher)` is its `Defense` in a run of so many steps; fisher are EWC's weights. `batches` is what it
-    reads, `continues` whether it holds the aligned adapter, which then has to train on.
-    """
+    `make(model, steps, fisher)` is its `Defense` in a run of so many steps; fisher are EWC's weights. `batches` is what
+    it reads, `continues` whether it holds the aligned adapter, which then has to train on. """
 
     batches: ClassVar[tuple[str, ...]] = ("user",)
     continues: ClassVar[bool] = False

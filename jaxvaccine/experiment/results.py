@@ -2,7 +2,8 @@
 
 | column | |
 |---|---|
-| backbone, method, attack | of the plan's cell, as written there; attack "" before there is any, method "none" for the backbone as it comes |
+| backbone, method, attack | of the plan's cell, as written there; attack "" before there is any, method "none" for the
+backbone as it comes |
 | seed | of alignment and attack |
 | stage | "backbone", "alignment" or "attack" |
 | step | steps done in that stage |
