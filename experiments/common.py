@@ -15,10 +15,11 @@ from absl import flags, logging
 from experiments import reports
 from experiments.config_flags import flag
 from jaxvaccine import data, defenses, optim, runs, training
-from jaxvaccine.checkpoints import files, hugging_face
+from jaxvaccine.checkpoints import hugging_face
 from jaxvaccine.checkpoints.orbax_state import open_checkpoints
 from jaxvaccine.checkpoints.peft import load_adapter, read_lora_config, save_adapter
 from jaxvaccine.data.batching import stream_seed
+from jaxvaccine.json_files import read_json_object
 from jaxvaccine.llama import Llama, merge_adapter
 from jaxvaccine.llama_config import LlamaConfig, LoraConfig
 
@@ -117,7 +118,7 @@ def prompts_of(examples: Sequence[data.Example]) -> list[str]:
 def read_architecture(model: str) -> LlamaConfig:
     """The model's config.json, read before its weights so that flags can be checked against it."""
     path = hugging_face.resolve_model(model) / "config.json"
-    return LlamaConfig.from_hugging_face(files.read_json(path), str(path))
+    return LlamaConfig.from_hugging_face(read_json_object(path), str(path))
 
 
 @functools.lru_cache(maxsize=1)
