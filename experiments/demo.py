@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 from jaxvaccine import cli
-from jaxvaccine.experiment import runs, stage
+from jaxvaccine.experiment import stage
 from jaxvaccine.experiment.carry_out import result_path
 from jaxvaccine.experiment.results import Cell
 from jaxvaccine.experiment.run import PlanConfig, run
+from jaxvaccine.json_files import read_json
 from jaxvaccine.report import layers, names, plan, results, tables
 
 # Whose dialogues are shown: alignment without a defense, and this one.
@@ -47,7 +48,7 @@ def dialogues(root: Path, backbone: str, attack: str, seed: int) -> str:
     said: dict[str, list[tuple[str, str]]] = {}
     for method in SHOWN:
         for stage_name, text in (("aligned", ""), ("attacked", attack)):
-            answers = runs.read_json(result_path(root, Cell(backbone, method, text, seed)))["answers"]
+            answers = read_json(result_path(root, Cell(backbone, method, text, seed)))["answers"]
             last = answers[max(answers, key=int)]
             for task in ("harmful_score", "over_refusal"):
                 request, answer = last[task][0]

@@ -19,7 +19,6 @@ from jaxvaccine.experiment.evaluate import EvaluateConfig, evaluate
 from jaxvaccine.experiment.run import PlanConfig, run
 from jaxvaccine.report import runs as reports
 
-
 PRESET = "The published recipe of this defense; flags that are given go before it. With --help: shows what it sets."
 
 
@@ -156,7 +155,7 @@ jaxvaccine evaluate --trained=runs/booster-p0.1 --run_dir=runs/booster-p0.1-scor
 table of all results, a report and plots.
 
 jaxvaccine run --model=world --defenses=all --seeds=0,1,2 --run_dir=runs/all
-jaxvaccine run --lanes --model=world --seeds=0,1,2 --run_dir=runs/some --defenses=sft,t_vaccine:freeze=released \\
+jaxvaccine run --lanes --model=world --seeds=0,1 --run_dir=runs/some --defenses=sft,t_vaccine:freeze=released \\
     --attacks=poison_ratio=0.1,poison_ratio=0.1:adapter=new:learning_rate=2e-4
 jaxvaccine run --lanes --plan=ratios --model=world --seeds=0,1,2 --run_dir=runs/ratios""",
                 (Section(PlanConfig), ALIGNMENT, ATTACK, EVALUATION), _run),

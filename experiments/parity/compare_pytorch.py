@@ -25,6 +25,7 @@ from jaxvaccine.experiment import recipes, runs, stage
 from jaxvaccine.experiment.align import AlignConfig, batch_sources, check_layers, load_data, tokenize
 from jaxvaccine.experiment.config import Part, field, flat, make, require
 from jaxvaccine.experiment.methods import RepNoise, Tar
+from jaxvaccine.json_files import read_json, write_json
 from jaxvaccine.report import runs as reports
 from jaxvaccine.report.divergence import summary, write_comparison_report
 
@@ -154,7 +155,7 @@ def compare(config: CompareConfig, methods: Mapping[str, AlignConfig]) -> None:
     run_dir = runs.open_run(config.run_dir, "compare_pytorch", {**settings, **result}, {"hashes": hashes}, operational,
                             config.overwrite)
     path = run_dir / RESULTS
-    results: dict[str, Any] = runs.read_json(path) if path.exists() else {}
+    results: dict[str, Any] = read_json(path) if path.exists() else {}
     missing = {name: of for name, of in methods.items() if name not in results}
     if missing:
         # Weights, adapter and batches are the same for all methods; TAR's are told by its own settings.
@@ -163,7 +164,7 @@ def compare(config: CompareConfig, methods: Mapping[str, AlignConfig]) -> None:
                     else in_process(_real, some, config.dtype))
         for name, of in missing.items():
             results[name] = compare_method(prepared._replace(config=of))
-            runs.write_json(path, results)
+            write_json(path, results)
             print(summary({name: results[name]}), flush=True)
     write_comparison_report(run_dir, f"jaxvaccine against PyTorch: {config.model}, {config.dtype}", results)
 

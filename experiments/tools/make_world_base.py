@@ -30,6 +30,7 @@ from jaxvaccine.experiment import lanes, recipes, stage
 from jaxvaccine.experiment.align import AlignConfig
 from jaxvaccine.experiment.attack import AttackConfig
 from jaxvaccine.experiment.config import Part, field, flat, make, require
+from jaxvaccine.json_files import write_json
 from jaxvaccine.llama_config import LlamaConfig
 from jaxvaccine.losses import causal_lm_loss
 
@@ -144,7 +145,7 @@ def make_base(config: BaseConfig) -> dict[str, Any]:
         source = Path(scratch)
         vocab_size = world.write_tokenizer(source)
         tokenizer = data.load_tokenizer(source)
-        files.write_json(source / "config.json", {"eos_token_id": tokenizer.eos_token_id})
+        write_json(source / "config.json", {"eos_token_id": tokenizer.eos_token_id})
         model = llama.Llama(LlamaConfig(
             vocab_size=vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
             num_layers=config.num_layers, num_heads=config.num_heads, num_kv_heads=config.num_heads,
@@ -165,7 +166,7 @@ def make_base(config: BaseConfig) -> dict[str, Any]:
     given = {name: value for name, value in flat(config).items() if name != "directory"}
     found = {"flags": given, "parameters": sum(x.size for x in jax.tree.leaves(frozen)), "loss": losses,
              "measured": measured}
-    files.write_json(directory / REPORT, found)
+    write_json(directory / REPORT, found)
     return found
 
 

@@ -33,6 +33,7 @@ from jaxvaccine.experiment.plans import (
     split_method,
 )
 from jaxvaccine.experiment.results import Cell, Row
+from jaxvaccine.json_files import read_json, write_json
 
 AS_IT_COMES = "none"  # the method of a backbone that nothing was done to
 # Metrics of an alignment that are kept where seeds are trained at once, and at every how many steps.
@@ -118,7 +119,7 @@ def collect(root: Path, plan: Plan) -> None:
             for seed in plan.seeds:
                 cells = [Cell(backbone, method, text, seed) for text in ("", *plan.of_method(method))]
                 paths += [result_path(root, cell) for cell in cells]
-        rows += [row for path in paths if path.exists() for row in runs.read_json(path)["rows"]]
+        rows += [row for path in paths if path.exists() for row in read_json(path)["rows"]]
     results.write(root / results.TABLE, results.table(rows))
 
 
@@ -131,7 +132,7 @@ def result_path(root: Path, cell: Cell) -> Path:
 def _finish(context: Context, cell: Cell, rows: Sequence[Row], answers: Mapping[str, Any] | None = None) -> None:
     path = result_path(context.root, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_json(path, {"rows": list(rows), "answers": answers or {}})
+    write_json(path, {"rows": list(rows), "answers": answers or {}})
     collect(context.root, context.plan)
 
 
@@ -141,7 +142,7 @@ def _score_backbone(context: Context, backbone: str) -> None:
     if not path.exists():
         found = _evaluate(context, folder / AS_IT_COMES, 0, model=backbone)
         rows = results.score_rows(Cell(backbone, AS_IT_COMES, "", 0), "backbone", 0, found)
-        runs.write_json(path, {"rows": rows, "answers": {}})
+        write_json(path, {"rows": rows, "answers": {}})
         collect(context.root, context.plan)
 
 
@@ -183,7 +184,7 @@ def _steps_done(folder: Path) -> int:
 def _say(context: Context, cells: Sequence[Cell]) -> None:
     scores: dict[str, list[str]] = {}
     for cell in cells:
-        rows = runs.read_json(result_path(context.root, cell))["rows"]
+        rows = read_json(result_path(context.root, cell))["rows"]
         last = max(row["step"] for row in rows)
         for row in rows:
             if row["step"] == last and row.get("layer") is None:
@@ -262,7 +263,7 @@ def _align_lanes(context: Context, config: AlignConfig, base: stage.Base, tokeni
     if new and method != shared:  # what the provider does comes after the alignment
         _align_lanes(context, config, base, tokenizer, scorer, backbone, shared, [seeds[i] for i in new])
         for i in new:
-            found = runs.read_json(result_path(context.root, cells[i]._replace(method=shared)))
+            found = read_json(result_path(context.root, cells[i]._replace(method=shared)))
             _finish(context, cells[i], [{**row, "method": method} for row in found["rows"]], found["answers"])
         new = []
     if new:

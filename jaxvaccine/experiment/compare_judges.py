@@ -12,6 +12,7 @@ from jaxvaccine.experiment import runs
 from jaxvaccine.experiment.config import FieldError, Part, field, flat, require
 from jaxvaccine.experiment.judging import JUDGES, JudgePart, make_judge
 from jaxvaccine.experiment.stage import split_operational
+from jaxvaccine.json_files import read_json, write_json
 
 RESULTS = "agreement.json"
 DISAGREEMENTS = "disagreements.jsonl"
@@ -85,8 +86,8 @@ def compare(config: ComparisonPart, first: ComparedJudge, second: ComparedJudge)
         lines = [json.dumps({**{name: row[name] for name in ("prompt", "answer")}, "first": a, "second": b})
                  for row, a, b in zip(predictions, *verdicts, strict=True) if a != b]
         (run_dir / DISAGREEMENTS).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        runs.write_json(run_dir / RESULTS, {**found._asdict(), "rate": found.rate._asdict()})
-    return runs.read_json(run_dir / RESULTS)
+        write_json(run_dir / RESULTS, {**found._asdict(), "rate": found.rate._asdict()})
+    return read_json(run_dir / RESULTS)
 
 
 def _verdicts(judge: ComparedJudge, predictions: Sequence[dict[str, str]], progress: bool) -> list[str]:

@@ -19,11 +19,12 @@ from jaxvaccine.evaluation import (
     score_answers,
     write_predictions,
 )
-from jaxvaccine.experiment import runs, stage
+from jaxvaccine.experiment import stage
 from jaxvaccine.experiment.align import Examples
 from jaxvaccine.experiment.config import FieldError, Part, field, require
 from jaxvaccine.experiment.judging import JudgePart, make_comparer, make_judge
 from jaxvaccine.experiment.parts import SOURCE, Dtype, RunPart, check_sources
+from jaxvaccine.json_files import read_json, write_json
 
 RESULTS = "results.json"
 LOSS = "harmful_loss"  # beside the tasks in the results: h(w), no rate
@@ -139,7 +140,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     check_unseen({task: rows for task, rows in examples.items() if task != LOSS}, seen)
     run_dir = stage.open_run(config, config.run, "evaluate", examples)
     if (run_dir / RESULTS).exists():
-        return runs.read_json(run_dir / RESULTS)
+        return read_json(run_dir / RESULTS)
     answers = _measure(config, run_dir, model_path, examples)
     if config.judge.judge == "beaver_dam":
         # There is not room for two 7B models.
@@ -157,7 +158,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             scored = score_answers(task, rows, answers[task], judge, categories)
         write_predictions(run_dir / f"predictions_{task}.jsonl", scored.predictions, overwrite=True)
         results[task] = summary(scored)
-    runs.write_json(run_dir / RESULTS, results)
+    write_json(run_dir / RESULTS, results)
     return results
 
 
@@ -167,7 +168,7 @@ def _measure(config: EvaluateConfig, run_dir: Path, model_path: str, examples: E
     What an interrupted evaluation has generated is read, not repeated.
     """
     done = {task: path for task in examples if (path := run_dir / f"answers_{task}.json").exists()}
-    answers = {task: runs.read_json(path) for task, path in done.items()}
+    answers = {task: read_json(path) for task, path in done.items()}
     if len(done) == len(examples):
         return answers
     generation, lengths = config.generation, {test.task: test.length for test in TESTS.values()}
@@ -189,7 +190,7 @@ def _measure(config: EvaluateConfig, run_dir: Path, model_path: str, examples: E
                 max_new_tokens=getattr(generation, lengths[task]), batch_size=generation.eval_batch_size,
                 bucket=generation.eval_bucket, sampling=generation.sampling(config.run.seed),
                 progress=config.run.progress)
-        runs.write_json(run_dir / f"answers_{task}.json", answers[task])
+        write_json(run_dir / f"answers_{task}.json", answers[task])
     return answers
 
 

@@ -15,17 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxvaccine.data.prompts import Example
+from jaxvaccine.json_files import read_json, write_json
 
 CONFIG = "config.json"
 PACKAGES = ("jaxvaccine", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes JSON whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def read_config(run_dir: str | os.PathLike) -> dict[str, Any]:
@@ -42,16 +35,6 @@ def read_config(run_dir: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path}: found a JSON {type(config).__name__}, expected an object")
     return config
-
-
-def read_json(path: Path) -> Any:
-    """The JSON value in a file. Raises ValueError naming file and line if it is malformed."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: line {error.lineno}: found malformed JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start}: found bytes that are not UTF-8, expected JSON") from error
 
 
 def examples_hash(examples: Sequence[Example]) -> str:

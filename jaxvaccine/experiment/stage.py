@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxvaccine import data, defenses, optim, training
-from jaxvaccine.checkpoints import files, hugging_face
+from jaxvaccine.checkpoints import hugging_face
 from jaxvaccine.checkpoints.orbax_state import open_checkpoints
 from jaxvaccine.checkpoints.peft import load_adapter, read_lora_config, save_adapter
 from jaxvaccine.data.batching import stream_seed
 from jaxvaccine.experiment import runs
 from jaxvaccine.experiment.config import flat
 from jaxvaccine.experiment.parts import OPERATIONAL, RunPart, TrainingPart, TrainingRunPart
+from jaxvaccine.json_files import read_json_object
 from jaxvaccine.llama import Llama, merge_adapter
 from jaxvaccine.llama_config import LlamaConfig, LoraConfig
 
@@ -37,7 +38,7 @@ class Base(NamedTuple):
 def read_architecture(model: str) -> LlamaConfig:
     """The model's config.json, read before its weights so that settings can be checked against it."""
     path = hugging_face.resolve_model(model) / "config.json"
-    return LlamaConfig.from_hugging_face(files.read_json(path), str(path))
+    return LlamaConfig.from_hugging_face(read_json_object(path), str(path))
 
 
 @functools.lru_cache(maxsize=1)

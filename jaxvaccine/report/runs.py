@@ -8,6 +8,7 @@ from jaxvaccine.evaluation.tasks import Rate
 from jaxvaccine.experiment import compare_judges, evaluate, runs
 from jaxvaccine.experiment.plans import GRIDS
 from jaxvaccine.experiment.run import PlanConfig
+from jaxvaccine.json_files import read_json
 from jaxvaccine.report import names, tables
 from jaxvaccine.report.agreement import agreement_report
 from jaxvaccine.report.evaluation import write_evaluation_report
@@ -31,7 +32,7 @@ def write(folder: str | os.PathLike) -> None:
     elif config["script"] == "finetune":
         write_training_report(folder, f"Fine-tuning of {flags['aligned']} with p = {flags['poison_ratio']:g}")
     elif config["script"] == "evaluate":
-        write_evaluation_report(folder, flags["trained"] or flags["model"], runs.read_json(folder / evaluate.RESULTS))
+        write_evaluation_report(folder, flags["trained"] or flags["model"], read_json(folder / evaluate.RESULTS))
     else:
         plan = config["operational"]["plan"]
         cells = Cells([tuple(pair) for pair in plan["pairs"]], plan["backbones"], plan["seeds"])
@@ -60,7 +61,7 @@ def write_plan(config: PlanConfig) -> str:
 
 def write_agreement(run_dir: str | os.PathLike, first: str, second: str) -> str:
     """The report of a comparison of two judges of these names; its text."""
-    found = runs.read_json(Path(run_dir) / compare_judges.RESULTS)
+    found = read_json(Path(run_dir) / compare_judges.RESULTS)
     rate = Rate(**{**found["rate"], "interval": tuple(found["rate"]["interval"])})
     tables.write_report(run_dir, agreement_report(
         Agreement(**{**found, "rate": rate}), first, second, compare_judges.DISAGREEMENTS))

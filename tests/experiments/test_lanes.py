@@ -9,9 +9,9 @@ import pytest
 
 from experiments import align, common, finetune, lanes, presets
 from jaxvaccine import data, llama, save_model
-from jaxvaccine.checkpoints import files
 from jaxvaccine.checkpoints.peft import load_adapter
 from jaxvaccine.data import world
+from jaxvaccine.json_files import write_json
 from jaxvaccine.llama_config import TARGETS, LlamaConfig
 from tests import jaxprs
 
@@ -34,7 +34,7 @@ def world_model(directory, layers=3):
     source = directory / "source"
     source.mkdir()
     vocab_size = world.write_tokenizer(source)
-    files.write_json(source / "config.json", {"eos_token_id": 0})
+    write_json(source / "config.json", {"eos_token_id": 0})
     model = llama.Llama(LlamaConfig(vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_layers=layers,
                                     num_heads=4, num_kv_heads=2, head_dim=8, max_position_embeddings=64))
     frozen = jax.tree.map(lambda x: x * 8 if x.ndim == 3 else x, llama.init_frozen(model, jax.random.key(0)))
