@@ -43,6 +43,7 @@ setup(
         "tqdm>=4.70",
         "transformers>=5.23",
     ],
+    entry_points={"console_scripts": ["jaxvaccine = jaxvaccine.cli:main"]},
     extras_require={
         "cuda12": ["jax[cuda12]>=0.10.2"],
         "cuda13": ["jax[cuda13]>=0.10.2"],

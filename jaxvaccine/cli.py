@@ -155,12 +155,14 @@ jaxvaccine evaluate --trained=runs/booster-p0.1 --run_dir=runs/booster-p0.1-scor
 table of all results, a report and plots.
 
 jaxvaccine run --model=world --defenses=all --seeds=0,1,2 --run_dir=runs/all
-jaxvaccine run --lanes --model=world --seeds=0,1 --run_dir=runs/some --defenses=sft,t_vaccine:freeze=released \\
+jaxvaccine run --lanes --model=world --seeds=0,1 --run_dir=runs/some \\
+    --defenses=sft,t_vaccine:freeze=released \\
     --attacks=poison_ratio=0.1,poison_ratio=0.1:adapter=new:learning_rate=2e-4
 jaxvaccine run --lanes --plan=ratios --model=world --seeds=0,1,2 --run_dir=runs/ratios""",
                 (Section(PlanConfig), ALIGNMENT, ATTACK, EVALUATION), _run),
     "compare-judges": Verb("""How far two judges agree on the answers of evaluations: Cohen's kappa, the table of
-verdicts, every disagreement. The first judge is the one whose verdicts the predictions hold, unless --first_judge names another.
+verdicts, every disagreement. The first judge is the one whose verdicts the predictions hold, unless --first_judge
+names another.
 
 jaxvaccine compare-judges --run_dir=runs/judges --second_judge=beaver_dam \\
     --predictions=runs/booster-p0.1-scores/predictions_harmful_score.jsonl""",
