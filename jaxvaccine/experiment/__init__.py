@@ -1,0 +1,1 @@
+"""The experiment: align, attack, evaluate, and plans of many such runs."""
