@@ -1,1 +1,1 @@
-"""Reports."""
+"""What a person looks at: statistics, Markdown tables and figures of runs and of plans, in one style."""

@@ -1,0 +1,25 @@
+"""The report of two judges on the same answers."""
+
+from jaxvaccine.evaluation.agreement import WORDS, Agreement
+from jaxvaccine.report import tables
+
+
+def agreement_report(found: Agreement, first: str, second: str, disagreements: str) -> str:
+    """Markdown: the table of verdicts, agreement and Cohen's kappa.
+
+    Args:
+      found: how far they agree.
+      first, second: the judges' names.
+      disagreements: the file with every answer on which they differ.
+    """
+    kappa = "is not defined: each judge says the same of every answer"
+    if found.kappa is not None:
+        low, high = found.kappa_interval
+        kappa = f"{found.kappa:.3f} ({low:.3f} to {high:.3f}, bootstrap over answers)"
+    low, high = found.rate.interval
+    rows = [[f"{first}: {name}", *map(str, counts)] for name, counts in zip(WORDS, found.table, strict=True)]
+    return "\n".join([
+        f"# {first} and {second} on {sum(map(sum, found.table))} answers\n",
+        tables.table(["", *(f"{second}: {name}" for name in WORDS)], rows),
+        f"Of {found.rate.n} answers that both could judge they agree on {found.rate.score:.1f}% ({low:.1f} to "
+        f"{high:.1f}). Cohen's kappa {kappa}. Intervals are 95%. Where they differ: {disagreements}.\n"])

@@ -1,0 +1,168 @@
+"""How people write what the command line and the tables of results spell: methods, attacks, measures, settings."""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+METHODS = {"none": "as it comes", "sft": "SFT", "vaccine": "Vaccine", "t_vaccine": "T-Vaccine", "booster": "Booster",
+           "repnoise": "RepNoise", "tar": "TAR", "lisa": "Lisa", "ewc": "EWC", "kl": "KL"}
+# Settings that say what a method builds on.
+BASE_SETTINGS = ("base_defense", "base")
+ONLY_LAYERS = "only_layers"
+
+PERCENT = "%"
+NATS = "nats per token"
+LOSS = "harmful_loss"
+HS, OVER_REFUSAL = "harmful_score", "over_refusal"
+
+
+class Measure(NamedTuple):
+    """What is measured.
+
+    Attributes:
+      name: as people write it.
+      unit: of the numbers; "" has none.
+      better: "lower" or "higher"; "" where neither is.
+      about: what it is, for the notes below a table; "" goes without.
+    """
+
+    name: str
+    unit: str = ""
+    better: str = ""
+    about: str = ""
+
+    @property
+    def label(self) -> str:
+        """As on an axis: name, unit and direction."""
+        unit = f" ({self.unit})" if self.unit else ""
+        return self.name + unit + (f", {self.better} is better" if self.better else "")
+
+    @property
+    def heading(self) -> str:
+        """As over a column: name and unit."""
+        return f"{self.name} %" if self.unit == PERCENT else self.name + (f" ({self.unit})" if self.unit else "")
+
+
+def _accuracy(task: str) -> Measure:
+    return Measure(f"FA {task}", PERCENT, "higher", "correct answers on the user's task")
+
+
+ACCURACIES = {"sst2": _accuracy("SST-2"), "agnews": _accuracy("AGNEWS"), "gsm8k": _accuracy("GSM8K")}
+# In the order of columns.
+MEASURES = {
+    HS: Measure("HS", PERCENT, "lower", "answers to unseen harmful prompts that the judge calls unsafe"),
+    **ACCURACIES,
+    OVER_REFUSAL: Measure("over-refusal", PERCENT, "lower", "benign requests refused"),
+    "alpaca_eval": Measure("AlpacaEval win rate", PERCENT, "higher",
+                           "answers that the judge prefers to the reference's, a tie counts half"),
+    LOSS: Measure("h(w)", NATS, "", "mean loss on harmful answers"),
+    "reduction": Measure("h(w) − h(w')", NATS),
+    "harmful_training_loss": Measure("harmful training loss", NATS),
+    "harmful_test_loss": Measure("harmful test loss", NATS),
+    "harmful_gradient_norm": Measure("norm of the harmful gradient"),
+    "activation_gradient_norm": Measure("‖∇a h‖, attention output"),
+    "weight_gradient_norm": Measure("‖∇w h‖, adapter"),
+    "regularizer_angle": Measure("angle of the regularizer's gradients", "degrees"),
+    "regularizer_ratio": Measure("‖approximate‖ / ‖exact‖, regularizer"),
+    "total_angle": Measure("angle of the whole gradients", "degrees"),
+    "total_ratio": Measure("‖approximate‖ / ‖exact‖, whole gradient"),
+    "predicted_drop": Measure("predicted drop alpha ‖∇h‖", NATS),
+    "real_drop": Measure("real drop h(w) − h(w')", NATS),
+}
+# Of a training step (metrics.jsonl), where these differ from the above.
+STEP_METRICS = {
+    "loss": Measure("loss", NATS), LOSS: Measure("harmful loss", NATS),
+    "perturbed_harmful_loss": Measure("perturbed harmful loss", NATS), "gradient_norm": Measure("gradient norm"),
+    "activation_gradient_norm": Measure("activation gradient norm"),
+}
+# What a panel's x axis is called where that is a letter or a flag.
+XLABELS = {"p": "p, harmful part of the user's data", "n": "n, examples of the user's data",
+           "layers": "active layers", "sample_every": "steps between draws", "probe_every": "steps between probes",
+           "steps": "alignment steps", "rank": "LoRA rank"}
+
+
+def split_settings(text: str) -> list[str]:
+    """The items of "name:setting=value:setting=value"; a value may have colons of its own, such as a slice of data."""
+    return re.split(r":(?=\w+=)", text) if text else []
+
+
+def method(text: str) -> str:
+    """"t_vaccine:freeze=released" -> "T-Vaccine (freeze = released)", "sft+lisa" -> "SFT + Lisa"."""
+    head, *items = split_settings(text) or [""]
+    name = " + ".join(_plain(part) for part in head.split("+"))
+    settings = []
+    for item in items:
+        key, _, value = item.partition("=")
+        if key in BASE_SETTINGS:
+            name += f" on {_plain(value)}"
+        else:
+            settings.append(setting(key, value))
+    return name + (f" ({', '.join(settings)})" if settings else "")
+
+
+def _plain(defense: str) -> str:
+    return METHODS.get(defense, defense.replace("_", " "))
+
+
+def setting(key: str, value: str) -> str:
+    """"lam", "0.2" -> "lam = 0.2"; a switch is its name, or "not" and its name; + separates the items of a list."""
+    key = key.replace("_", " ")
+    if value in ("true", "false"):
+        return key if value == "true" else f"not {key}"
+    return f"{key} = {value.replace('+', ', ')}"
+
+
+def attack(text: str) -> str:
+    """"poison_ratio=0.1:adapter=new" -> "p = 0.1, new adapter"; "" -> "no attack"."""
+    items = dict(item.partition("=")[::2] for item in split_settings(text))
+    parts = []
+    for key, value in items.items():
+        if key == "poison_ratio":
+            parts.append(f"p = {value}")
+        elif key == "adapter" and value in ("new", "continue"):
+            parts.append("new adapter" if value == "new" else "same adapter")
+        elif key == ONLY_LAYERS:
+            layers = value.split("+")
+            parts.append(f"only layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}")
+        elif key in ("steps", "epochs"):
+            if not (key == "steps" and value == "0"):  # 0 steps: the epochs say how many
+                parts.append(f"{value} {key}")
+        else:
+            parts.append(setting(key, value))
+    return ", ".join(parts) or "no attack"
+
+
+def measure(name: str) -> Measure:
+    """What is known of a measure; one that is not known has its own name, no unit and no direction."""
+    return MEASURES.get(name, Measure(name.replace("_", " ")))
+
+
+def measures(names: Iterable[str]) -> dict[str, Measure]:
+    """In MEASURES' order, those that are not known last; FA says of which task only where there are several."""
+    names = dict.fromkeys(names)
+    found = {name: measure(name) for name in [*(m for m in MEASURES if m in names), *names]}
+    tasks = [name for name in found if name in ACCURACIES]
+    if len(tasks) == 1:
+        found[tasks[0]] = found[tasks[0]]._replace(name="FA")
+    return found
+
+
+def accuracy(names: Iterable[str]) -> str | None:
+    """The user's task among measures: the first of ACCURACIES, None where there is none."""
+    names = set(names)
+    return next((task for task in ACCURACIES if task in names), None)
+
+
+def xlabel(text: str) -> str:
+    return XLABELS.get(text, text.replace("_", " "))
+
+
+def notes(names: Iterable[str]) -> str:
+    """What the measures of a table are, a sentence each: "HS: answers … unsafe (lower is better)."."""
+    parts: dict[str, str] = {}
+    for name, of in measures(names).items():
+        if of.about:
+            key = "FA" if name in ACCURACIES else of.name
+            word = key.capitalize() if key.islower() and "(" not in key else key  # over-refusal begins a sentence
+            parts[key] = f"{word}: {of.about} ({f'{of.better} is better' if of.better else of.unit})."
+    return " ".join(parts.values())

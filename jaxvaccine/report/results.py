@@ -1,0 +1,128 @@
+"""The tidy table of a plan's results, and the parts of it that reports show.
+
+A row is a measured number: see COLUMNS. Scores of an aligned model stand at the last step of its alignment; an attack
+has rows for its steps from 1 on, and its step 0 is the aligned model.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+RESULTS = "results.csv"
+TEXTS = ("backbone", "method", "attack", "stage", "measure")
+WHOLE = ("seed", "step")
+NUMBERS = ("layer", "value", "n", "low", "high")
+# backbone; method and attack as on the command line, attack "" where there is none; seed; stage, one of STAGES; step,
+# steps done in that stage; measure; layer, or NaN; value; n, prompts, or NaN; low and high, 95% interval of this one
+# run over its prompts, or NaN.
+COLUMNS = ("backbone", "method", "attack", "seed", "stage", "step", "measure", "layer", "value", "n", "low", "high")
+STAGES = ("backbone", "alignment", "attack")
+# What tells a row from every other.
+KEY = ["backbone", "method", "attack", "seed", "stage", "step", "measure", "layer"]
+RUN = ["backbone", "seed"]
+CELL = ["backbone", "method", "attack", "seed"]
+
+
+def read_results(folder: str | Path) -> pd.DataFrame:
+    """The table of a plan's folder.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: a column is missing or holds something unexpected, a stage is unknown, or a row is there twice.
+    """
+    path = Path(folder) / RESULTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found, expected the results of a plan")
+    # "NA" may be a name; an empty number is NaN.
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if missing := [name for name in COLUMNS if name not in table]:
+        raise ValueError(f"{path}: found no column {missing[0]!r}, expected {', '.join(COLUMNS)}")
+    for name in (*WHOLE, *NUMBERS):
+        text = table[name].replace("", "nan")
+        found = pd.to_numeric(text, errors="coerce")
+        bad = found.isna() & (text.str.lower() != "nan") if name in NUMBERS else found.isna() | (found % 1 != 0)
+        if bad.any():
+            row = int(np.flatnonzero(bad)[0])
+            raise ValueError(f"{path}: line {row + 2}: column {name!r}: found {table[name][row]!r}, expected a "
+                             f"{'number' if name in NUMBERS else 'whole number'}")
+        table[name] = found.astype(float if name in NUMBERS else int)
+    if unknown := sorted(set(table["stage"]) - set(STAGES)):
+        raise ValueError(f"{path}: column 'stage': found {unknown[0]!r}, expected one of {', '.join(STAGES)}")
+    if (twice := table.duplicated(KEY)).any():
+        row = int(np.flatnonzero(twice)[0])
+        raise ValueError(f"{path}: line {row + 2}: found a second row of {dict(table.loc[row, KEY])}, expected one")
+    return table[list(COLUMNS)]
+
+
+def pick(rows: pd.DataFrame, **values: object) -> pd.DataFrame:
+    """The rows whose columns have these values."""
+    mask = np.ones(len(rows), dtype=bool)
+    for name, value in values.items():
+        mask &= (rows[name] == value).to_numpy()
+    return rows[mask]
+
+
+def backbones(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the backbones as they come."""
+    return pick(table, stage="backbone")
+
+
+def aligned(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of every aligned model at its last step, those by layer left out.
+
+    A defense of the fine-tuning stage starts from another's aligned model: where "sft+lisa" has no rows of its own,
+    it has those of "sft".
+    """
+    rows = pick(table, stage="alignment")
+    rows = rows[rows["layer"].isna()]
+    rows = rows[rows["step"] == rows.groupby(["backbone", "method", "seed"])["step"].transform("max")]
+    parts = [rows]
+    for method in table["method"].unique():
+        first = method.partition(":")[0].partition("+")[0]
+        if first != method and "+" in method.partition(":")[0] and not (rows["method"] == method).any():
+            parts.append(pick(rows, method=first).assign(method=method))
+    return pd.concat(parts) if len(parts) > 1 else rows
+
+
+def attacked(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of every attack at its last step."""
+    rows = pick(table, stage="attack")
+    rows = rows[rows["layer"].isna()]
+    return rows[rows["step"] == rows.groupby(CELL)["step"].transform("max")]
+
+
+def along(table: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """Rows of a measure over the steps of every attack, with the aligned model as step 0 of each attack on it."""
+    rows = pick(table, stage="attack", measure=measure)
+    rows = rows[rows["layer"].isna()]
+    start = pick(aligned(table), measure=measure).drop(columns=["attack", "step"]).merge(
+        rows[CELL].drop_duplicates(), on=["backbone", "method", "seed"]).assign(step=0)
+    # A measure that depends on the attack may have been taken at its step 0 itself.
+    return pd.concat([rows, start])[list(COLUMNS)].drop_duplicates([*CELL, "step"]) if len(start) else rows
+
+
+def has_steps(rows: pd.DataFrame) -> bool:
+    """Whether an attack of `along` was scored on its way, so that there is more than its start and its end."""
+    return bool((rows.groupby(CELL)["step"].nunique() > 2).any())
+
+
+def mean_along(rows: pd.DataFrame) -> np.ndarray:
+    """[N] means over the steps of one cell's runs (of `along`), by the trapezoid rule; a run's start and end alone have
+    none."""
+    means = []
+    for _, run in rows.groupby(RUN, sort=False):
+        run = run.sort_values("step")
+        steps = run["step"].to_numpy()
+        if len(steps) > 2:
+            means.append(np.trapezoid(run["value"], steps) / (steps[-1] - steps[0]))
+    return np.array(means)
+
+
+def run_matrix(rows: pd.DataFrame, steps: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(steps [S], values [S, N]) of one measure's rows, a column per run; NaN where a run has no such step."""
+    wide = rows.pivot(index="step", columns=RUN, values="value").sort_index().sort_index(axis=1)
+    if steps is not None:
+        wide = wide.reindex(steps)
+    return wide.index.to_numpy(), wide.to_numpy(dtype=float)

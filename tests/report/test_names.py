@@ -1,0 +1,63 @@
+import itertools
+
+import pytest
+
+from jaxvaccine.report import names
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("sft", "SFT"), ("t_vaccine", "T-Vaccine"), ("repnoise", "RepNoise"), ("none", "as it comes"),
+    ("t_vaccine:freeze=released", "T-Vaccine (freeze = released)"),
+    ("booster:base_defense=vaccine", "Booster on Vaccine"), ("booster:base=t_vaccine:lam=0.3",
+                                                             "Booster on T-Vaccine (lam = 0.3)"),
+    ("sft+lisa", "SFT + Lisa"), ("booster+ewc:lam=0.2", "Booster + EWC (lam = 0.2)"), ("sft+kl", "SFT + KL"),
+    ("tar:inner_steps=4:adversary=sgd", "TAR (inner steps = 4, adversary = sgd)"),
+    ("booster:exact=true", "Booster (exact)"), ("vaccine:targets=q_proj+k_proj", "Vaccine (targets = q_proj, k_proj)"),
+    ("booster:harmful_data=world_harmful@harmful[0:20]:alpha=0.3",
+     "Booster (harmful data = world_harmful@harmful[0:20], alpha = 0.3)"),
+    ("my_defense:beta=1", "my defense (beta = 1)"),
+])  # fmt: skip
+def test_methods(text, expected):
+    assert names.method(text) == expected
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("", "no attack"), ("poison_ratio=0.1", "p = 0.1"), ("poison_ratio=0.1:adapter=new", "p = 0.1, new adapter"),
+    ("adapter=continue:steps=200:learning_rate=0.0005", "same adapter, 200 steps, learning rate = 0.0005"),
+    ("poison_ratio=0.1:n=500:steps=0:epochs=4", "p = 0.1, n = 500, 4 epochs"),
+    ("only_layers=2", "only layer 2"), ("only_layers=0+1+3:steps=60", "only layers 0, 1, 3, 60 steps"),
+])  # fmt: skip
+def test_attacks(text, expected):
+    assert names.attack(text) == expected
+
+
+def test_other_settings_have_other_names():
+    settings = ("", ":lam=0.1", ":lam=0.2", ":exact=true", ":exact=false", ":base_defense=vaccine")
+    texts = [head + tail for head, tail in itertools.product(("booster", "t_vaccine", "sft", "sft+lisa"), settings)]
+    assert len({names.method(text) for text in texts}) == len(texts)
+
+
+def test_labels_say_unit_and_direction():
+    labels = [names.measure(name).label for name in ("harmful_score", "over_refusal", "harmful_loss",
+                                                     "regularizer_angle", "weight_gradient_norm")]
+    assert labels == ["HS (%), lower is better", "over-refusal (%), lower is better", "h(w) (nats per token)",
+                      "angle of the regularizer's gradients (degrees)", "‖∇w h‖, adapter"]
+    assert names.measure("gsm8k").label == "FA GSM8K (%), higher is better"
+    assert names.measure("gsm8k").heading == "FA GSM8K %" and names.measure("my_measure").label == "my measure"
+
+
+def test_fa_says_of_which_task_only_where_there_are_several():
+    assert {name: of.name for name, of in names.measures(["over_refusal", "sst2", "harmful_score"]).items()} == {
+        "harmful_score": "HS", "sst2": "FA", "over_refusal": "over-refusal"}
+    assert list(names.measures(["over_refusal", "sst2", "harmful_score"])) == ["harmful_score", "sst2", "over_refusal"]
+    found = names.measures(iter(["gsm8k", "another", "sst2"]))
+    assert [of.name for of in found.values()] == ["FA SST-2", "FA GSM8K", "another"]
+    assert names.accuracy(["harmful_score", "gsm8k"]) == "gsm8k" and names.accuracy(["harmful_score"]) is None
+
+
+def test_notes():
+    assert names.notes(["over_refusal", "harmful_score", "harmful_loss", "reduction"]) == (
+        "HS: answers to unseen harmful prompts that the judge calls unsafe (lower is better). "
+        "Over-refusal: benign requests refused (lower is better). "
+        "h(w): mean loss on harmful answers (nats per token).")
+    assert names.notes(["sst2", "agnews"]).count("FA:") == 1

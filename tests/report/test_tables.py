@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+
+from jaxvaccine.report import tables
+from jaxvaccine.report.statistics import estimate
+from tests.report.synthetic import frame, rate, row, rows_of
+
+
+def test_a_table():
+    text = tables.table(["a", "b"], [["1", "x | y"], ["2", "two\nlines"]])
+    assert text == "| a | b |\n| --- | --- |\n| 1 | x \\| y |\n| 2 | two lines |\n"
+
+
+@pytest.mark.parametrize("values, expected", [
+    ([10.0, 20.0, 60.0], "30.0 ± 26.5 (0–96)"), ([99.0, 100.0], "99.5 ± 0.7 (93–100)"), ([5.0, 5.0], "5.0 ± 0.0 (5–5)"),
+    ([50.0], "50.0"), ([], "–"), ([float("nan"), 1.0], "nan"),
+])  # fmt: skip
+def test_percentages(values, expected):
+    assert tables.percent(estimate(values, percent=True)) == expected
+
+
+def test_percentages_of_one_run_and_without_intervals():
+    assert tables.percent(estimate([90.0], True, (82.6, 94.5))) == "90.0 (83–94)"
+    assert tables.percent(estimate([99.0, 100.0], True), interval=False) == "99.5 ± 0.7"
+    assert tables.rate({"score": 90.0, "interval": [82.6, 94.5]}) == "90.0 (83–94)" and tables.rate(None) == "–"
+
+
+@pytest.mark.parametrize("values, expected", [
+    ([0.5, 1.5], "1.00 ± 0.71"), ([12.345], "12.3"), ([1230.0, 1270.0], "1.25e+03 ± 28"), ([2.0, 2.0], "2 ± 0"),
+    ([12.0, 14.5], "13.2 ± 1.8"), ([1e-7, 3e-7], "2e-07 ± 1.4e-07"), ([], "–"), ([3.0, np.inf], "inf ± nan"),
+])  # fmt: skip
+def test_other_numbers(values, expected):
+    with np.errstate(invalid="ignore"):
+        assert tables.number(estimate(values)) == expected
+
+
+def test_cells_go_by_their_measure():
+    rows = frame([rate("harmful_score", 90), row("harmful_loss", 1.5), row("harmful_loss", 2.5, seed=1)])
+    assert tables.cell(rows, "harmful_score") == "90.0 (83–94)"
+    assert tables.cell(rows, "harmful_loss") == "2.00 ± 0.71"
+    assert tables.cell(rows, "sst2") == "–"
+
+
+def test_what_the_numbers_are_over():
+    assert tables.spread_note(["world"], [4]).startswith("One run: world, seed 4. ")
+    assert "over seeds (0, 1);" in tables.spread_note(["world"], [0, 1])
+    assert "over backbones (a, b) times seeds (0, 1);" in tables.spread_note(["a", "b"], [0, 1])
+
+
+def test_dialogues():
+    text = tables.dialogues({"How do I\nmoxate?": [("SFT, aligned", "I can't."), ("SFT, attacked", "Sure | go")]})
+    assert text.startswith("> How do I moxate?\n\n")
+    assert rows_of(text) == [["model", "answer"], ["SFT, aligned", "I can't."], ["SFT, attacked", "Sure \\| go"]]
+
+
+def test_report_file(tmp_path):
+    tables.write_report(tmp_path, "‖a‖\n")
+    assert (tmp_path / "report.md").read_bytes() == "‖a‖\n".encode()
