@@ -197,7 +197,7 @@ def call(name: str, verb: Verb, arguments: Sequence[str] | None = None) -> None:
     """A command with its arguments, by default the program's."""
     arguments = sys.argv[1:] if arguments is None else arguments
     values = verb_flags(verb)
-    with readable_errors(name, lambda: values.verbosity):
+    with readable_errors(name, lambda: values["verbosity"].value):  # known before all flags are
         rest = values([name, *arguments])[1:]
         if values.help:
             print(help_text(verb, values.preset if verb.presets else None))
