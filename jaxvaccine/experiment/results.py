@@ -17,7 +17,7 @@ the model is the aligned one.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,25 +81,3 @@ def write(path: Path, found: pd.DataFrame) -> None:
     temporary = path.with_name(path.name + ".tmp")
     found.to_csv(temporary, index=False)
     os.replace(temporary, path)
-
-
-def read(folder: str | os.PathLike) -> pd.DataFrame:
-    """The table of a plan's folder.
-
-    Raises:
-      FileNotFoundError: there is none.
-      ValueError: it has other columns.
-    """
-    path = Path(folder) / TABLE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: found no such file, expected the folder of a plan that has been carried out")
-    texts = ("backbone", "method", "attack", "stage", "measure")
-    found = pd.read_csv(path, dtype=dict.fromkeys(texts, str), keep_default_na=False,
-                        na_values={name: [""] for name in ("layer", "n", "low", "high")})
-    check_columns(path, list(found.columns))
-    return found
-
-
-def check_columns(path: Path, found: Sequence[str]) -> None:
-    if tuple(found) != COLUMNS:
-        raise ValueError(f"{path}: found columns {', '.join(found)}, expected {', '.join(COLUMNS)}")
