@@ -167,7 +167,7 @@ def compare(config: CompareConfig, methods: Mapping[str, AlignConfig]) -> None:
             results[name] = compare_method(prepared._replace(config=of))
             write_json(path, results)
             print(summary({name: results[name]}, TEXTS), flush=True)
-    write_comparison_report(run_dir, f"jaxvaccine against PyTorch: {config.model}, {config.dtype}", results, TEXTS)
+    write_comparison_report(run_dir, f"jaxvaccine against PyTorch: {config.model}, {config.dtype}", results, METHODS)
 
 
 def read_methods(config: CompareConfig, given: Mapping[str, Any]) -> dict[str, AlignConfig]:
