@@ -16,7 +16,7 @@ from experiments.config_flags import flag
 from jaxvaccine import data, defenses, runs
 from jaxvaccine.activation_losses import loss_and_hidden_distance, noise_and_ascent
 from jaxvaccine.checkpoints import hugging_face
-from jaxvaccine.llama import Llama, init_adapter
+from jaxvaccine.llama import Llama, in_mlp, init_adapter
 from jaxvaccine.llama_config import TARGETS
 from jaxvaccine.losses import causal_lm_loss, negative_entropy
 
@@ -102,7 +102,7 @@ def make_defense(config: AlignConfig):
             "vaccine": lambda: defenses.vaccine(loss_fn, config.rho, config.direction),
             "t_vaccine": lambda: defenses.t_vaccine(
                 loss_fn, config.rho, config.layers, config.sample_every, config.probe_every, freeze=config.freeze,
-                importance=config.importance, draw=config.draw, direction=config.direction),
+                importance=config.importance, draw=config.draw, direction=config.direction, in_mlp=in_mlp),
             "booster": lambda: defenses.booster(
                 loss_fn, config.lam, config.alpha, base=by_name[config.base_defense](), exact=config.exact),
             "repnoise": lambda: defenses.repnoise(

@@ -21,8 +21,9 @@ from experiments import align, common, config_flags, costs, finetune
 from experiments.config_flags import flag
 from experiments.reports import table
 from jaxvaccine import defenses, llama, optim, training
+from jaxvaccine.conventions import IGNORED
 from jaxvaccine.llama_config import LlamaConfig, LoraConfig
-from jaxvaccine.losses import IGNORED, causal_lm_loss, supervised_targets
+from jaxvaccine.losses import causal_lm_loss, supervised_targets
 
 SMOLLM2 = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,
                       num_kv_heads=3, head_dim=64, rope_theta=1e5, tie_word_embeddings=True)

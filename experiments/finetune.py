@@ -105,7 +105,7 @@ def masked(defense: defenses.Defense, layers) -> defenses.Defense:
 
 def fine_tuning(model: Llama, layers) -> defenses.Defense:
     """Fine-tuning as it is, of all layers or of those where `layers` ([L] bool) is true."""
-    return masked(defenses.sft(causal_lm_loss(model)), layers)
+    return masked(defenses.sft(causal_lm_loss(model), batch="user"), layers)
 
 
 def make_defense(config: FinetuneConfig, steps: int):
@@ -116,7 +116,7 @@ def make_defense(config: FinetuneConfig, steps: int):
     def make(model: Llama | None, fisher) -> defenses.Defense:
         loss_fn = causal_lm_loss(model)
         return {
-            "none": lambda: defenses.sft(loss_fn),
+            "none": lambda: defenses.sft(loss_fn, batch="user"),
             "lisa": lambda: defenses.lisa(
                 loss_fn, config.alignment_steps, config.user_steps, config.rho, LISA_START * steps),
             "ewc": lambda: defenses.ewc(loss_fn, config.ewc_lam, fisher),
@@ -171,8 +171,7 @@ def finetune(config: FinetuneConfig) -> None:
     adapter = base.adapter
     if config.adapter == "new":
         adapter = init_adapter(base.model.clone(lora=lora), common.fresh_key(config))
-    # Plain fine-tuning is SFT, which calls what it trains on "alignment".
-    sources = {"alignment" if config.defense == "none" else "user": (tokenized["user"], config.batch_size)}
+    sources = {"user": (tokenized["user"], config.batch_size)}
     if config.defense == "lisa":
         sources["alignment"] = (tokenized["alignment"], config.batch_size)
     fisher = None

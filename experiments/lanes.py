@@ -16,7 +16,7 @@ import numpy as np
 from experiments import common
 from experiments.align import AlignConfig, make_defense
 from experiments.finetune import FinetuneConfig, fine_tuning
-from jaxvaccine import data, optim, training
+from jaxvaccine import data, defenses, optim, training
 from jaxvaccine.data.batching import stream_seed
 from jaxvaccine.llama import Llama, init_adapter, merge_adapter
 
@@ -49,11 +49,12 @@ def take(tree: Tree, i: int) -> Tree:
     return jax.tree.map(lambda leaf: leaf[i], tree)
 
 
-def _lane_axes(state: Tree) -> Tree:
-    """0 for all leaves but step numbers: those are common to all lanes, so that what T-Vaccine does every J or K steps
-    stays a branch; under vmap a branch on a batched number computes both sides in every step."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: None if getattr(path[-1], "name", None) == "step" else 0, state)
+def _lane_axes(defense: defenses.Defense, state: training.TrainState) -> training.TrainState:
+    """0 for all leaves but the step's number and the defense's counters: those are common to all lanes, so that what
+    T-Vaccine does every J or K steps stays a branch; under vmap a branch on a batched number computes both sides."""
+    axes = jax.tree.map(lambda leaf: 0, state)
+    of_defense = axes.defense._replace(**dict.fromkeys(defense.counters)) if defense.counters else axes.defense
+    return axes._replace(step=None, defense=of_defense)
 
 
 @functools.lru_cache(maxsize=32)
@@ -72,7 +73,8 @@ def _compiled(model: Llama, config: AlignConfig | None, optimizer_config: optim.
         # Traced, so that other layers compile nothing anew.
         return training.make_train_step(defense(layers), optimizer)(state, frozen, batches, key)
 
-    axes = _lane_axes(jax.eval_shape(init, jax.eval_shape(lambda: init_adapter(model, jax.random.key(0)))))
+    state = jax.eval_shape(init, jax.eval_shape(lambda: init_adapter(model, jax.random.key(0))))
+    axes = _lane_axes(defense(None), state)
     step = jax.vmap(step, in_axes=(axes, 0 if own_base else None, 0, 0, None), out_axes=(axes, 0))
     return jax.jit(jax.vmap(init, out_axes=axes)), jax.jit(step, donate_argnums=0)
 

@@ -105,10 +105,10 @@ def measure(model: llama.Llama, frozen, tokenizer, test_size: int, seed: int = 0
     harmful, benign = score("harmful_score", "harmful"), score("over_refusal", "benign")
     base = common.Base(model, frozen, None, None)
 
-    def trained(config, source, rows):
+    def trained(config, batch, source, rows):
         tokenized = data.tokenize_examples(tokenizer, data.load_examples(source)[:rows], config.max_length)
         found, _ = lanes.train(lanes.fresh(base, config, [seed]), config,
-                               [{"alignment": (tokenized, config.batch_size)}], [seed])
+                               [{batch: (tokenized, config.batch_size)}], [seed])
         return {"adapter": found.lane(0)[0], "model": found.model}
 
     # Of the user's task alone, and long enough: whether it can be learnt at all.
@@ -119,9 +119,9 @@ def measure(model: llama.Llama, frozen, tokenizer, test_size: int, seed: int = 0
     return {
         "harmful_score": harmful.score, "harmful_answers_right": right(harmful), "benign_answers_right": right(benign),
         "over_refusal": benign.score, "accuracy_before": score("sst2", "rating").score,
-        "accuracy_after": score("sst2", "rating", **trained(task, task.user_data, task.n)).score,
+        "accuracy_after": score("sst2", "rating", **trained(task, "user", task.user_data, task.n)).score,
         "aligned_harmful_score": score(
-            "harmful_score", "harmful", **trained(alignment, alignment.alignment_data, None)).score}
+            "harmful_score", "harmful", **trained(alignment, "alignment", alignment.alignment_data, None)).score}
 
 
 def failures(measured: dict[str, float]) -> list[str]:

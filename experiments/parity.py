@@ -20,6 +20,7 @@ from experiments.common import lora_of
 from jaxvaccine import llama, optim, training
 from jaxvaccine.activation_losses import layer_noise
 from jaxvaccine.checkpoints import hugging_face
+from jaxvaccine.conventions import IGNORED, at_least_float32
 from jaxvaccine.llama_config import LlamaConfig
 
 # What is compared, as flags of align.py.
@@ -91,7 +92,7 @@ def jax_steps(problem: Problem, make: Callable[..., Any] = make_defense) -> Iter
     config, steps = problem.config, len(problem.batches)
     model, frozen = hugging_face.load_model(
         problem.model_dir, lora=lora_of(config), dtype=config.dtype, remat=config.remat)
-    adapter_dtype = jnp.promote_types(model.dtype, jnp.float32)
+    adapter_dtype = at_least_float32(model.dtype)
     adapter = jax.tree.map(lambda x: jnp.asarray(x, adapter_dtype), problem.adapter)
     defense = make(config)(model)
     optimizer = optax.chain(_remember_gradient(), optim.layer_masked_adamw(config.optimizer(), steps))
@@ -115,7 +116,7 @@ def repnoise_noise(config: AlignConfig, step: int, layer: int, shape: tuple[int,
         if config.defense == "booster":
             key = jax.random.split(key, 3)[0]
         noise_key = jax.random.split(key, 3)[2]
-        return np.asarray(layer_noise(noise_key, layer, shape, jnp.promote_types(config.dtype, jnp.float32)))
+        return np.asarray(layer_noise(noise_key, layer, shape, at_least_float32(config.dtype)))
 
 
 def torch_steps(problem: Problem, drawn: Sequence[np.ndarray | None], gradient=None) -> Iterator[StepRecord]:
@@ -202,19 +203,19 @@ def tiny_batch(rng: np.random.Generator, rows: int, length: int) -> dict[str, np
     ids = rng.integers(0, TINY.vocab_size, (rows, length))
     counts = position < lengths
     return {"input_ids": np.where(counts, ids, 0).astype(np.int32),
-            "labels": np.where(counts & (position >= lengths // 2), ids, -100).astype(np.int32),
+            "labels": np.where(counts & (position >= lengths // 2), ids, IGNORED).astype(np.int32),
             "attention_mask": counts.astype(np.int32)}
 
 
 def other_answers(rng: np.random.Generator, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Rows with the prompts of these, and answers of other lengths of which some tokens are the same."""
     ids, labels, mask = (batch[name] for name in ("input_ids", "labels", "attention_mask"))
-    prompts = ((labels == -100) & (mask == 1)).sum(axis=1, keepdims=True)
+    prompts = ((labels == IGNORED) & (mask == 1)).sum(axis=1, keepdims=True)
     position = np.arange(ids.shape[1])[None]
     counts = position < rng.integers(prompts + 1, ids.shape[1] + 1)
     answers = np.where(rng.random(ids.shape) < 0.2, ids, rng.integers(0, TINY.vocab_size, ids.shape))
     other = np.where(counts, np.where(position < prompts, ids, answers), 0).astype(np.int32)
-    return {"input_ids": other, "labels": np.where(counts & (position >= prompts), other, -100).astype(np.int32),
+    return {"input_ids": other, "labels": np.where(counts & (position >= prompts), other, IGNORED).astype(np.int32),
             "attention_mask": counts.astype(np.int32)}
 
 

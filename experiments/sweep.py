@@ -154,7 +154,7 @@ def attack(config: FinetuneConfig, align_config: AlignConfig, aligned: lanes.Lan
     known = common.load_sources(align_config.harmful_data) if align_config.needs_harmful() else []
     forbidden = {"the alignment's harmful data": common.prompts_of(known),
                  "the test prompts": common.prompts_of(common.load_sources(config.test_data))}
-    sources = [{"alignment": (data.tokenize_examples(
+    sources = [{"user": (data.tokenize_examples(
         tokenizer, data.poison(user, harmful, config.n, config.poison_ratio, seed, forbidden), config.max_length),
         config.batch_size)} for seed in seeds]
     last = common.count_steps(config, sources[0])

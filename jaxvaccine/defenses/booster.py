@@ -37,8 +37,8 @@ def booster(
       exact: the true gradient of the regularizer, at the cost of a second derivative.
 
     Returns:
-      A defense with the base's state and `trainable`. It needs the batches "alignment" and "harmful". Metrics: the
-      base's, and harmful_loss h(w), perturbed_harmful_loss h(w'), harmful_gradient_norm.
+      The base with another gradient. It needs the batches "alignment" and "harmful". Metrics: the base's, and
+      harmful_loss h(w), perturbed_harmful_loss h(w'), harmful_gradient_norm.
     """
     check_not_negative("booster", lam=lam, alpha=alpha)
     base = sft(loss_fn) if base is None else base
@@ -76,4 +76,4 @@ def booster(
         return grads, state, metrics | {
             "harmful_loss": loss, "perturbed_harmful_loss": perturbed_loss, "harmful_gradient_norm": norm}
 
-    return Defense(base.init, gradient, base.trainable)
+    return base._replace(gradient=gradient)
