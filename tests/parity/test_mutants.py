@@ -141,8 +141,8 @@ def wrap_layer_masked(update):
         def mutant(inner):
             transformation = original(inner)
             return optax.GradientTransformationExtraArgs(
-                transformation.init, lambda updates, state, params=None, *, active_layers=None, **extra_args: update(
-                    transformation.update, updates, state, params, active_layers))
+                transformation.init, lambda updates, state, params=None, *, trainable=None, **extra_args: update(
+                    transformation.update, updates, state, params, trainable))
         monkeypatch.setattr(optim, "layer_masked", mutant)
     return patch
 
@@ -150,7 +150,7 @@ def wrap_layer_masked(update):
 def moving_state(of_counts):
     """Step counts, or else moments, of frozen layers move on as if their gradients were 0."""
     def update(original, updates, state, params, mask):
-        new_updates, kept = original(updates, state, params, active_layers=mask)
+        new_updates, kept = original(updates, state, params, trainable=mask)
         _, moved = original(updates, state, params)
         return new_updates, jax.tree.map(
             lambda k, m: m if jnp.issubdtype(k.dtype, jnp.integer) == of_counts else k, kept, moved)
@@ -158,7 +158,7 @@ def moving_state(of_counts):
 
 
 def decay_of_frozen_layers(original, updates, state, params, mask):
-    new_updates, state = original(updates, state, params, active_layers=mask)
+    new_updates, state = original(updates, state, params, trainable=mask)
     decay = jax.tree.map(lambda w: suite.tiny_config("sft").training.weight_decay * w, params)
     active = base.mask_layers(mask, decay)
     return jax.tree.map(lambda u, d, a: u + d - a, new_updates, decay, active), state
@@ -245,8 +245,8 @@ MUTANTS = {
         defenses, "t_vaccine", lambda *args, make=defenses.t_vaccine, **more: make(
             *args, **{**more, "freeze": "layer"}))),
     "MLP adapters that are never frozen": ("t_vaccine_released", lambda monkeypatch: monkeypatch.setattr(
-        t_vaccine, "released_masks", lambda active, adapter: {"layers": {
-            "attention": active, "mlp": jnp.ones_like(active)}})),
+        t_vaccine, "released_masks", lambda active, in_mlp: jax.tree.map(
+            lambda mlp: jnp.ones_like(active) if mlp else active, in_mlp))),
     # Booster
     "the sign of the regularizer": ("booster", booster_from(lambda f, term: (f, jax.tree.map(jnp.negative, term)))),
     "clipping before the sum": ("booster", booster_from(lambda f, term: (clip(f), clip(term)))),
