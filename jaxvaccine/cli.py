@@ -151,8 +151,8 @@ over-refusal, the win rate on AlpacaEval and the loss on harmful answers.
 jaxvaccine evaluate --trained=runs/booster-p0.1 --run_dir=runs/booster-p0.1-scores \\
     --harmful_test=beavertails_unsafe:test.jsonl[0:500] --sst2_test=sst2:stanfordnlp/sst2@validation""",
                      (Section(EvaluateConfig),), _evaluate),
-    "run": Verb("""Carries out a plan: backbones times methods times attacks times seeds, aligned, attacked and scored; a
-table of all results, a report and plots.
+    "run": Verb("""Carries out a plan: backbones times methods times attacks times seeds, aligned, attacked and scored;
+a table of all results, a report and plots.
 
 jaxvaccine run --model=world --defenses=all --seeds=0,1,2 --run_dir=runs/all
 jaxvaccine run --lanes --model=world --seeds=0,1 --run_dir=runs/some \\

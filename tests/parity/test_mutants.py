@@ -212,7 +212,8 @@ def probe_on_alignment_data(original, adapter, frozen, state, batches, key):
 
 def both_passes_gradients(original, adapter, frozen, state, batches, key):
     grads, state, metrics = original(adapter, frozen, state, batches, key)
-    model = llama.Llama(parity.TINY, suite.tiny_config("vaccine", **FLAGS).adapter.lora(), dtype=jnp.float64, remat="none")
+    lora = suite.tiny_config("vaccine", **FLAGS).adapter.lora()
+    model = llama.Llama(parity.TINY, lora, dtype=jnp.float64, remat="none")
     loss_fn = losses.causal_lm_loss(model)
     first = jax.grad(lambda w: loss_fn(w, frozen, batches["alignment"])[0])(adapter)
     return jax.tree.map(jnp.add, grads, first), state, metrics
