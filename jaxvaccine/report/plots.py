@@ -4,6 +4,7 @@ What a figure shows stands in its data: methods are moved aside by points on pap
 """
 
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -62,19 +63,26 @@ def describe(axis: Axes, title: str = "", xlabel: str = "", ylabel: str = "") ->
     grid = place.get_gridspec()
     width, height = axis.figure.get_figwidth() / grid.ncols, axis.figure.get_figheight() / grid.nrows
 
-    def lines(text: str, inches: float, size: float) -> str:
-        most = max(12, int(inches * 130 / size))
-        parts = [text] if len(text) <= most else text.replace(", ", ",\n").replace(" (", "\n(").split("\n")
-        return "\n".join(line for part in parts for line in textwrap.wrap(part, most))
-
     shared = [other.get_ylabel() for other in axis.figure.axes
               if other.get_subplotspec() is not None and other.get_subplotspec().rowspan == place.rowspan]
-    ylabel = lines(ylabel, height - 0.5, LABEL_SIZE)
-    axis.set_title(lines(title, width, TITLE_SIZE), loc="left", fontsize=TITLE_SIZE)
-    axis.set_xlabel(lines(xlabel, width - 1.5, LABEL_SIZE), fontsize=LABEL_SIZE)
+    ylabel = _lines(ylabel, height - 0.5, LABEL_SIZE)
+    axis.set_title(_lines(title, width, TITLE_SIZE), loc="left", fontsize=TITLE_SIZE)
+    axis.set_xlabel(_lines(xlabel, width - 1.5, LABEL_SIZE), fontsize=LABEL_SIZE)
     if xlabel.endswith("step"):
         axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axis.set_ylabel("" if ylabel in shared else ylabel, fontsize=LABEL_SIZE)
+
+
+def _lines(text: str, inches: float, size: float) -> str:
+    """The text in as many lines as it needs, broken before a unit or behind a comma if that is enough."""
+    most, lines = max(12, int(inches * 130 / size)), [""]
+    for piece in re.split(r"(?<=,) | (?=\()", text):
+        joined = f"{lines[-1]} {piece}".strip()
+        if len(joined) <= most:
+            lines[-1] = joined
+        else:
+            lines += textwrap.wrap(piece, most)
+    return "\n".join(line for line in lines if line)
 
 
 def save(figure: Figure, path: str | Path) -> None:

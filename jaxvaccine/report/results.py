@@ -100,7 +100,7 @@ def along(table: pd.DataFrame, measure: str) -> pd.DataFrame:
     start = pick(aligned(table), measure=measure).drop(columns=["attack", "step"]).merge(
         rows[CELL].drop_duplicates(), on=["backbone", "method", "seed"]).assign(step=0)
     # A measure that depends on the attack may have been taken at its step 0 itself.
-    return pd.concat([rows, start])[list(COLUMNS)].drop_duplicates([*CELL, "step"]) if len(start) else rows
+    return pd.concat([start, rows])[list(COLUMNS)].drop_duplicates([*CELL, "step"], keep="last") if len(start) else rows
 
 
 def has_steps(rows: pd.DataFrame) -> bool:
