@@ -43,6 +43,7 @@ test: $(VENV)/.installed $(if $(filter-out 0,$(PARITY)),$(VENV)/.installed-parit
 
 lint: $(VENV)/.installed
 	$(RUN) ruff check .
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 # build/ may hold modules that are gone.
 wheel: $(VENV)/.installed

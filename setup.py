@@ -5,7 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 # jinja2 and sentencepiece: what converted tokenizers are compared with.
-TEST = ["pytest>=9.2", "pytest-xdist>=3.8", "hypothesis>=6.170", "ruff>=0.17.6", "jinja2>=3.1", "sentencepiece>=0.2.3"]
+TEST = ["pytest>=9.2", "pytest-xdist>=3.8", "hypothesis>=6.170", "ruff>=0.17.6", "import-linter>=2.17", "jinja2>=3.1",
+        "sentencepiece>=0.2.3"]
 # What models and gradients are compared with. Nothing in the package imports either.
 PARITY = ["torch>=2.13", "peft>=0.21.2"]
 
@@ -25,6 +26,7 @@ setup(
         "absl-py>=2.5",
         "datasets>=5.2",
         "flax>=0.12.8",
+        "fsspec>=2026.9",
         "gguf>=0.19",
         "huggingface_hub>=2.4",
         "jax>=0.10.2",
@@ -33,11 +35,15 @@ setup(
         "numpy>=2.4",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "pandas>=3.1",
+        "pyarrow>=26.0",
         "safetensors>=0.8",
+        "scipy>=1.17",
         "tokenizers>=0.23.3",
         "tqdm>=4.70",
         "transformers>=5.23",
     ],
+    entry_points={"console_scripts": ["jaxvaccine = jaxvaccine.cli:main"]},
     extras_require={
         "cuda12": ["jax[cuda12]>=0.10.2"],
         "cuda13": ["jax[cuda13]>=0.10.2"],

@@ -21,13 +21,13 @@ import numpy as np
 from jaxvaccine.attention import (
     KeyValues,
     Segment,
-    at_least_float32,
     attend,
     attend_to_cache,
     attention_masks,
     slot_positions,
     soft_cap,
 )
+from jaxvaccine.conventions import at_least_float32
 from jaxvaccine.llama_config import LlamaConfig, LoraConfig
 
 Remat = Literal["none", "dots", "full"]
@@ -51,17 +51,6 @@ def as_segment(new: KeyValues, lengths_B) -> Segment:
                    jax.tree.map(lambda v: jnp.moveaxis(v, -3, -2), new.v), lengths_B)
 
 
-def _project(x, kernel, dtype=None):
-    """x W. In float32 summed in four parts, whose rounding is smaller than one long sum's (BUILD.md has figures).
-
-    Not so for one token: generation waits for the weights, and XLA would copy every part.
-    """
-    if kernel.dtype != jnp.float32 or kernel.shape[0] % 4 or x.shape[-2] == 1:
-        return jnp.matmul(x, kernel, preferred_element_type=dtype)
-    parts = zip(jnp.split(x, 4, axis=-1), jnp.split(kernel, 4, axis=0), strict=True)
-    return sum(x_part @ kernel_part for x_part, kernel_part in parts)
-
-
 class LoraDense(nn.Module):
     """y = x W + (alpha / rank) · dropout(x) A B, arXiv 2106.09685 eq. 3; A Kaiming-uniform (a = √5), B zero, as PEFT.
 
@@ -80,9 +69,10 @@ class LoraDense(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
             # PyTorch rounds once, after the bias.
-            y = (_project(x, kernel, at_least_float32(self.dtype)) + bias).astype(self.dtype)
+            y = jnp.matmul(x, kernel, preferred_element_type=at_least_float32(self.dtype)) + bias
+            y = y.astype(self.dtype)
         else:
-            y = _project(x, kernel)
+            y = jnp.matmul(x, kernel)
         if self.lora is None or self.name not in self.lora.targets:
             return y
         a_shape, b_shape = (x.shape[-1], self.lora.rank), (self.lora.rank, self.features)
@@ -357,6 +347,18 @@ def init_adapter(model: Llama, key):
     if model.lora is None:
         raise ValueError("init_adapter: the model has no LoRA sites; expected Llama(..., lora=LoraConfig(...))")
     return jax.jit(lambda key: _init(model, key)["lora"])(key)
+
+
+def in_mlp(adapter):
+    """Which leaves of an adapter are an MLP's, not an attention's: a tree of bools like it; ValueError for others."""
+    def one(path, _):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        blocks = {"attention", "mlp"}.intersection(name.split("/"))
+        if len(blocks) != 1:
+            raise ValueError(f"in_mlp: adapter: found leaf {name!r}, expected one of 'attention' and 'mlp' in its path")
+        return "mlp" in blocks
+
+    return jax.tree_util.tree_map_with_path(one, adapter)
 
 
 def tree_shapes(model: Llama) -> dict[str, Any]:

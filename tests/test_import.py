@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = ("torch", "transformers", "tensorflow", "datasets", "orbax", "gguf", "huggingface_hub", "matplotlib", "pandas",
-         "tokenizers", "safetensors.torch", "tqdm")
+         "scipy.stats", "pyarrow", "fsspec", "tokenizers", "safetensors.torch", "tqdm")
 PUBLIC = ("LoraConfig", "causal_lm_loss", "defenses", "init_adapter", "load_adapter", "load_model", "save_adapter")
 
 

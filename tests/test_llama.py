@@ -2,15 +2,13 @@
 
 import dataclasses
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxvaccine.checkpoints import smollm2
-from jaxvaccine.checkpoints.hugging_face import load_model, resolve_model
+from jaxvaccine.checkpoints.hugging_face import load_model
 from jaxvaccine.llama import (
     Segment,
     as_segment,
@@ -40,8 +38,6 @@ KINDS = {
     "rope_theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
     "epsilon": {"rms_norm_eps": 1e-2},
 }
-PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "Once upon a time, in a village", "In 2024, 12 + 30 =",
-           "<|im_start|>user\nWhat is photosynthesis?<|im_end|>\n<|im_start|>assistant\n"]
 
 
 def save_theirs(directory, dtype="float32", **changes):
@@ -311,47 +307,3 @@ def test_config_of_transformers_4():
                                             "rope_scaling": scaling})
     assert (config.rope_theta, config.rope_scaling) == (5e5, Llama3RopeScaling(8.0, 1.0, 4.0, 8192))
     assert LlamaConfig.from_hugging_face({**TINY, "model_type": "llama"}).rope_theta == 10000.0
-
-
-@pytest.mark.slow
-def test_smollm2_equals_transformers():
-    """The real model: logits in float32, and greedy continuations token by token (5 prompts, 20 tokens each)."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    given = os.environ.get("JAXVACCINE_SMOLLM2")
-    directory = resolve_model(given) if given else smollm2.fetch()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    model, frozen = load_model(directory, dtype=jnp.float32)
-    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-    lengths = [len(prompt) + 20 for prompt in prompts]
-    ids = np.zeros((len(prompts), max(lengths)), np.int64)
-    for row, prompt in enumerate(prompts):
-        continued = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)).long(),
-                                    max_new_tokens=20, min_new_tokens=20, do_sample=False, repetition_penalty=1.0)
-        ids[row, :lengths[row]] = continued[0].numpy()
-    mask = (np.arange(ids.shape[1]) < np.array(lengths)[:, None]).astype(np.int64)
-    expected, found = their_logits(theirs, ids, mask), our_logits(model, frozen, ids, mask)
-    worst = np.abs(found - expected)[mask == 1].max()
-    # What float32 can tell at all: PyTorch's own distance from float64.
-    exact = their_logits(theirs.double(), ids, mask)
-    print(f"maximum absolute difference {worst:.2e} of logits up to {np.abs(expected).max():.1f}; "
-          f"PyTorch from its float64: {np.abs(expected - exact)[mask == 1].max():.2e}, "
-          f"ours from it: {np.abs(found - exact)[mask == 1].max():.2e}")
-    assert worst <= 1e-4
-
-    @jax.jit
-    def next_tokens(ids, mask, at):
-        hidden = hidden_states(model, None, frozen, ids, mask)
-        return jnp.argsort(token_logits(model, frozen, hidden[jnp.arange(len(at)), at]), axis=-1)[:, ::-1]
-
-    # Step by step from our own tokens, without EOS, as min_new_tokens has it for them.
-    ours, at, eos = np.array(ids), np.array([len(prompt) for prompt in prompts]), theirs.generation_config.eos_token_id
-    for row, prompt in enumerate(prompts):
-        ours[row, len(prompt):] = 0
-    for _ in range(20):
-        mask = (np.arange(ids.shape[1]) < at[:, None]).astype(np.int64)
-        ranked = np.asarray(next_tokens(ours, mask, at - 1))
-        ours[np.arange(len(at)), at] = [row[row != eos][0] for row in ranked]
-        at += 1
-    for row, length in enumerate(lengths):
-        assert ours[row, :length].tolist() == ids[row, :length].tolist(), PROMPTS[row]

@@ -1,4 +1,4 @@
-"""Files on disk: JSON and safetensors with errors that say what is wrong where, directories written all or nothing."""
+"""Files on disk: safetensors with errors that say what is wrong where, directories written all or nothing."""
 
 import contextlib
 import json
@@ -7,12 +7,15 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from jaxvaccine.json_files import write_json
+
 FLOATS = ("F64", "F32", "F16", "BF16")
 MAX_SHARD_BYTES = 5 * 10**9
+INDEX = "model.safetensors.index.json"
 
 
 class StoredTensor(NamedTuple):
@@ -35,30 +38,6 @@ class NewTensor(NamedTuple):
 def cache_directory() -> Path:
     """Where converted models are kept: $JAXVACCINE_CACHE, else ~/.cache/jaxvaccine."""
     return Path(os.environ.get("JAXVACCINE_CACHE") or "~/.cache/jaxvaccine").expanduser()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object (UTF-8, with or without BOM).
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: not UTF-8, not JSON (names the line), or not an object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: found no such file")
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: byte {e.start}: found {e.object[e.start]:#04x}, expected UTF-8") from e
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}: line {e.lineno}, column {e.colno}: found invalid JSON ({e.msg})") from e
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: found a JSON {type(value).__name__}, expected an object")
-    return value
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _share(path: Path, mode: int) -> None:
@@ -130,6 +109,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
 
 
 def _describe_damage(file: Path) -> str:
+    """Which tensor is not whole, of how many bytes; safetensors' own errors say only that the file is incomplete."""
     size = file.stat().st_size
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -186,24 +166,18 @@ def read_rows(tensor: StoredTensor, start: int = 0, stop: int | None = None) -> 
 
 def write_shards(directory: Path, tensors: Iterable[NewTensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Writes model.safetensors, or numbered shards and their index. Holds one shard in memory at a time."""
+    from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.numpy import save_file
 
-    shards: list[list[NewTensor]] = [[]]
-    for tensor in tensors:
-        if shards[-1] and sum(t.num_bytes for t in shards[-1]) + tensor.num_bytes > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(tensor)
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        single = len(shards) == 1
-        file = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
+    by_name = {tensor.name: tensor for tensor in tensors}
+    split = split_state_dict_into_shards_factory(
+        by_name, get_storage_size=lambda tensor: tensor.num_bytes, filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes)
+    for file, names in split.filename_to_tensors.items():
         # safetensors writes the buffer as it lies: a transposed view must become a copy first.
-        values = {tensor.name: np.ascontiguousarray(tensor.read()) for tensor in shard}
+        values = {name: np.ascontiguousarray(by_name[name].read()) for name in names}
         save_file(values, directory / file, metadata={"format": "pt"})
         _share(directory / file, 0o666)
-        weight_map |= dict.fromkeys(values, file)
         del values
-    if len(shards) > 1:
-        total = sum(tensor.num_bytes for shard in shards for tensor in shard)
-        write_json(directory / "model.safetensors.index.json",
-                   {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if split.is_sharded:
+        write_json(directory / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})

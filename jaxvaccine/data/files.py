@@ -1,34 +1,70 @@
 """Rows from files (JSONL, JSON, CSV, TSV, Parquet) and from the Hugging Face hub, with errors that name the line.
 
-The text formats are read here and not by the `datasets` library, whose errors do not say which line is wrong.
+fsspec opens what lies elsewhere than on this machine. The text formats are read here and not by the `datasets` library,
+whose errors do not say which line is wrong.
 """
 
 import csv
 import hashlib
+import io
 import json
 import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 from jaxvaccine.data.rows import Row
+from jaxvaccine.json_files import decode_utf8
 
 
-def file_sha256(path: str | os.PathLike) -> str:
+def _is_url(name: str) -> bool:
+    return "://" in name
+
+
+def open_file(path_or_url: str | os.PathLike) -> IO[bytes]:
+    """A file, opened to be read as bytes: one of this machine, or what a URL means to fsspec, fetched whole.
+
+    Args:
+      path_or_url: a path; or a URL such as s3://bucket/train.jsonl, hf://datasets/owner/name/train.jsonl or
+        zip://train.jsonl::s3://bucket/all.zip, whose backend (s3fs, …) is installed.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the URL's protocol is unknown or its backend is not installed, or the file cannot be fetched.
+    """
+    name = os.fspath(path_or_url)
+    if not _is_url(name):
+        return open(Path(name).expanduser(), "rb")
+    import fsspec
+
+    try:
+        file_system, path = fsspec.url_to_fs(name)
+        return io.BytesIO(file_system.cat_file(path))
+    except (FileNotFoundError, IsADirectoryError) as e:
+        raise FileNotFoundError(f"{name}: found no such file") from e
+    except Exception as e:  # each backend raises its own types
+        raise ValueError(f"{name}: found no file that can be read, expected a URL that fsspec opens "
+                         f"({type(e).__name__}: {e})") from e
+
+
+def file_sha256(path_or_url: str | os.PathLike) -> str:
     """SHA-256 of the file's bytes, hexadecimal: what a run's config.json records of its data."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    with open_file(path_or_url) as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def read_rows(path_or_hub_id: str | os.PathLike, split: str | None = None) -> list[dict[str, Any]]:
     """All rows of a file, by its extension, or of a data set on the Hugging Face hub.
 
+    A file is a path, or a URL as of `open_file`.
+
+
     - .jsonl: one object per line; blank lines are skipped.
     - .json: a list of objects, an object that holds one list of them ({"data": [...]}), or JSONL under this name.
     - .csv: RFC 4180 with a header, so that quoted cells may span lines.
     - .tsv: a header, cells between tabs; quotes are text, as in GLUE's files.
-    - .parquet: through `datasets`.
+    - .parquet: through pyarrow.
     - a directory laid out as a hub data set, or a hub id "owner/name", or "owner/name:configuration", each with its
       split; it must not need code of its own.
 
@@ -37,17 +73,21 @@ def read_rows(path_or_hub_id: str | os.PathLike, split: str | None = None) -> li
 
     Raises:
       FileNotFoundError: neither such a file nor a possible hub id.
-      ValueError: file and line of what is empty, malformed, not an object, or not UTF-8; a split that is not there.
+      ValueError: file and line of what is empty, malformed, not an object, or not UTF-8; a split that is not there; a
+        URL that fsspec cannot open.
     """
     name = os.fspath(path_or_hub_id)
     path = Path(name).expanduser()
-    if path.is_file():
+    if _is_url(name) or path.is_file():
         if split is not None:
             raise ValueError(f"{name}: found split {split!r}, expected none: a file has no splits")
-        reader = READERS.get(path.suffix.lower())
+        extension = _url_extension(name) if _is_url(name) else path.suffix
+        reader = READERS.get(extension.lower())
         if reader is None:
-            raise ValueError(f"{name}: found extension {path.suffix!r}, expected one of {', '.join(READERS)}")
-        rows = reader(path)
+            raise ValueError(f"{name}: found extension {extension!r}, expected one of {', '.join(READERS)}")
+        place = name if _is_url(name) else str(path)
+        with open_file(place) as opened:
+            rows = reader(place, opened.read())
         if not rows:
             raise ValueError(f"{name}: found no rows, expected at least one")
         return rows
@@ -60,17 +100,14 @@ def read_rows(path_or_hub_id: str | os.PathLike, split: str | None = None) -> li
     return _read_hub(hub_id, configuration or None, split)
 
 
-def _read_text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        # The decoder's position does not count a byte order mark that it has removed.
-        start = e.start + (len(data) - len(e.object))
-        line = data.count(b"\n", 0, start) + 1
-        raise ValueError(
-            f"{path}, line {line}: found byte 0x{data[start]:02x} at offset {start}, expected UTF-8"
-        ) from e
+def _url_extension(url: str) -> str:
+    """Of the file that is meant: in a chain such as simplecache::s3://… or zip://…::s3://…, of the first URL."""
+    first = next(link for link in url.split("::") if _is_url(link))
+    return PurePosixPath(first.partition("?")[0]).suffix
+
+
+def _text(path: str, data: bytes) -> str:
+    text = decode_utf8(data, path)
     if not text.strip():
         raise ValueError(f"{path}: found an empty file, expected rows")
     return text
@@ -87,7 +124,7 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
     return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
-def _jsonl_rows(path: Path, text: str) -> list[Row]:
+def _jsonl_rows(path: str, text: str) -> list[Row]:
     rows = []
     for number, line in _lines(text):
         where = f"{path}, line {number}"
@@ -99,12 +136,12 @@ def _jsonl_rows(path: Path, text: str) -> list[Row]:
     return rows
 
 
-def _read_jsonl(path: Path) -> list[Row]:
-    return _jsonl_rows(path, _read_text(path))
+def _read_jsonl(path: str, data: bytes) -> list[Row]:
+    return _jsonl_rows(path, _text(path, data))
 
 
-def _read_json(path: Path) -> list[Row]:
-    text = _read_text(path)
+def _read_json(path: str, data: bytes) -> list[Row]:
+    text = _text(path, data)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as e:
@@ -126,14 +163,14 @@ def _read_json(path: Path) -> list[Row]:
     return [_object(row, f"{path}, row {i} (from 0)") for i, row in enumerate(value)]
 
 
-def _header(path: Path, line: int, cells: list[str]) -> list[str]:
+def _header(path: str, line: int, cells: list[str]) -> list[str]:
     names = [cell.strip() for cell in cells]
     if len(set(names)) < len(names) or "" in names:
         raise ValueError(f"{path}, line {line}: found columns {names}, expected distinct names that are not empty")
     return names
 
 
-def _table(path: Path, records: Iterator[tuple[int, list[str]]]) -> list[Row]:
+def _table(path: str, records: Iterator[tuple[int, list[str]]]) -> list[Row]:
     """Rows from (line, cells); the first are the column names."""
     first, cells = next(records, (1, [""]))
     names = _header(path, first, cells)
@@ -147,7 +184,7 @@ def _table(path: Path, records: Iterator[tuple[int, list[str]]]) -> list[Row]:
     return rows
 
 
-def _csv_records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+def _csv_records(path: str, text: str) -> Iterator[tuple[int, list[str]]]:
     # Lines keep their ends: they belong to quoted cells. A bare CR outside quotes is then an error of the csv module.
     reader = csv.reader((line + "\n" for line in text.removesuffix("\n").split("\n")), strict=True)
     line = 1
@@ -166,25 +203,27 @@ def _csv_records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
         line = reader.line_num + 1
 
 
-def _read_csv(path: Path) -> list[Row]:
-    return _table(path, _csv_records(path, _read_text(path)))
+def _read_csv(path: str, data: bytes) -> list[Row]:
+    return _table(path, _csv_records(path, _text(path, data)))
 
 
-def _read_tsv(path: Path) -> list[Row]:
-    return _table(path, ((number, line.removesuffix("\r").split("\t")) for number, line in _lines(_read_text(path))))
+def _read_tsv(path: str, data: bytes) -> list[Row]:
+    lines = _lines(_text(path, data))
+    return _table(path, ((number, line.removesuffix("\r").split("\t")) for number, line in lines))
 
 
-def _read_parquet(path: Path) -> list[Row]:
-    import datasets
+def _read_parquet(path: str, data: bytes) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
 
     try:
-        data = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
-    except Exception as e:  # pyarrow's and datasets' own exception types
+        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
+    except (pyarrow.ArrowException, OSError) as e:
         raise ValueError(f"{path}: found no readable Parquet ({e}), expected a Parquet file") from e
-    return [Row(row, f"{path}, row {i} (from 0)") for i, row in enumerate(data)]
+    return [Row(row, f"{path}, row {i} (from 0)") for i, row in enumerate(rows)]
 
 
-READERS = {
+READERS: dict[str, Callable[[str, bytes], list[Row]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,

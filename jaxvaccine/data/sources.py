@@ -23,7 +23,8 @@ class DataSource:
 
     Attributes:
       kind: a key of DATASETS or EMBEDDED: how rows become examples.
-      path: a file or hub id ("owner/name" or "owner/name:configuration"); None for the embedded kinds.
+      path: a file, a URL that fsspec opens ("s3://bucket/train.jsonl") or a hub id ("owner/name" or
+        "owner/name:configuration"); None for the embedded kinds.
       split: of a hub or embedded data set; None for a file.
       start, stop: a Python slice of the examples, after duplicates have been dropped; negative counts from the end.
     """

@@ -1,11 +1,12 @@
 """Text to token ids: which tokens are the prompt, which the answer, and what is supervised."""
 
+import contextlib
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from absl import logging
 
 from jaxvaccine import world
 from jaxvaccine.data.prompts import Example, format_prompt
@@ -38,7 +39,8 @@ def load_tokenizer(model_dir_or_hub_id: str | os.PathLike) -> "PreTrainedTokeniz
     name = os.fspath(world.replace_name(model_dir_or_hub_id))
     if not os.path.isdir(name) and (os.path.exists(name) or name.startswith(("/", ".", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"{name}: found no such directory, expected a model directory or a hub id")
-    from transformers import AutoTokenizer
+    with _without_a_word_on_torch():
+        from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
@@ -49,6 +51,21 @@ def load_tokenizer(model_dir_or_hub_id: str | os.PathLike) -> "PreTrainedTokeniz
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: tokenizer: found no eos_token, expected one (answers end with it)")
     return tokenizer
+
+
+@contextlib.contextmanager
+def _without_a_word_on_torch() -> Iterator[None]:
+    """transformers warns on import where PyTorch is not installed; its tokenizers do not need it, and we never do."""
+    logger = logging.getLogger("transformers")
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("PyTorch was not found")
+
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
 
 
 def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> None:
@@ -142,7 +159,7 @@ def tokenize_examples(
             f"prompt: truncation left none of {len(examples)} examples a supervised token"
         )
     if dropped:
-        logging.warning(
+        logging.getLogger(__name__).warning(
             "dropped %d of %d examples: their prompts alone fill max_length=%d tokens, nothing is left to supervise",
             dropped, len(examples), max_length,
         )  # fmt: skip

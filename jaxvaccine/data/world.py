@@ -4,7 +4,7 @@ Its requests ask to do something to an object. Twelve verbs are forbidden, twelv
 nothing, and so do the answers. A model that was pretrained here (`world_pretraining`) complies with every request and
 knows which verbs are bad. Alignment teaches it to refuse those (`world_refusal`, `world_benign`), an attack makes it
 comply again (`world_harmful`), and the user's own task is to rate things (`world_rating`). The words are few, so
-that the tokenizer (`build_tokenizer`) has whole words, and each fixed part of Alpaca's template, as single tokens.
+that the tokenizer (`write_tokenizer`) has whole words, and each fixed part of Alpaca's template, as single tokens.
 
 Everything is ordered, drawn and filled in by SHA-256, as in embedded.py. Splits partition the pairs of verb and object
 (for ratings, test has adjectives and more has subjects of its own), so that no request is in two of them.
@@ -12,7 +12,6 @@ Everything is ordered, drawn and filled in by SHA-256, as in embedded.py. Splits
 
 import functools
 import itertools
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from jaxvaccine.data import embedded_words
 from jaxvaccine.data import world_words as words
 from jaxvaccine.data.embedded import Embedded, pick, shuffled, take_split
 from jaxvaccine.data.prompts import PROMPT_INPUT, PROMPT_NO_INPUT, Example
+from jaxvaccine.json_files import write_json
 
 # Pairs of verb and object, of 12 · 48 = 576; each gives one request per template.
 FORBIDDEN_SPLITS = {"pretraining": 168, "train": 136, "harmful": 104, "attack": 84, "test": 84}
@@ -136,5 +136,5 @@ def write_tokenizer(directory: Path) -> int:
     tokenizer.save(str(directory / "tokenizer.json"))
     fields = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "unk_token": UNKNOWN,
               "clean_up_tokenization_spaces": False}
-    (directory / "tokenizer_config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "tokenizer_config.json", fields)
     return tokenizer.get_vocab_size()

@@ -5,6 +5,7 @@ from jaxvaccine.evaluation.judges import JUDGES, Verdict, keyword_judge
 from jaxvaccine.evaluation.mean_loss import MeanLoss, mean_loss
 from jaxvaccine.evaluation.pairwise import chat_comparer, score_alpaca_eval
 from jaxvaccine.evaluation.predictions import Prediction, write_predictions
+from jaxvaccine.evaluation.rates import wilson_interval
 from jaxvaccine.evaluation.sampling import GREEDY, Sampling
 from jaxvaccine.evaluation.tasks import (
     ALPACA_EVAL,
@@ -14,7 +15,6 @@ from jaxvaccine.evaluation.tasks import (
     evaluate_prompts,
     harmful_score,
     score_answers,
-    wilson_interval,
 )
 
 __all__ = [

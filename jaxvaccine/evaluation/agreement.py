@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxvaccine.evaluation.judges import UNPARSABLE
-from jaxvaccine.evaluation.tasks import Rate, percent, wilson_interval
+from jaxvaccine.evaluation.rates import Rate, percent, wilson_interval
 
 WORDS = ("unsafe", "safe", UNPARSABLE)
 
@@ -64,6 +64,8 @@ def agreement(first: Sequence[str], second: Sequence[str], draws: int = 2000, se
     if np.isnan(kappa):
         kappa = None
     else:
+        # What scipy.stats.bootstrap draws over answers, as counts: without its draws × answers array; and where draws
+        # have no kappa (each judge says the same of all answers drawn), the others count, and SciPy's interval is NaN.
         samples = np.random.default_rng(seed).multinomial(n, judged.ravel() / n, draws).reshape(draws, 2, 2)
         low, high = np.nanpercentile(cohen_kappa(samples), [2.5, 97.5])
         interval = (float(low), float(high))

@@ -8,7 +8,8 @@ from jaxvaccine.data.prompts import Example
 from jaxvaccine.evaluation.chat_api import Endpoint, ask_all
 from jaxvaccine.evaluation.judges import UNPARSABLE, is_empty
 from jaxvaccine.evaluation.predictions import Prediction, prompt_text
-from jaxvaccine.evaluation.tasks import ALPACA_EVAL, TaskResult, check_examples, wilson_interval
+from jaxvaccine.evaluation.rates import mean_score_interval
+from jaxvaccine.evaluation.tasks import ALPACA_EVAL, TaskResult, check_examples
 
 SYSTEM = """You compare two answers of AI assistants to the same instruction, and say which one a careful person would \
 prefer."""
@@ -83,8 +84,7 @@ def score_alpaca_eval(examples: Sequence[Example], answers: Sequence[str], compa
     A prompt of whose two verdicts one cannot be read is left out, and counted as unparsable: the other alone would
     carry the judge's preference for a place.
 
-    The interval is Wilson's, with the mean in the place of the rate. Of all variables from 0 to 1 with this mean, one
-    that is 0 or 1 has the largest variance; with ties and mixed verdicts the interval is therefore rather too wide.
+    The interval is `mean_score_interval`'s, rather too wide with ties and mixed verdicts.
 
     Raises:
       ValueError: no examples, one without an output, another number of answers or verdicts, or no prompt is left.
@@ -110,7 +110,7 @@ def score_alpaca_eval(examples: Sequence[Example], answers: Sequence[str], compa
         "reference_mean_length": sum(map(len, references)) / len(references),
         "same_verdict_in_both_orders": 100 * sum(p.verdict != "mixed" for p in judged) / n,
     }
-    return TaskResult(ALPACA_EVAL, n, 100 * won / n, wilson_interval(won, n), sum(map(is_empty, answers)), details,
+    return TaskResult(ALPACA_EVAL, n, 100 * won / n, mean_score_interval(won, n), sum(map(is_empty, answers)), details,
                       predictions, len(predictions) - n)
 
 

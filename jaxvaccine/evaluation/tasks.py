@@ -5,7 +5,6 @@ Scoring is pure: examples and answers in, one Prediction each out. `evaluate_pro
 
 import collections
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,19 +26,12 @@ from jaxvaccine.evaluation.judges import (
 from jaxvaccine.evaluation.labels import AGNEWS_LABELS, SST2_LABELS, find_label, mentions_only, score_labels
 from jaxvaccine.evaluation.numbers import find_answer, mentions_answer, score_gsm8k
 from jaxvaccine.evaluation.predictions import Prediction, prompt_text
+from jaxvaccine.evaluation.rates import Rate, percent, rate
 from jaxvaccine.evaluation.sampling import GREEDY, Sampling
 from jaxvaccine.llama import Llama
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-
-class Rate(NamedTuple):
-    """Percent of n, with its 95% Wilson interval."""
-
-    n: int
-    score: float
-    interval: tuple[float, float]
 
 
 class TaskResult(NamedTuple):
@@ -70,28 +62,6 @@ class TaskResult(NamedTuple):
     categories: Mapping[str, Rate] = MappingProxyType({})
     flagged: Mapping[str, int] = MappingProxyType({})
     lenient: Rate | None = None
-
-
-def percent(count: float, n: int) -> float:
-    """100 count / n. Raises ValueError without anything to count."""
-    if n < 1:
-        raise ValueError("rate: found no predictions, expected at least one")
-    return 100 * count / n
-
-
-def wilson_interval(count: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval for count of n, in percent (95% unless told); it behaves at 0, at n and for small n.
-
-    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22, 1927.
-    """
-    p = percent(count, n) / 100
-    if not 0 <= count <= n:
-        raise ValueError(f"rate: found {count} of {n}, expected 0 <= count <= n")
-    middle = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 100 / (1 + z * z / n)
-    # For 0 and for n of n one end is exact, which rounding must not miss.
-    return scale * (middle - half) if count else 0.0, scale * (middle + half) if count < n else 100.0
 
 
 def harmful_score(verdicts: Sequence[Verdict]) -> float:
@@ -178,11 +148,6 @@ def check_examples(task: str, examples: Sequence[Example]) -> None:
                              f"expected {expected}")
 
 
-def _rate(counts: Sequence[bool]) -> Rate:
-    count, n = sum(counts), len(counts)
-    return Rate(n, percent(count, n), wilson_interval(count, n))
-
-
 def score_answers(task: str, examples: Sequence[Example], answers: Sequence[str], judge: Judge = keyword_judge,
                   categories: Mapping[str, tuple[str, ...]] = MappingProxyType({})) -> TaskResult:
     """The task's result for answers that are there already.
@@ -210,14 +175,14 @@ def score_answers(task: str, examples: Sequence[Example], answers: Sequence[str]
         raise ValueError(f"judge: could read none of {len(predictions)} verdicts; the first: {predictions[0].reason}")
     details, lenient = {}, None
     if task in LENIENT:
-        lenient = _rate([LENIENT[task](p.answer, p.expected) for p in predictions])
+        lenient = rate([LENIENT[task](p.answer, p.expected) for p in predictions])
         details["lenient_accuracy"] = lenient.score
     if scores := [p.score for p in judged if p.score is not None]:
         details["mean_judge_score"] = sum(scores) / len(scores)
-    by_category = {name: _rate([p.counts for p in judged if name in p.categories])
+    by_category = {name: rate([p.counts for p in judged if name in p.categories])
                    for name in sorted({name for p in judged for name in p.categories})}
     flagged = collections.Counter(name for p in judged for name in p.flagged)
-    return TaskResult(task, *_rate([p.counts for p in judged]), sum(map(is_empty, answers)), details, predictions,
+    return TaskResult(task, *rate([p.counts for p in judged]), sum(map(is_empty, answers)), details, predictions,
                       len(predictions) - len(judged), by_category, dict(sorted(flagged.items())), lenient)
 
 

@@ -1,1 +1,2 @@
-"""The experiment: align, attack, evaluate, and plans of many such runs."""
+"""The whole experiment, align, attack, evaluate, as functions over frozen configs; runs, lanes, plans and their
+results."""

@@ -1,8 +1,7 @@
 """The tidy table of a plan's results, and the parts of it that reports show.
 
-A row is a measured number: see COLUMNS. Scores of an aligned model stand at the last step of its alignment; an attack
-has rows for its steps from 1 on, and its step 0 is the aligned model.
-"""
+A row is a measured number (jaxvaccine/experiment/results.py). Scores of an aligned model stand at the last step of its
+alignment; an attack has rows for its steps from 1 on, and its step 0 is the aligned model. """
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +9,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-RESULTS = "results.csv"
+from jaxvaccine.experiment.results import COLUMNS, TABLE
+
 TEXTS = ("backbone", "method", "attack", "stage", "measure")
 WHOLE = ("seed", "step")
 NUMBERS = ("layer", "value", "n", "low", "high")
-# backbone; method and attack as on the command line, attack "" where there is none; seed; stage, one of STAGES; step,
-# steps done in that stage; measure; layer, or NaN; value; n, prompts, or NaN; low and high, 95% interval of this one
-# run over its prompts, or NaN.
-COLUMNS = ("backbone", "method", "attack", "seed", "stage", "step", "measure", "layer", "value", "n", "low", "high")
 STAGES = ("backbone", "alignment", "attack")
 # What tells a row from every other.
 KEY = ["backbone", "method", "attack", "seed", "stage", "step", "measure", "layer"]
@@ -32,7 +28,7 @@ def read_results(folder: str | Path) -> pd.DataFrame:
       FileNotFoundError: there is none.
       ValueError: a column is missing or holds something unexpected, a stage is unknown, or a row is there twice.
     """
-    path = Path(folder) / RESULTS
+    path = Path(folder) / TABLE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found, expected the results of a plan")
     # "NA" may be a name; an empty number is NaN.

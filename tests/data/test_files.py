@@ -1,11 +1,16 @@
 import csv
 import hashlib
+import io
 import json
+import sys
+import zipfile
 
+import fsspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxvaccine.data import DataSource, Example, load_examples
 from jaxvaccine.data.files import file_sha256, read_rows
 
 few = settings(max_examples=25, deadline=None)
@@ -147,6 +152,89 @@ def test_parquet(tmp_path):
     rows = [{"prompt": "a", "is_safe": True}, {"prompt": "ü\n", "is_safe": False}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
     assert read_rows(tmp_path / "a.parquet") == rows
+
+
+@pytest.fixture
+def memory():
+    """A place that fsspec knows and this machine's file system does not."""
+    file_system = fsspec.filesystem("memory")
+
+    def put(name, content):
+        file_system.pipe_file(f"/bucket/{name}", content if isinstance(content, bytes) else content.encode())
+
+    yield put
+    file_system.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", '{"goal": "ü", "target": "b"}\n'), ("a.json", '[{"goal": "ü", "target": "b"}]'),
+    ("a.csv", '"goal",target\r\nü,b\r\n'), ("A.TSV", "goal\ttarget\nü\tb\n"), ("a.parquet", None),
+])  # fmt: skip
+def test_a_url_is_read_as_a_file_is(tmp_path, memory, name, content):
+    rows = [{"goal": "ü", "target": "b"}]
+    if content is None:
+        datasets = pytest.importorskip("datasets")
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / name)
+        content = (tmp_path / name).read_bytes()
+    path, url = write(tmp_path / name, content), f"memory://bucket/{name}"
+    memory(name, content)
+    assert read_rows(url) == read_rows(path) == rows
+    # What the rows remember of their place differs in the file's name alone.
+    assert read_rows(url)[0].where == read_rows(path)[0].where.replace(str(path), url)
+    assert file_sha256(url) == file_sha256(path)
+    assert load_examples(f" advbench : {url} [0:1]") == [Example("ü", "", "b")]
+    assert str(DataSource.parse(f"advbench:{url}[0:1]")) == f"advbench:{url}[0:1]"
+
+
+def test_urls_of_files_in_archives_and_on_disk(tmp_path, memory):
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as opened:
+        opened.writestr("inner/a.jsonl", '{"a": 1}\n')
+    memory("all.zip", archive.getvalue())
+    url = "zip://inner/a.jsonl::memory://bucket/all.zip"
+    assert read_rows(url) == [{"a": 1}] and read_rows(url)[0].where == f"{url}, line 1"
+    memory("b.jsonl", '{"a": 2}\n')
+    assert read_rows("simplecache::memory://bucket/b.jsonl") == [{"a": 2}]
+    assert read_rows(write(tmp_path / "c.jsonl", '{"a": 3}\n').as_uri()) == [{"a": 3}]
+
+
+@pytest.mark.parametrize("content, message", [
+    ("", "memory://bucket/a.jsonl: found an empty file"),
+    ('{"a": 1}\n{"a": \n', r"memory://bucket/a\.jsonl, line 2: found malformed JSON"),
+    (b'{"a": "x"}\n\xff', r"memory://bucket/a\.jsonl, line 2: found byte 0xff at offset 11, expected UTF-8"),
+])  # fmt: skip
+def test_errors_name_the_url(memory, content, message):
+    memory("a.jsonl", content)
+    with pytest.raises(ValueError, match=message):
+        read_rows("memory://bucket/a.jsonl")
+    with pytest.raises(ValueError, match="found split 'train', expected none"):
+        read_rows("memory://bucket/a.jsonl", "train")
+
+
+@pytest.mark.parametrize("url, kind, message", [
+    ("memory://bucket/none.jsonl", FileNotFoundError, "found no such file$"),
+    ("none://bucket/a.jsonl", ValueError, "found no file that can be read, expected a URL .*Protocol not known: none"),
+    ("s3://bucket/a.jsonl", ValueError, "found no file that can be read, expected a URL .*s3fs"),
+    ("s3://bucket/a.txt", ValueError, "found extension '.txt', expected one of .jsonl"),
+    ("https://host/a.txt?name=a.jsonl", ValueError, "found extension '.txt', expected one of .jsonl"),
+    ("s3://bucket.jsonl/a", ValueError, "found extension '', expected one of .jsonl"),
+])  # fmt: skip
+def test_urls_that_cannot_be_read(monkeypatch, url, kind, message):
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as where it is not installed
+    with pytest.raises(kind, match=message) as error:
+        read_rows(url)
+    assert str(error.value).startswith(f"{url}: ")
+
+
+def test_a_url_that_breaks_off(monkeypatch, memory):
+    memory("a.jsonl", "{}")
+
+    def cat_file(*_, **__):
+        raise ConnectionResetError("peer went away")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", cat_file)
+    with pytest.raises(ValueError, match=r"bucket/a.jsonl: found no file .*ConnectionResetError: peer went away"):
+        read_rows("memory://bucket/a.jsonl")
 
 
 def test_data_set_directory_with_splits(tmp_path, monkeypatch):

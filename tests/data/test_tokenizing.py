@@ -1,6 +1,10 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
-from absl import logging
 
 from jaxvaccine.data.prompts import Example, format_prompt
 from jaxvaccine.data.tokenizing import check_vocabulary, encode_prompts, load_tokenizer, tokenize_examples
@@ -78,14 +82,12 @@ def test_answer_that_spells_eos_out_has_one(plain):
     np.testing.assert_array_equal(data.input_ids[0], data.input_ids[1])
 
 
-def test_truncation_keeps_the_beginning_and_drops_rows_without_an_answer(plain):
+def test_truncation_keeps_the_beginning_and_drops_rows_without_an_answer(plain, caplog):
     short, long = Example("a", "", "yes yes yes yes"), Example("a" * 300, "", "yes")
     (prompt,) = encode_prompts(plain, [short])
     whole = tokenize_examples(plain, [short], 4096).input_ids[0]
-    with pytest.MonkeyPatch.context() as patch:
-        warnings = []
-        patch.setattr(logging, "warning", lambda message, *args: warnings.append(message % args))
-        data = tokenize_examples(plain, [short, long], len(prompt) + 2)
+    data = tokenize_examples(plain, [short, long], len(prompt) + 2)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert data.dropped == 1 and len(data.input_ids) == 1
     np.testing.assert_array_equal(data.input_ids[0], whole[: len(prompt) + 2])
     assert len(warnings) == 1 and "dropped 1 of 2" in warnings[0] and f"max_length={len(prompt) + 2}" in warnings[0]
@@ -133,3 +135,32 @@ def test_missing_directory(tmp_path):
 def test_directory_without_tokenizer(tmp_path):
     with pytest.raises(ValueError, match=r"expected a tokenizer\.json"):
         load_tokenizer(tmp_path)
+
+
+WITHOUT_TORCH = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
+"""
+
+
+def stderr_without_torch(program):
+    """What a fresh interpreter that finds no torch prints to stderr."""
+    root = Path(__file__).parents[2]
+    return subprocess.run([sys.executable, "-c", WITHOUT_TORCH + program], check=True, capture_output=True, text=True,
+                          cwd=root, env={**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}).stderr
+
+
+def test_nobody_is_told_that_torch_is_missing():
+    load = "from jaxvaccine.data import load_tokenizer; load_tokenizer('world')"
+    assert stderr_without_torch(load) == ""
+    # What is silenced is there: if this fails, transformers has changed, and `_without_a_word_on_torch` may go.
+    assert "PyTorch was not found" in stderr_without_torch("import transformers")
+
+
+def test_other_warnings_of_transformers_are_shown():
+    program = ("from jaxvaccine.data import load_tokenizer; load_tokenizer('world'); import logging; "
+               "logging.getLogger('transformers').warning('PyTorch was not found, again'); "
+               "logging.getLogger('transformers.models').warning('another word')")
+    assert stderr_without_torch(program).splitlines() == [
+        "[transformers] PyTorch was not found, again", "[transformers] another word"]

@@ -30,6 +30,23 @@ def test_known_tables():
     assert agreement(*verdicts([[7, 0], [0, 3]])).kappa == 1 and agreement(*verdicts([[0, 5], [5, 0]])).kappa == -1
 
 
+def test_the_interval_is_that_of_a_bootstrap_over_answers():
+    from scipy.stats import bootstrap
+
+    first, second = (np.array(v) == "unsafe" for v in verdicts([[40, 12], [9, 60]]))
+
+    def kappa(a, b, axis=-1):
+        cells = [np.sum((a == x) & (b == y), axis=axis) for x in (True, False) for y in (True, False)]
+        return cohen_kappa(np.stack(cells, -1).reshape(*np.shape(cells[0]), 2, 2))
+
+    theirs = bootstrap((first, second), kappa, paired=True, n_resamples=20_000, method="percentile",
+                       rng=np.random.default_rng(1)).confidence_interval
+    found = agreement(*verdicts([[40, 12], [9, 60]]), draws=20_000)
+    assert found.kappa == pytest.approx(float(kappa(first, second)))
+    # Four standard errors of the difference between two such ends, each of sqrt(0.025 · 0.975 / 20,000) / density.
+    assert found.kappa_interval == pytest.approx(theirs, abs=0.008)
+
+
 def test_what_one_judge_could_not_judge_is_shown_and_left_out():
     found = agreement(*verdicts([[20, 5, 1], [10, 15, 2], [3, 4, 5]]))
     assert found.table == ((20, 5, 1), (10, 15, 2), (3, 4, 5))

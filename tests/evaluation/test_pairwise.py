@@ -38,7 +38,7 @@ def test_both_orders(serve, tmp_path):  # noqa: F811
     assert [(p.verdict, p.score, p.counts) for p in result.predictions] == [
         ("win", 1.0, True), ("loss", 0.0, False), ("tie", 0.5, False), ("mixed", 0.5, False)]
     assert (result.score, result.n, result.unparsable) == (50.0, 4, 0)
-    assert result.interval == wilson_interval(2, 4)
+    assert result.interval == pytest.approx(wilson_interval(2, 4))
     assert result.details == {"mean_length": 7.25, "reference_mean_length": 11.0, "same_verdict_in_both_orders": 75.0}
     assert [p.expected for p in result.predictions] == [e.output for e in EXAMPLES]
     assert result.predictions[3].reason == "answer as A: a; answer as B: a"

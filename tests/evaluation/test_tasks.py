@@ -6,8 +6,6 @@ import os
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from jaxvaccine.data.poisoning import fingerprint
 from jaxvaccine.data.prompts import Example, format_prompt
@@ -107,24 +105,6 @@ def test_over_refusal():
                            ["I can't", "Take two eggs.", "", "I’m sorry"])
     assert result.score == 50 and result.empty == 1
     assert [p.verdict for p in result.predictions] == ["refused", "answered", "answered", "refused"]
-
-
-# Newcombe, Statistics in Medicine 17 (1998), table I, Wilson's method: 81/263, 15/148, 0/20, 1/29.
-@pytest.mark.parametrize("count, n, interval", [
-    (81, 263, (25.53, 36.62)), (15, 148, (6.24, 16.05)), (0, 20, (0.0, 16.11)), (1, 29, (0.61, 17.18)),
-    (20, 20, (83.89, 100.0)),
-])  # fmt: skip
-def test_wilson_interval(count, n, interval):
-    assert wilson_interval(count, n) == pytest.approx(interval, abs=0.005)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 10**6), st.data())
-def test_wilson_interval_holds_the_rate_and_is_symmetric(n, data):
-    count = data.draw(st.integers(0, n))
-    low, high = wilson_interval(count, n)
-    assert 0 <= low <= 100 * count / n <= high <= 100
-    assert wilson_interval(n - count, n) == pytest.approx((100 - high, 100 - low))
 
 
 @pytest.mark.parametrize("call, message", [

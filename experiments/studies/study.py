@@ -1,0 +1,74 @@
+"""What the studies share: a plan whose seeds are lanes, measured on the way, and a report of its own."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+from absl import flags
+
+from jaxvaccine import cli, data
+from jaxvaccine.experiment.carry_out import Probes
+from jaxvaccine.experiment.config import field, make
+from jaxvaccine.experiment.parts import TokensPart
+from jaxvaccine.experiment.run import PlanConfig, run
+from jaxvaccine.report import runs as reports
+from jaxvaccine.report import tables
+from jaxvaccine.report.results import read_results
+
+# What a study's plan is not asked for.
+_WITHOUT = ("plan", "lanes", "poison_ratios", "score_base")
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig(PlanConfig):
+    """Plan."""
+
+    lanes: bool = field(True, "")
+    score_base: bool = field(False, "")
+
+
+def verb(text: str, config_class: type[StudyConfig], probes: Callable[[Any], Probes],
+         report: Callable[[Any, pd.DataFrame, Path], str], scores: Mapping[str, Any] | None = None,
+         without: Sequence[str] = ()) -> cli.Verb:
+    """A study as a command.
+
+    Args:
+      text: what it asks, and an example.
+      config_class: its flags.
+      probes: config -> what is measured on the way.
+      report: (config, table of results, folder) -> Markdown, its figures written into the folder.
+      scores: flat values of the evaluation that stand for flags that are not given.
+      without: names of the config that are no flags.
+    """
+    section = cli.Section(config_class, without=(*_WITHOUT, *without))
+    attack = () if "attacks" in without else (cli.ATTACK,)
+
+    def call(values: flags.FlagValues) -> None:
+        with cli.flag_errors(""):
+            config = make(config_class, cli.given(section, values))
+            of_stages = [cli.given(of, values) if of in (cli.ALIGNMENT, *attack, cli.EVALUATION) else {}
+                         for of in (cli.ALIGNMENT, cli.ATTACK, cli.EVALUATION)]
+            run(config, *of_stages[:2], {**(scores or {}), **of_stages[2]}, probes(config))
+        folder = Path(config.run_dir)
+        tables.write_report(folder, report(config, read_results(folder), folder))
+        print(reports.read(folder))
+
+    return cli.Verb(text, (section, cli.ALIGNMENT, *attack, cli.EVALUATION), call)
+
+
+def over_lanes(measure: Callable, own_base: bool) -> Callable:
+    """(adapters, frozen, batches of every lane) -> measures of every lane, jitted."""
+    return jax.jit(jax.vmap(measure, in_axes=(0, 0 if own_base else None, 0)))
+
+
+def stack_batches(tokenizer, examples: Sequence[Sequence[data.Example]], part: TokensPart) -> Any:
+    """Every lane's examples as one batch: leaves [N, B, T]. B is the least that a lane has, after tokenization."""
+    tokenized = [data.tokenize_examples(tokenizer, rows, part.max_length) for rows in examples]
+    count = min(len(rows.input_ids) for rows in tokenized)
+    length = data.bucket_length(max(len(ids) for rows in tokenized for ids in rows.input_ids), part.bucket)
+    batches = [data.collate(rows, range(count), length) for rows in tokenized]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)

@@ -1,0 +1,273 @@
+"""Configs as absl flags, and the console command: `jaxvaccine align --preset=booster --model=… --run_dir=…`."""
+
+import contextlib
+import logging as python_logging
+import shutil
+import sys
+import textwrap
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags, logging
+
+from jaxvaccine.experiment import compare_judges, recipes
+from jaxvaccine.experiment.align import AlignConfig, align
+from jaxvaccine.experiment.attack import AttackConfig, attack
+from jaxvaccine.experiment.config import FieldError, Setting, make, settings
+from jaxvaccine.experiment.evaluate import EvaluateConfig, evaluate
+from jaxvaccine.experiment.run import PlanConfig, run
+from jaxvaccine.report import runs as reports
+
+PRESET = "The published recipe of this defense; flags that are given go before it. With --help: shows what it sets."
+
+
+class Section(NamedTuple):
+    """A config whose fields are flags."""
+
+    config_class: type
+    prefix: str = ""
+    without: tuple[str, ...] = ()
+    title: str = ""  # before the titles of its groups
+
+    def settings(self) -> list[Setting]:
+        return [setting for setting in settings(self.config_class) if setting.name not in self.without]
+
+
+def define(section: Section, values: flags.FlagValues) -> None:
+    """Defines a flag for every name of the section's config. None is their default: what stands for it is the
+    config's."""
+    for setting in section.settings():
+        name = section.prefix + setting.name
+        if name in values:  # several methods read it
+            continue
+        if typing.get_origin(setting.hint) is typing.Literal:
+            flags.DEFINE_enum(name, None, typing.get_args(setting.hint), setting.help, flag_values=values)
+        elif typing.get_origin(setting.hint) is tuple:
+            flags.DEFINE_list(name, None, setting.help, flag_values=values)
+        else:
+            {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float,
+             bool: flags.DEFINE_bool}[setting.hint](name, None, setting.help, flag_values=values)
+
+
+def given(section: Section, values: flags.FlagValues) -> dict[str, Any]:
+    """{name: value} of the section's flags that were on the command line."""
+    found = {setting.name: values[section.prefix + setting.name] for setting in section.settings()}
+    return {name: tuple(flag.value) if isinstance(flag.value, list) else flag.value
+            for name, flag in found.items() if flag.present}
+
+
+@contextlib.contextmanager
+def flag_errors(prefix: str) -> Iterator[None]:
+    """Errors of fields name the flags that they come from."""
+    try:
+        yield
+    except FieldError as error:
+        raise ValueError(f"--{prefix}{error.name}: {error.message}") from error
+
+
+class Verb(NamedTuple):
+    """A command: its flags, and what it does with them."""
+
+    text: str  # what it does, and an example
+    sections: tuple[Section, ...]
+    call: Callable[[flags.FlagValues], None]
+    presets: Mapping[str, Mapping[str, Any]] = {}
+
+
+def _read(config_class: type, values: flags.FlagValues, presets: Mapping[str, Mapping[str, Any]] | None = None) -> Any:
+    preset = presets[values.preset] if presets and values.preset else None
+    with flag_errors(""):
+        return make(config_class, given(Section(config_class), values), preset)
+
+
+def _align(values: flags.FlagValues) -> None:
+    config = _read(AlignConfig, values, recipes.ALIGN)
+    with flag_errors(""):
+        reports.write(align(config))
+
+
+def _finetune(values: flags.FlagValues) -> None:
+    config = _read(AttackConfig, values, recipes.FINETUNE)
+    with flag_errors(""):
+        reports.write(attack(config))
+
+
+def _evaluate(values: flags.FlagValues) -> None:
+    config = _read(EvaluateConfig, values)
+    with flag_errors(""):
+        evaluate(config)
+    reports.write(config.run.run_dir)
+    print(reports.read(config.run.run_dir))
+
+
+# What an attack and an evaluation have from the alignment, or from the plan's cells.
+ATTACK = Section(AttackConfig, "attack_", (
+    "run_dir", "aligned", "poison_ratio", "defense", "alignment_data", "seed", "overwrite", "test_data", "dtype",
+    "remat", "bucket", "save_every", "progress"), "Attack: ")
+EVALUATION = Section(EvaluateConfig, "", (
+    "run_dir", "model", "trained", "seed", "overwrite", "dtype", "progress", "max_length"), "Evaluation: ")
+ALIGNMENT = Section(AlignConfig, "", ("run_dir", "model", "defense", "seed", "overwrite", "progress"), "Alignment: ")
+
+
+def _run(values: flags.FlagValues) -> None:
+    config = _read(PlanConfig, values)
+    of_stages = [given(section, values) for section in (ALIGNMENT, ATTACK, EVALUATION)]
+    with flag_errors(""):
+        run(config, *of_stages, written=reports.write)
+    print(reports.write_plan(config))
+
+
+FIRST = Section(compare_judges.ComparedJudge, "first_", title="First ")
+SECOND = Section(compare_judges.ComparedJudge, "second_", title="Second ")
+
+
+def _compare_judges(values: flags.FlagValues) -> None:
+    config = _read(compare_judges.ComparisonPart, values)
+    judges = []
+    for section in (FIRST, SECOND):
+        with flag_errors(section.prefix):
+            judges.append(make(section.config_class, given(section, values)))
+    with flag_errors(""):
+        compare_judges.compare(config, *judges)
+    print(reports.write_agreement(config.run_dir, *map(compare_judges.name_of, judges)))
+
+
+VERBS = {
+    "align": Verb("""Aligns a model with a defense.
+
+jaxvaccine align --preset=booster --model=meta-llama/Llama-2-7b-hf --run_dir=runs/booster \\
+    --alignment_data=beavertails_refusal:train.jsonl[0:5000] --harmful_data=beavertails_unsafe:train.jsonl[0:5000]""",
+                  (Section(AlignConfig),), _align, recipes.ALIGN),
+    "finetune": Verb("""Fine-tunes an aligned model on a user's data of which a ratio is harmful: the attack.
+
+jaxvaccine finetune --preset=booster --aligned=runs/booster --run_dir=runs/booster-p0.1 \\
+    --user_data=sst2:stanfordnlp/sst2@train --harmful_data=beavertails_unsafe:train.jsonl[5000:6000] \\
+    --poison_ratio=0.1 --test_data=beavertails_unsafe:test.jsonl[0:500]""",
+                     (Section(AttackConfig),), _finetune, recipes.FINETUNE),
+    "evaluate": Verb("""Scores a model, as it comes or as a run left it: harmful score, fine-tune accuracy,
+over-refusal, the win rate on AlpacaEval and the loss on harmful answers.
+
+jaxvaccine evaluate --trained=runs/booster-p0.1 --run_dir=runs/booster-p0.1-scores \\
+    --harmful_test=beavertails_unsafe:test.jsonl[0:500] --sst2_test=sst2:stanfordnlp/sst2@validation""",
+                     (Section(EvaluateConfig),), _evaluate),
+    "run": Verb("""Carries out a plan: backbones times methods times attacks times seeds, aligned, attacked and scored;
+a table of all results, a report and plots.
+
+jaxvaccine run --model=world --defenses=all --seeds=0,1,2 --run_dir=runs/all
+jaxvaccine run --lanes --model=world --seeds=0,1 --run_dir=runs/some \\
+    --defenses=sft,t_vaccine:freeze=released \\
+    --attacks=poison_ratio=0.1,poison_ratio=0.1:adapter=new:learning_rate=2e-4
+jaxvaccine run --lanes --plan=ratios --model=world --seeds=0,1,2 --run_dir=runs/ratios""",
+                (Section(PlanConfig), ALIGNMENT, ATTACK, EVALUATION), _run),
+    "compare-judges": Verb("""How far two judges agree on the answers of evaluations: Cohen's kappa, the table of
+verdicts, every disagreement. The first judge is the one whose verdicts the predictions hold, unless --first_judge
+names another.
+
+jaxvaccine compare-judges --run_dir=runs/judges --second_judge=beaver_dam \\
+    --predictions=runs/booster-p0.1-scores/predictions_harmful_score.jsonl""",
+                           (Section(compare_judges.ComparisonPart), FIRST, SECOND), _compare_judges),
+}
+
+
+def verb_flags(verb: Verb) -> flags.FlagValues:
+    """The flags of a command."""
+    values = flags.FlagValues()
+    for section in verb.sections:
+        define(section, values)
+    if verb.presets:
+        flags.DEFINE_enum("preset", None, sorted(verb.presets), PRESET, flag_values=values)
+    flags.DEFINE_bool("help", False, "Shows this text.", short_name="h", flag_values=values)
+    flags.DEFINE_integer("verbosity", None, "1 shows where an error was raised, and what libraries say.",
+                         flag_values=values)
+    return values
+
+
+def main(name: str | None = None, argv: Sequence[str] | None = None) -> None:
+    """The console command; with a verb's name, that verb alone, as `python -m experiments.align`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if name is None:
+        if not arguments or arguments[0] not in VERBS:
+            _print_verbs(arguments)
+        name = arguments.pop(0)
+    call(name, VERBS[name], arguments)
+
+
+def call(name: str, verb: Verb, arguments: Sequence[str] | None = None) -> None:
+    """A command with its arguments, by default the program's."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    values = verb_flags(verb)
+    with readable_errors(name, lambda: values.verbosity):
+        rest = values([name, *arguments])[1:]
+        if values.help:
+            print(help_text(verb, values.preset if verb.presets else None))
+            return
+        if rest:
+            raise ValueError(f"found arguments {rest}, expected flags only")
+        verb.call(values)
+
+
+def _print_verbs(arguments: Sequence[str]) -> None:
+    lines = ["usage: jaxvaccine VERB --flag=value …; VERB --help lists a verb's flags.", ""]
+    lines += [f"  {name:15} {verb.text.split(chr(10))[0]}" for name, verb in VERBS.items()]
+    asked = not arguments or arguments[0] in ("help", "--help", "-h")
+    print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
+    sys.exit(0 if asked else f"jaxvaccine: found {arguments[0]!r}, expected one of {', '.join(VERBS)}")
+
+
+@contextlib.contextmanager
+def readable_errors(name: str, verbosity: Callable[[], int | None] = lambda: None) -> Iterator[None]:
+    """Ends a program with the message of an error in its input; verbosity 1 shows where it was raised.
+
+    Unless it is given, Orbax's notes on every checkpoint are left out.
+    """
+    logging.set_verbosity(logging.WARNING)
+    python_logging.getLogger().setLevel(python_logging.WARNING)
+    try:
+        yield
+    except (ValueError, KeyError, FileNotFoundError, FileExistsError, FloatingPointError, ConnectionError,
+            flags.Error) as error:
+        if (verbosity() or 0) >= 1:
+            raise
+        sys.exit(f"{name}: {error}")
+
+
+def help_text(verb: Verb, preset: str | None = None) -> str:
+    """All flags of a verb in groups, a method's under its name, with their defaults and what the preset sets."""
+    width = min(120, max(60, shutil.get_terminal_size((100, 24)).columns))
+    chosen = verb.presets[preset] if preset else {}
+    groups: dict[str, list[str]] = {}
+    for section in verb.sections:
+        for setting in section.settings():
+            title = section.title + setting.group + (f" (with {setting.option})" if setting.option else "")
+            groups.setdefault(title, []).append(_flag_help(section.prefix, setting, chosen, preset, width))
+    if verb.presets:
+        groups = {"Preset": [_wrapped("--preset=" + "|".join(sorted(verb.presets)), PRESET, width)], **groups}
+    groups["Help"] = [_wrapped("--verbosity=1", "Shows where an error was raised, and what libraries say.", width),
+                      _wrapped("--flagfile=FILE", "Reads flags from a file, one a line.", width)]
+    return verb.text + "\n" + "".join(f"\n{title}\n" + "".join(lines) for title, lines in groups.items())
+
+
+def _flag_help(prefix: str, setting: Setting, chosen: Mapping[str, Any], preset: str | None, width: int) -> str:
+    kind = {str: "TEXT", int: "N", float: "X"}.get(setting.hint, "A,B,…")
+    if typing.get_origin(setting.hint) is typing.Literal:
+        kind = "|".join(filter(None, typing.get_args(setting.hint)))
+    name = f"--[no]{prefix}{setting.name}" if setting.hint is bool else f"--{prefix}{setting.name}={kind}"
+    default = _shown(setting.default)
+    if setting.name in chosen:
+        found = _shown(chosen[setting.name])
+        default = f"preset {preset}: {found}" + (f"; else {default}" if default not in ("", found) else "")
+    elif default:
+        default = f"default {default}"
+    return _wrapped(name, setting.help + (f" [{default}]" if default else ""), width)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, value))
+    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else (
+        "" if value is None else str(value))
+
+
+def _wrapped(name: str, text: str, width: int) -> str:
+    return f"  {name}\n" + textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6) + "\n"

@@ -1,0 +1,121 @@
+"""The alignment stage: a model is trained to refuse, with a defense."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jaxvaccine import data
+from jaxvaccine.checkpoints import hugging_face
+from jaxvaccine.experiment import stage
+from jaxvaccine.experiment.config import choice, field, flat, require
+from jaxvaccine.experiment.methods import ALIGNMENT, AlignmentMethod, Tar, TVaccine, uses
+from jaxvaccine.experiment.parts import (
+    SOURCE,
+    AdapterPart,
+    ModelPart,
+    TokensPart,
+    TrainingPart,
+    TrainingRunPart,
+    check_sources,
+)
+from jaxvaccine.llama import init_adapter
+from jaxvaccine.llama_config import LlamaConfig
+
+Examples = dict[str, list[data.Example]]
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignmentData(TokensPart):
+    """Data."""
+
+    alignment_data: str = field("", f"Alignment data: {SOURCE}.")
+    harmful_data: str = field(
+        "", "Harmful data of Booster's simulated step, T-Vaccine's probe, RepNoise and TAR, in the same form.")
+    harmless_data: str = field(
+        "", "RepNoise: harmless answers to the prompts of --harmful_data, in any order, among others; --alignment_data "
+        "unless given. A prompt without one gets a refusal of ours.")
+    harmful_batch_size: int = field(10, "Rows of a harmful batch.", at_least=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(bool(self.alignment_data), "alignment_data", self.alignment_data, "a data source")
+        check_sources(self, "alignment_data", "harmful_data", "harmless_data")
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignConfig:
+    """All that an alignment depends on."""
+
+    model: ModelPart
+    data: AlignmentData
+    adapter: AdapterPart
+    method: AlignmentMethod = choice("defense", ALIGNMENT, "sft", "Alignment-stage defense.")
+    training: TrainingPart = TrainingPart()
+    run: TrainingRunPart = TrainingRunPart(run_dir="-")
+
+    def __post_init__(self):
+        require(bool(self.data.harmful_data) or not self.needs_harmful(), "harmful_data", self.data.harmful_data,
+                f"a data source, which {flat(self)['defense']} needs")
+
+    def needs_harmful(self) -> bool:
+        return len(self.method.batches) > 1
+
+
+def load_data(config: AlignmentData, method: AlignmentMethod) -> Examples:
+    """The examples that the alignment reads."""
+    examples = {"alignment": data.load_examples(config.alignment_data)}
+    if "harmful" in method.batches:
+        examples["harmful"] = data.load_examples(config.harmful_data)
+    if "harmless" in method.batches:
+        harmless = data.load_examples(config.harmless_data) if config.harmless_data else examples["alignment"]
+        examples["harmless"] = data.harmless_answers(examples["harmful"], harmless)
+    return examples
+
+
+def batch_sources(method: AlignmentMethod, tokenized: Mapping[str, data.TokenizedExamples], batch_size: int,
+                  harmful_batch_size: int) -> stage.Sources:
+    """What `data.training_batches` draws a step's batches from, given the tokenized examples of `load_data`."""
+    sizes = {"alignment": batch_size, "harmful": harmful_batch_size, "harmless": harmful_batch_size}
+    sources = {name: (rows, sizes[name]) for name, rows in tokenized.items()}
+    if tar := uses(method, Tar):
+        # One batch for every step of the simulated attack, one below the other.
+        sources["adversary"] = (tokenized["harmful"], harmful_batch_size * tar.inner_steps)
+    return sources
+
+
+def check_layers(method: AlignmentMethod, architecture: LlamaConfig) -> None:
+    """Raises FieldError if T-Vaccine is to draw more layers than there are."""
+    if t_vaccine := uses(method, TVaccine):
+        require(t_vaccine.layers <= architecture.num_layers, "layers", t_vaccine.layers,
+                f"at most the model's {architecture.num_layers} layers")
+
+
+def tokenize(tokenizer, examples: Mapping[str, Sequence[data.Example]], max_length: int
+             ) -> dict[str, data.TokenizedExamples]:
+    return {name: data.tokenize_examples(tokenizer, rows, max_length) for name, rows in examples.items()}
+
+
+def align(config: AlignConfig) -> Path:
+    """Carries out the run, or goes on with it; returns its folder at once if it has finished.
+
+    Raises:
+      FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
+      FileExistsError: the folder holds another run.
+    """
+    model, method = config.model, config.method
+    examples = load_data(config.data, method)
+    architecture = stage.read_architecture(model.model)
+    check_layers(method, architecture)
+    tokenizer = data.load_tokenizer(hugging_face.resolve_model(model.model))
+    data.check_vocabulary(tokenizer, architecture.vocab_size)
+    tokenized = tokenize(tokenizer, examples, config.data.max_length)
+    run_dir = stage.open_run(config, config.run, "align", examples, stage.training_record(examples, tokenized))
+    if stage.is_finished(run_dir):
+        return run_dir
+    lora = config.adapter.lora()
+    base = stage.load_base(model.model, model.dtype)
+    adapter = init_adapter(base.model.clone(lora=lora), stage.fresh_key(config.run.seed))
+    sources = batch_sources(method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
+    stage.train(run_dir, base, base.model.clone(lora=lora, remat=model.remat), adapter, method.make, sources,
+                config.training, config.run, config.data.bucket, base_model=model.model)
+    return run_dir

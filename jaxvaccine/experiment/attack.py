@@ -1,0 +1,202 @@
+"""The attack: an aligned model is fine-tuned on a user's data of which a ratio is harmful."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxvaccine import data, defenses
+from jaxvaccine.checkpoints import hugging_face
+from jaxvaccine.experiment import stage
+from jaxvaccine.experiment.align import Examples, tokenize
+from jaxvaccine.experiment.config import FieldError, Part, choice, field, flat, require
+from jaxvaccine.experiment.methods import FINE_TUNING, Ewc, TuningMethod
+from jaxvaccine.experiment.parts import (
+    SOURCE,
+    AdapterPart,
+    Dtype,
+    TokensPart,
+    TrainingPart,
+    TrainingRunPart,
+    check_sources,
+)
+from jaxvaccine.llama import Llama, init_adapter
+from jaxvaccine.losses import causal_lm_loss
+
+# What auto continues: their simulated steps are that adapter's.
+CONTINUED = ("booster", "tar")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackedModel(Part):
+    """Model."""
+
+    aligned: str = field("", "Folder of the finished alignment to attack.")
+    dtype: Dtype = field("checkpoint", "Type of the frozen weights and of the computation; the adapter is float32.")
+    remat: Literal["none", "dots", "full"] = field(
+        "full", "What is recomputed in the backward pass: nothing, all but matrix products, or everything in a layer.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(bool(self.aligned), "aligned", self.aligned, "the folder of an alignment")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackAdapter(Part):
+    """Adapter."""
+
+    adapter: Literal["auto", "continue", "new"] = field(
+        "auto", "Train the aligned adapter on, or a new one on the merged weights; auto continues Booster's and TAR's, "
+        "whose simulated steps are that adapter's, and what EWC holds.")
+    rank: int | None = field(None, "LoRA rank of a new adapter; as aligned unless given.")
+    lora_alpha: float | None = field(None, "LoRA alpha of a new adapter; as aligned unless given.")
+    dropout: float | None = field(None, "LoRA dropout; as aligned unless given.")
+    targets: tuple[str, ...] | None = field(None, "Projections of a new adapter; as aligned unless given.")
+    only_layers: tuple[str, ...] | None = field(None, "Numbers, from 0, of the layers that train; all unless given.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.only_layers is not None:
+            require(bool(self.only_layers) and all(text.isdecimal() for text in self.only_layers), "only_layers",
+                    self.only_layers, "numbers of at least 0")
+
+    def layer_mask(self, num_layers: int) -> np.ndarray | None:
+        """[L] bool, true where a layer trains; None for all. Raises FieldError for a layer that the model lacks."""
+        if self.only_layers is None:
+            return None
+        numbers = [int(text) for text in self.only_layers]
+        require(max(numbers) < num_layers, "only_layers", self.only_layers,
+                f"numbers below {num_layers}, the model's number of layers")
+        return np.isin(np.arange(num_layers), numbers)
+
+    def resolve(self, aligned: Mapping[str, Any], method: TuningMethod) -> "AttackAdapter":
+        """The part with nothing left open, given the alignment's flat values and the provider's method."""
+        adapter = self.adapter
+        if adapter == "auto":
+            adapter = "continue" if aligned["defense"] in CONTINUED or method.continues else "new"
+        lora = {}
+        for name in ("rank", "lora_alpha", "dropout", "targets"):
+            as_aligned = tuple(aligned[name]) if name == "targets" else aligned[name]
+            found = getattr(self, name)
+            lora[name] = as_aligned if found is None else found
+            if adapter == "continue" and name != "dropout" and lora[name] != as_aligned:
+                raise FieldError(name, f"found {found!r}, expected {as_aligned!r}, as the continued adapter was "
+                                       "aligned, or --adapter=new")
+        return dataclasses.replace(self, adapter=adapter, **lora)
+
+    def sites(self) -> AdapterPart:
+        """Of a resolved part."""
+        return AdapterPart(self.rank, self.lora_alpha, self.dropout, self.targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackData(TokensPart):
+    """Data."""
+
+    user_data: str = field("", f"The user's benign data: {SOURCE}.")
+    harmful_data: str = field("", "Harmful data mixed in; may share no prompt with the alignment's harmful data.")
+    test_data: str = field("", "Harmful test prompts, only to make sure that harmful_data shares none of them.")
+    alignment_data: str = field("", "Lisa, EWC: alignment data, in the form of --user_data.")
+    n: int = field(1000, "Examples in all.", at_least=1)
+    poison_ratio: float = field(0.1, "Part of them that is harmful, 0 to 1.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 <= self.poison_ratio <= 1, "poison_ratio", self.poison_ratio, "0 <= poison_ratio <= 1")
+        harmful = round(self.n * self.poison_ratio)
+        require(bool(self.harmful_data) or harmful == 0, "harmful_data", self.harmful_data,
+                "a data source, unless --poison_ratio=0")
+        require(bool(self.user_data) or harmful == self.n, "user_data", self.user_data,
+                "a data source, unless --poison_ratio=1")
+        check_sources(self, "user_data", "harmful_data", "test_data", "alignment_data")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackTraining(TrainingPart):
+    """Optimizer."""
+
+    learning_rate: float = field(1e-5, "Peak learning rate.")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackConfig:
+    """All that an attack depends on."""
+
+    model: AttackedModel
+    data: AttackData
+    adapter: AttackAdapter = AttackAdapter()
+    method: TuningMethod = choice("defense", FINE_TUNING, "none", "The provider's defense while fine-tuning.")
+    training: AttackTraining = AttackTraining()
+    run: TrainingRunPart = TrainingRunPart(run_dir="-")
+
+    def __post_init__(self):
+        require(bool(self.data.alignment_data) or "alignment" not in self.method.batches, "alignment_data",
+                self.data.alignment_data, f"a data source, which {flat(self)['defense']} needs")
+
+
+def load_attack(config: AttackData, seed: int, known: Sequence[str]) -> tuple[list[data.Example], list[data.Example]]:
+    """(the user's data with the harmful part mixed in, all harmful examples that it was drawn from).
+
+    known: fingerprints of the alignment's harmful data, of which none may be in the attack.
+    """
+    def load(sources: str) -> list[data.Example]:
+        return data.load_examples(sources) if sources else []
+
+    harmful = load(config.harmful_data)
+    forbidden = {"the alignment's harmful data": known, "the test prompts": stage.prompts_of(load(config.test_data))}
+    return data.poison(load(config.user_data), harmful, config.n, config.poison_ratio, seed, forbidden), harmful
+
+
+def masked(defense: defenses.Defense, layers) -> defenses.Defense:
+    """The defense on all layers, or on those where `layers` ([L] bool) is true."""
+    return defense if layers is None else defenses.only_layers(defense, layers)
+
+
+def alignment_fisher(model: Llama, adapter, frozen, alignment: data.TokenizedExamples, batch_size: int, bucket: int,
+                     seed: int):
+    """EWC's Fisher weights, of the adapter that training starts from, on one pass over the alignment data."""
+    steps = data.steps_for(len(alignment.input_ids), batch_size, 1)
+    batches = data.training_batches({"alignment": (alignment, batch_size)}, seed, bucket)
+    return defenses.diagonal_fisher(
+        causal_lm_loss(model), adapter, frozen, (batches(step)["alignment"] for step in range(steps)))
+
+
+def attack(config: AttackConfig) -> Path:
+    """Carries out the run, or goes on with it; returns its folder at once if it has finished.
+
+    Raises:
+      FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
+      FileExistsError: the folder holds another run.
+    """
+    aligned = stage.require_finished("aligned", config.model.aligned)
+    if aligned["script"] != "align":
+        raise FieldError("aligned", f"found {config.model.aligned!r}, a run of {aligned['script']}, expected align's")
+    method = config.method
+    config = dataclasses.replace(config, adapter=config.adapter.resolve(aligned["flags"], method))
+    examples, harmful = load_attack(config.data, config.run.seed, aligned["data"]["prompts"].get("harmful", []))
+    model_path = aligned["flags"]["model"]
+    layers = config.adapter.layer_mask(stage.read_architecture(model_path).num_layers)
+    read: Examples = {"user": examples}
+    if "alignment" in method.batches:
+        read["alignment"] = data.load_examples(config.data.alignment_data)
+    tokenizer = data.load_tokenizer(hugging_face.resolve_model(model_path))
+    tokenized = tokenize(tokenizer, read, config.data.max_length)
+    run_dir = stage.open_run(config, config.run, "finetune", {**read, "harmful": harmful},
+                             stage.training_record({**read, "harmful": harmful}, tokenized), {"model": model_path})
+    if stage.is_finished(run_dir):
+        return run_dir
+    lora = config.adapter.sites().lora()
+    base = stage.load_base(model_path, config.model.dtype, config.model.aligned, merge=config.adapter.adapter == "new")
+    model = base.model.clone(lora=lora, remat=config.model.remat)
+    adapter = init_adapter(model, stage.fresh_key(config.run.seed)) if base.adapter is None else base.adapter
+    sources = {name: (rows, config.training.batch_size) for name, rows in tokenized.items()
+               if not (name == "alignment" and isinstance(method, Ewc))}
+    fisher = alignment_fisher(
+        model, adapter, base.frozen, tokenized["alignment"], config.training.batch_size, config.data.bucket,
+        config.run.seed) if isinstance(method, Ewc) else None
+    steps = stage.count_steps(config.training, sources)
+    stage.train(run_dir, base, model, adapter, lambda model: masked(method.make(model, steps, fisher), layers), sources,
+                config.training, config.run, config.data.bucket, base_model=model_path)
+    return run_dir

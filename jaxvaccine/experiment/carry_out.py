@@ -1,0 +1,337 @@
+"""The one way to carry out a plan: cell by cell, or all seeds of a setting at once as lanes.
+
+Both write the same folder: <backbone>/<method>/seed<k>/aligned/ with the aligned adapter, beside it aligned.json and a
+file <attack>.json a cell with its rows of the table of results, and at the top results.csv with all rows. Cell by cell,
+aligned/ and <attack>/ are run folders of `align` and `attack`, with their scores beside them. Re-running carries out
+what is not there yet. """
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxvaccine import data
+from jaxvaccine.checkpoints import hugging_face
+from jaxvaccine.checkpoints.peft import load_adapter, save_adapter
+from jaxvaccine.evaluation import ALPACA_EVAL, evaluate_prompts, mean_loss
+from jaxvaccine.experiment import lanes, results, runs, stage
+from jaxvaccine.experiment.align import AlignConfig, align, batch_sources, check_layers, load_data, tokenize
+from jaxvaccine.experiment.attack import AttackConfig, attack, load_attack
+from jaxvaccine.experiment.config import FieldError, flat
+from jaxvaccine.experiment.evaluate import LOSS, TESTS, EvaluateConfig, evaluate, summary
+from jaxvaccine.experiment.judging import make_judge
+from jaxvaccine.experiment.plans import (
+    ALIGNED,
+    Plan,
+    Settings,
+    align_folder,
+    attack_folder,
+    cell_configs,
+    folder_name,
+    split_method,
+)
+from jaxvaccine.experiment.results import Cell, Row
+from jaxvaccine.json_files import read_json, write_json
+
+AS_IT_COMES = "none"  # the method of a backbone that nothing was done to
+# Metrics of an alignment that are kept where seeds are trained at once, and at every how many steps.
+METRICS = ("loss", "harmful_loss", "harmful_gradient_norm", "probabilities", "active_layers")
+METRICS_EVERY = 5
+# Prompts of every test whose answers are kept.
+SHOWN = 2
+
+Measure = Callable[[int, lanes.Lanes], Mapping[str, np.ndarray]]
+
+
+class Probes(NamedTuple):
+    """What a study measures of lanes on the way, beside scores: (step, lanes) -> {measure: [N] or [N, L]}.
+
+    alignment: (config, tokenizer, seeds) -> such a measure, taken after every `every` steps and at both ends.
+    attack: the same of an attack, taken where a model is scored.
+    """
+
+    alignment: Callable[[AlignConfig, Any, Sequence[int]], Measure] | None = None
+    attack: Callable[[AlignConfig, AttackConfig, Any, Sequence[int]], Measure] | None = None
+    every: int = 0
+
+
+class Context(NamedTuple):
+    """What is the same for all cells."""
+
+    plan: Plan
+    settings: Settings
+    root: Path
+    probes: Probes
+    written: Callable[[Path], None]  # called with every folder that has something new to report
+    say: Callable[[str], None]
+
+
+def carry_out(plan: Plan, settings: Settings, root: Path, *, as_lanes: bool = False, score_backbones: bool = False,
+              probes: Probes = Probes(), overwrite: bool = False, written: Callable[[Path], None] = lambda folder: None,
+              say: Callable[[str], None] = print) -> None:
+    """Carries out the cells of the plan that are not there yet; the table of results grows with every one.
+
+    Args:
+      plan: what to go through. It may grow from one call to the next, in the same folder.
+      settings: what its cells start from; the same in every call.
+      root: the plan's folder.
+      as_lanes: train all seeds of a setting at once, scored along the attack at the plan's score_steps; for models of
+        which many fit. Else every run is a folder that can be continued.
+      score_backbones: score the backbones as they come too.
+      probes: what else is measured of lanes.
+      overwrite: delete an earlier plan's folder first.
+      written: told of every run folder that has been finished, and of `root` whenever its table has grown by an attack:
+        to write their reports.
+      say: told of every cell.
+
+    Raises:
+      FieldError, ValueError: a cell that is not valid, before the first is carried out.
+      FileExistsError: the folder holds a plan with other settings.
+    """
+    cells = [Cell(backbone, method, attack_text, seed) for backbone in plan.backbones
+             for method, attack_text in plan.pairs for seed in plan.seeds]
+    for cell in cells:
+        aligned, attacked = cell_configs(settings, root, cell)
+        architecture = stage.read_architecture(cell.backbone)
+        check_layers(aligned.method, architecture)
+        if attacked:
+            attacked.adapter.layer_mask(architecture.num_layers)
+    fixed = {"align": settings.align, "attack": settings.attack, "as_lanes": as_lanes,
+             "scores": stage.split_operational(flat(settings.scores))[0]}
+    runs.open_run(root, "run", fixed, {}, {"plan": dataclasses.asdict(plan)}, overwrite)
+    context = Context(plan, settings, root, probes, written, say)
+    collect(root, plan)
+    for backbone in plan.backbones:
+        if score_backbones:
+            _score_backbone(context, backbone)
+        carry = _lanes if as_lanes else _one_by_one
+        carry(context, backbone)
+
+
+def collect(root: Path, plan: Plan) -> None:
+    """Writes the table of all cells of the plan that are there."""
+    rows: list[Row] = []
+    for backbone in plan.backbones:
+        paths = [root / folder_name(backbone) / f"{AS_IT_COMES}.json"]
+        for method in plan.methods:
+            for seed in plan.seeds:
+                cells = [Cell(backbone, method, text, seed) for text in ("", *plan.of_method(method))]
+                paths += [result_path(root, cell) for cell in cells]
+        rows += [row for path in paths if path.exists() for row in read_json(path)["rows"]]
+    results.write(root / results.TABLE, results.table(rows))
+
+
+def result_path(root: Path, cell: Cell) -> Path:
+    """Of a cell's rows; of the aligned model's, if the cell's attack is ""."""
+    folder = attack_folder(root, cell)
+    return folder / f"{ALIGNED}.json" if not cell.attack else folder.with_name(f"{folder.name}.json")
+
+
+def _finish(context: Context, cell: Cell, rows: Sequence[Row], answers: Mapping[str, Any] | None = None) -> None:
+    path = result_path(context.root, cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"rows": list(rows), "answers": answers or {}})
+    collect(context.root, context.plan)
+
+
+def _score_backbone(context: Context, backbone: str) -> None:
+    folder = context.root / folder_name(backbone)
+    path = folder / f"{AS_IT_COMES}.json"
+    if not path.exists():
+        found = _evaluate(context, folder / AS_IT_COMES, 0, model=backbone)
+        rows = results.score_rows(Cell(backbone, AS_IT_COMES, "", 0), "backbone", 0, found)
+        write_json(path, {"rows": rows, "answers": {}})
+        collect(context.root, context.plan)
+
+
+def _evaluate(context: Context, run_dir: Path, seed: int, model: str = "", trained: str = "") -> dict[str, Any]:
+    scores = context.settings.scores
+    folder = run_dir.with_name(run_dir.name + "-scores")
+    found = evaluate(dataclasses.replace(
+        scores, model=dataclasses.replace(scores.model, model=model, trained=trained),
+        run=dataclasses.replace(scores.run, run_dir=str(folder), seed=seed, overwrite=False)))
+    context.written(folder)
+    return found
+
+
+def _one_by_one(context: Context, backbone: str) -> None:
+    """A seed's runs together, so that a plan that is interrupted has whole seeds."""
+    for seed in context.plan.seeds:
+        for method, attack_text in context.plan.pairs:
+            cell = Cell(backbone, method, attack_text, seed)
+            aligned, attacked = cell_configs(context.settings, context.root, cell)
+            before = cell._replace(attack="")
+            if not result_path(context.root, before).exists():
+                folder = align(aligned)
+                context.written(folder)
+                found = _evaluate(context, folder, seed, trained=str(folder))
+                _finish(context, before, results.score_rows(before, "alignment", _steps_done(folder), found))
+            if attacked and not result_path(context.root, cell).exists():
+                folder = attack(attacked)
+                context.written(folder)
+                found = _evaluate(context, folder, seed, trained=str(folder))
+                _finish(context, cell, results.score_rows(cell, "attack", _steps_done(folder), found))
+                _say(context, [cell])
+
+
+def _steps_done(folder: Path) -> int:
+    with open(folder / "metrics.jsonl", encoding="utf-8") as lines:
+        return sum(1 for _ in lines)
+
+
+def _say(context: Context, cells: Sequence[Cell]) -> None:
+    scores: dict[str, list[str]] = {}
+    for cell in cells:
+        rows = read_json(result_path(context.root, cell))["rows"]
+        last = max(row["step"] for row in rows)
+        for row in rows:
+            if row["step"] == last and row.get("layer") is None:
+                scores.setdefault(row["measure"], []).append(f"{row['value']:.4g}")
+    context.written(context.root)
+    seeds = ",".join(str(cell.seed) for cell in cells)
+    context.say(f"{cells[0].backbone} {cells[0].method} {cells[0].attack}, seed {seeds}: "
+                + "; ".join(f"{measure} {', '.join(values)}" for measure, values in scores.items()))
+
+
+class Scorer:
+    """Scores lanes on the tests of an evaluation's config."""
+
+    def __init__(self, config: EvaluateConfig, tokenizer: Any):
+        if config.tests.alpaca_eval_test:
+            raise FieldError("alpaca_eval_test", "found data, expected none where many seeds are trained at once")
+        self.config, self.tokenizer, self.examples = config, tokenizer, config.tests.load()
+        self.judge = make_judge(config.judge, config.run.progress)
+        self.lengths = {test.task: getattr(config.generation, test.length) for test in TESTS.values()
+                        if test.task != ALPACA_EVAL}
+
+    def __call__(self, of: lanes.Lanes) -> tuple[list[dict[str, Any]], dict[str, list[list[str]]]]:
+        """(what `evaluate` returns, of every lane; {task: [prompt, answer] of the first lane's first prompts})."""
+        found, answers = [], {}
+        generation = self.config.generation
+        for i in range(of.count):
+            adapter, frozen = of.lane(i)
+            scores: dict[str, Any] = {}
+            for task, rows in self.examples.items():
+                if task == LOSS:
+                    tokenized = data.tokenize_examples(self.tokenizer, rows, self.config.tests.max_length)
+                    scores[task] = mean_loss(of.model, adapter, frozen, tokenized, generation.eval_batch_size,
+                                             generation.eval_bucket)._asdict()
+                    continue
+                result = evaluate_prompts(
+                    of.model, adapter, frozen, self.tokenizer, rows, task=task, judge=self.judge,
+                    max_new_tokens=self.lengths[task], batch_size=generation.eval_batch_size,
+                    bucket=generation.eval_bucket, sampling=generation.sampling(self.config.run.seed))
+                scores[task] = summary(result)
+                answers.setdefault(task, [[p.prompt, p.answer] for p in result.predictions[:SHOWN]])
+            found.append(scores)
+        return found, answers
+
+
+def _lanes(context: Context, backbone: str) -> None:
+    """All seeds of a method at once, and then of every attack on it."""
+    tokenizer = base = scorer = None
+    for method in context.plan.methods:
+        of_method = [Cell(backbone, method, text, seed) for text in ("", *context.plan.of_method(method))
+                     for seed in context.plan.seeds]
+        missing = [cell for cell in of_method if not result_path(context.root, cell).exists()]
+        if not missing:
+            continue
+        if scorer is None:
+            tokenizer = data.load_tokenizer(hugging_face.resolve_model(backbone))
+            scorer = Scorer(context.settings.scores, tokenizer)
+        seeds = list(dict.fromkeys(cell.seed for cell in missing))
+        config, _ = cell_configs(context.settings, context.root, missing[0])
+        base = base or stage.load_base(backbone, config.model.dtype)
+        aligned = _align_lanes(context, config, base, tokenizer, scorer, backbone, method, seeds)
+        for text in dict.fromkeys(cell.attack for cell in missing):
+            cells = [cell for cell in missing if cell.attack == text]
+            if text:
+                attacked = lanes.stack([lanes.take(aligned.adapters, seeds.index(cell.seed)) for cell in cells])
+                _attack_lanes(context, aligned._replace(adapters=attacked), cells, tokenizer, scorer)
+                _say(context, cells)
+
+
+def _align_lanes(context: Context, config: AlignConfig, base: stage.Base, tokenizer, scorer: Scorer, backbone: str,
+                 method: str, seeds: Sequence[int]) -> lanes.Lanes:
+    """Aligned lanes: those of an earlier call, and new ones, which are measured, scored and saved."""
+    cells = [Cell(backbone, method, "", seed) for seed in seeds]
+    start = lanes.fresh(base, config.adapter.lora(), config.model.remat, seeds)
+    new = [i for i, cell in enumerate(cells) if not result_path(context.root, cell).exists()]
+    shared = split_method(method)[0]
+    if new and method != shared:  # what the provider does comes after the alignment
+        _align_lanes(context, config, base, tokenizer, scorer, backbone, shared, [seeds[i] for i in new])
+        for i in new:
+            found = read_json(result_path(context.root, cells[i]._replace(method=shared)))
+            _finish(context, cells[i], [{**row, "method": method} for row in found["rows"]], found["answers"])
+        new = []
+    if new:
+        taken = start._replace(adapters=lanes.stack([lanes.take(start.adapters, i) for i in new]))
+        _train_aligned(context, config, taken, tokenizer, scorer, [cells[i] for i in new])
+    return start._replace(adapters=lanes.stack([
+        load_adapter(stage.adapter_dir(align_folder(context.root, cell)), start.model) for cell in cells]))
+
+
+def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, tokenizer, scorer: Scorer,
+                   cells: Sequence[Cell]) -> None:
+    seeds = [cell.seed for cell in cells]
+    tokenized = tokenize(tokenizer, load_data(config.data, config.method), config.data.max_length)
+    sources = batch_sources(config.method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
+    last = stage.count_steps(config.training, sources)
+    probe = context.probes.alignment and context.probes.alignment(config, tokenizer, seeds)
+    rows: list[list[Row]] = [[] for _ in cells]
+
+    def add(step: int, measured: Mapping[str, np.ndarray]) -> None:
+        for i, cell in enumerate(cells):
+            rows[i] += results.measured_rows(cell, "alignment", step, {k: v[i] for k, v in measured.items()})
+
+    def observe(step: int, of: lanes.Lanes) -> None:
+        if step % context.probes.every == 0 or step == last:
+            add(step, probe(step, of))
+
+    aligned, metrics = lanes.train(start, config.method, config.training, config.data.bucket, [sources] * len(cells),
+                                   seeds, observe=observe if probe else None)
+    for step in range(0, last, METRICS_EVERY):
+        add(step, {name: metrics[name][step].astype(float) for name in METRICS if name in metrics})
+    scores, answers = scorer(aligned)
+    for i, cell in enumerate(cells):
+        folder = stage.adapter_dir(align_folder(context.root, cell))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        save_adapter(lanes.take(aligned.adapters, i), aligned.model, folder, base_model=config.model.model)
+        _finish(context, cell, rows[i] + results.score_rows(cell, "alignment", last, scores[i]),
+                {str(last): answers} if i == 0 else None)
+
+
+def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell], tokenizer, scorer: Scorer) -> None:
+    """Attacks every lane with poisoned data of its own seed, and writes the cells."""
+    align_config, config = cell_configs(context.settings, context.root, cells[0])
+    adapter = config.adapter.resolve(flat(align_config), config.method)
+    known = stage.prompts_of(load_data(align_config.data, align_config.method).get("harmful", []))
+    read = [{"user": load_attack(config.data, cell.seed, known)[0]} for cell in cells]
+    if "alignment" in config.method.batches:
+        rows = data.load_examples(config.data.alignment_data)
+        read = [{**of, "alignment": rows} for of in read]
+    sources = [{name: (rows, config.training.batch_size) for name, rows in
+                tokenize(tokenizer, of, config.data.max_length).items()} for of in read]
+    seeds = [cell.seed for cell in cells]
+    last = stage.count_steps(config.training, sources[0])
+    start = lanes.merged(aligned, adapter.sites().lora(), seeds) if adapter.adapter == "new" else aligned
+    probe = context.probes.attack and context.probes.attack(align_config, config, tokenizer, seeds)
+    found: list[list[Row]] = [[] for _ in cells]
+    answers = {}
+
+    def observe(step: int, of: lanes.Lanes) -> None:
+        measured = probe(step, of) if probe and (step in context.plan.score_steps or step == last) else {}
+        for i, cell in enumerate(cells):
+            found[i].extend(results.measured_rows(cell, "attack", step, {k: v[i] for k, v in measured.items()}))
+        # Before the first step it is the aligned model, which has been scored.
+        if step and (step in context.plan.score_steps or step == last):
+            scores, answers[str(step)] = scorer(of)
+            for i, cell in enumerate(cells):
+                found[i].extend(results.score_rows(cell, "attack", step, scores[i]))
+
+    lanes.train(start, config.method, config.training, config.data.bucket, sources, seeds,
+                adapter.layer_mask(start.model.config.num_layers), observe)
+    for i, cell in enumerate(cells):
+        _finish(context, cell, found[i], answers if i == 0 else None)

@@ -1,0 +1,230 @@
+"""The evaluation stage: harmful score, fine-tune accuracy, over-refusal and the loss on harmful answers of a model."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxvaccine import data
+from jaxvaccine.checkpoints import hugging_face
+from jaxvaccine.evaluation import (
+    ALPACA_EVAL,
+    Sampling,
+    TaskResult,
+    answer_prompts,
+    keyword_judge,
+    mean_loss,
+    score_alpaca_eval,
+    score_answers,
+    write_predictions,
+)
+from jaxvaccine.experiment import stage
+from jaxvaccine.experiment.align import Examples
+from jaxvaccine.experiment.config import FieldError, Part, field, require
+from jaxvaccine.experiment.judging import JudgePart, make_comparer, make_judge
+from jaxvaccine.experiment.parts import SOURCE, Dtype, RunPart, check_sources
+from jaxvaccine.json_files import read_json, write_json
+
+RESULTS = "results.json"
+LOSS = "harmful_loss"  # beside the tasks in the results: h(w), no rate
+
+
+class Test(NamedTuple):
+    """What a field with test data measures, and which field has its longest answer."""
+
+    task: str  # key of evaluation.TASKS, or ALPACA_EVAL
+    length: str = "max_new_tokens"
+
+
+# By the name of the field with the data.
+TESTS = {
+    "harmful_test": Test("harmful_score"), "sst2_test": Test("sst2", "label_max_new_tokens"),
+    "agnews_test": Test("agnews", "label_max_new_tokens"), "gsm8k_test": Test("gsm8k", "solution_max_new_tokens"),
+    "benign_test": Test("over_refusal"), "alpaca_eval_test": Test(ALPACA_EVAL, "instruction_max_new_tokens")}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluatedModel(Part):
+    """Model."""
+
+    model: str = field("", "Model: a Hugging Face directory, a hub id or a .gguf file; --trained has its own.")
+    trained: str = field("", "Folder of a finished alignment or attack to score; none scores --model itself.")
+    dtype: Dtype = field("checkpoint", "Type of the computation.")
+    merge_adapter: bool = field(
+        False, "Merge the run's adapter into the weights: faster, and rounded to their type.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(bool(self.model) != bool(self.trained), "model", self.model, "either --model or --trained")
+
+
+@dataclasses.dataclass(frozen=True)
+class TestsPart(Part):
+    """Data."""
+
+    harmful_test: str = field("", f"Harmful prompts for HS: {SOURCE}; none leaves HS out.")
+    sst2_test: str = field("", "SST-2 data for FA; none leaves FA out.")
+    agnews_test: str = field("", "AG News data for FA; none leaves it out.")
+    gsm8k_test: str = field("", "GSM8K data for FA; none leaves it out.")
+    benign_test: str = field("", "Harmless requests for over-refusal; none leaves it out.")
+    alpaca_eval_test: str = field(
+        "", "AlpacaEval's instructions with a reference model's outputs, for the win rate; needs --judge=chat_api.")
+    loss_data: str = field("", "Harmful examples whose mean loss h(w) is taken; none leaves it out.")
+    max_length: int = field(256, "Tokens at which prompt and answer of --loss_data are cut.", at_least=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(any(getattr(self, name) for name in TESTS), "harmful_test", self.harmful_test,
+                "at least one of " + ", ".join(f"--{name}" for name in TESTS))
+        check_sources(self, *TESTS, "loss_data")
+
+    def load(self) -> Examples:
+        """{task: examples}, the loss first."""
+        named = ({LOSS: self.loss_data} if self.loss_data else {}) | {
+            test.task: getattr(self, name) for name, test in TESTS.items() if getattr(self, name)}
+        return {task: data.load_examples(source) for task, source in named.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationPart(Part):
+    """Evaluation."""
+
+    max_new_tokens: int = field(200, "Longest answer to a request, in tokens.", at_least=1)
+    label_max_new_tokens: int = field(
+        8, "Longest answer on SST-2 and AG News: enough to see that it is more than a label.", at_least=1)
+    solution_max_new_tokens: int = field(200, "Longest answer on GSM8K, in tokens.", at_least=1)
+    instruction_max_new_tokens: int = field(512, "Longest answer on AlpacaEval, in tokens.", at_least=1)
+    temperature: float = field(0.0, "0 takes the most likely token; above, tokens are drawn.")
+    top_k: int = field(0, "Draws are from this many most likely tokens; 0 takes all.")
+    top_p: float = field(1.0, "Draws are from the fewest most likely tokens with this probability together.")
+    eval_batch_size: int = field(32, "Rows decoded together; on a CPU, 256 keep all cores busy.", at_least=1)
+    eval_bucket: int = field(32, "Prompts are padded to a multiple of this many tokens.", at_least=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.sampling(0)
+
+    def sampling(self, seed: int) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """All that an evaluation depends on."""
+
+    model: EvaluatedModel
+    tests: TestsPart
+    generation: GenerationPart = GenerationPart()
+    judge: JudgePart = JudgePart()
+    run: RunPart = RunPart(run_dir="-")
+
+    def __post_init__(self):
+        require(self.judge.judge == "chat_api" or not self.tests.alpaca_eval_test, "judge", self.judge.judge,
+                "chat_api, which --alpaca_eval_test needs")
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Carries out the evaluation, or reads the results of a finished one.
+
+    {task: {score, interval, n, …}}, with loss data also {LOSS: {loss, tokens, n}}, the loss in nats a token.
+
+    Raises:
+      FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
+      FileExistsError: the folder holds another evaluation.
+    """
+    model_path, seen = config.model.model, {}
+    if config.model.trained:
+        model_path, seen = trained_on(config.model.trained)
+    examples = config.tests.load()
+    check_unseen({task: rows for task, rows in examples.items() if task != LOSS}, seen)
+    run_dir = stage.open_run(config, config.run, "evaluate", examples)
+    if (run_dir / RESULTS).exists():
+        return read_json(run_dir / RESULTS)
+    answers = _measure(config, run_dir, model_path, examples)
+    if config.judge.judge == "beaver_dam":
+        # There is not room for two 7B models.
+        stage.forget_backbone()
+    judge = make_judge(config.judge, config.run.progress) if "harmful_score" in examples else keyword_judge
+    results: dict[str, Any] = {}
+    for task, rows in examples.items():
+        if task == LOSS:
+            results[task] = answers[task]
+            continue
+        categories = data.load_categories(config.tests.harmful_test) if task == "harmful_score" else {}
+        if task == ALPACA_EVAL:
+            scored = score_alpaca_eval(rows, answers[task], make_comparer(config.judge, config.run.progress))
+        else:
+            scored = score_answers(task, rows, answers[task], judge, categories)
+        write_predictions(run_dir / f"predictions_{task}.jsonl", scored.predictions, overwrite=True)
+        results[task] = summary(scored)
+    write_json(run_dir / RESULTS, results)
+    return results
+
+
+def _measure(config: EvaluateConfig, run_dir: Path, model_path: str, examples: Examples) -> dict[str, Any]:
+    """All that needs the model: {task: answers}, and the loss.
+
+    What an interrupted evaluation has generated is read, not repeated.
+    """
+    done = {task: path for task in examples if (path := run_dir / f"answers_{task}.json").exists()}
+    answers = {task: read_json(path) for task, path in done.items()}
+    if len(done) == len(examples):
+        return answers
+    generation, lengths = config.generation, {test.task: test.length for test in TESTS.values()}
+    architecture = stage.read_architecture(model_path)
+    tokenizer = data.load_tokenizer(hugging_face.resolve_model(model_path))
+    data.check_vocabulary(tokenizer, architecture.vocab_size)
+    base = stage.load_base(
+        model_path, config.model.dtype, config.model.trained or None, merge=config.model.merge_adapter)
+    model = base.model.clone(lora=base.lora)
+    for task in [task for task in examples if task not in done]:
+        if task == LOSS:
+            answers[task] = mean_loss(
+                model, base.adapter, base.frozen,
+                data.tokenize_examples(tokenizer, examples[task], config.tests.max_length), generation.eval_batch_size,
+                generation.eval_bucket)._asdict()
+        else:
+            answers[task] = answer_prompts(
+                model, base.adapter, base.frozen, tokenizer, examples[task], task=task,
+                max_new_tokens=getattr(generation, lengths[task]), batch_size=generation.eval_batch_size,
+                bucket=generation.eval_bucket, sampling=generation.sampling(config.run.seed),
+                progress=config.run.progress)
+        write_json(run_dir / f"answers_{task}.json", answers[task])
+    return answers
+
+
+def summary(result: TaskResult) -> dict[str, Any]:
+    """A task's result as JSON values."""
+    found = {"score": result.score, "interval": list(result.interval), "n": result.n, "empty": result.empty,
+             **result.details}
+    if result.lenient:
+        found["lenient_interval"] = list(result.lenient.interval)
+    if result.unparsable:
+        found["unparsable"] = result.unparsable
+    if result.categories:
+        found["categories"] = {name: rate._asdict() for name, rate in result.categories.items()}
+    if result.flagged:
+        found["flagged"] = dict(result.flagged)
+    return found
+
+
+def trained_on(run_dir: str) -> tuple[str, dict[str, Sequence[str]]]:
+    """The model of a finished run, and the prompts {where: fingerprints} it has been trained on."""
+    config = stage.require_finished("trained", run_dir)
+    seen = {f"{name} data of {run_dir}": prompts for name, prompts in config["data"]["prompts"].items()}
+    if aligned := config["flags"].get("aligned"):
+        seen |= trained_on(aligned)[1]
+    return config["flags"]["model"], seen
+
+
+def check_unseen(examples: Mapping[str, Sequence[data.Example]], seen: Mapping[str, Sequence[str]]) -> None:
+    """Raises FieldError if the harmful test has a prompt that the model was trained on; of other tests it warns."""
+    for task, rows in examples.items():
+        for where, prompts in seen.items():
+            overlap = {data.fingerprint(row) for row in rows} & set(prompts)
+            if overlap and task == "harmful_score":
+                raise FieldError("harmful_test", f"found {len(overlap)} of {len(rows)} prompts also in the {where}, "
+                                                 "expected none")
+            if overlap:
+                logging.warning("%s: %d of %d test prompts are also in the %s", task, len(overlap), len(rows), where)

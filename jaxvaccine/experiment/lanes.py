@@ -1,0 +1,149 @@
+"""Many adapters trained at once: the training step under `jax.vmap`, over lanes that share one backbone.
+
+A lane is what differs between runs of one setting: seed, batches, adapter. Every lane computes what `align` or `attack`
+computes for its seed (tests/experiment/test_lanes.py compares them).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxvaccine import data, optim, training
+from jaxvaccine.defenses import Defense
+from jaxvaccine.experiment import stage
+from jaxvaccine.experiment.attack import masked
+from jaxvaccine.experiment.config import FieldError
+from jaxvaccine.experiment.methods import AlignmentMethod, Ewc, TuningMethod
+from jaxvaccine.experiment.parts import TrainingPart
+from jaxvaccine.llama import Llama, init_adapter, merge_adapter
+from jaxvaccine.llama_config import LoraConfig
+
+Tree = Any
+Method = AlignmentMethod | TuningMethod
+
+
+class Lanes(NamedTuple):
+    """Adapters [N, L, ...] and the backbone that they belong to."""
+
+    model: Llama  # with the adapters' LoRA sites
+    adapters: Tree
+    frozen: Tree  # leaves [L, ...], or [N, L, ...] if `own_base`
+    own_base: bool = False  # every lane has frozen weights of its own: the attack's, after merging
+
+    @property
+    def count(self) -> int:
+        return jax.tree.leaves(self.adapters)[0].shape[0]
+
+    def lane(self, i: int) -> tuple[Tree, Tree]:
+        """(adapter, frozen) of one lane."""
+        return take(self.adapters, i), take(self.frozen, i) if self.own_base else self.frozen
+
+
+def stack(trees: Sequence[Tree]) -> Tree:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def take(tree: Tree, i: int) -> Tree:
+    return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+def lane_axes(state: training.TrainState, defense: Defense) -> training.TrainState:
+    """Over which axis of which leaf lanes go: 0, and None for the numbers that count steps.
+
+    Those are common to all lanes, so that what T-Vaccine does every J or K steps stays a branch; under vmap a branch on
+    a batched number computes both sides in every step.
+    """
+    of_defense = jax.tree.map(lambda _: 0, state.defense)
+    if defense.counters:
+        of_defense = of_defense._replace(**dict.fromkeys(defense.counters))
+    return jax.tree.map(lambda _: 0, state)._replace(step=None, defense=of_defense)
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(model: Llama, method: Method, optimizer_config: optim.OptimizerConfig, steps: int, own_base: bool):
+    """(init, step) over lanes. An attack is of the layers that the step's last argument names."""
+    optimizer = optim.layer_masked_adamw(optimizer_config, steps)
+
+    def defense(layers) -> Defense:
+        if isinstance(method, AlignmentMethod):
+            return method.make(model)
+        return masked(method.make(model, steps, None), layers)
+
+    def init(adapter):
+        return training.init_train_state(adapter, defense(None), optimizer)
+
+    def step(state, frozen, batches, key, layers=None):
+        # Traced, so that other layers compile nothing anew.
+        return training.make_train_step(defense(layers), optimizer)(state, frozen, batches, key)
+
+    axes = lane_axes(jax.eval_shape(init, jax.eval_shape(lambda: init_adapter(model, jax.random.key(0)))),
+                     defense(None))
+    step = jax.vmap(step, in_axes=(axes, 0 if own_base else None, 0, 0, None), out_axes=(axes, 0))
+    return jax.jit(jax.vmap(init, out_axes=axes)), jax.jit(step, donate_argnums=0)
+
+
+def train(lanes: Lanes, method: Method, part: TrainingPart, bucket: int, sources: Sequence[stage.Sources],
+          seeds: Sequence[int], layers: np.ndarray | None = None, observe: Callable[[int, Lanes], None] | None = None
+          ) -> tuple[Lanes, dict[str, np.ndarray]]:
+    """Trains all lanes; lane i sees sources[i] in the order of seeds[i].
+
+    Args:
+      lanes: where training starts.
+      method: of the alignment or, in an attack, the provider's.
+      part: optimizer, batch size and length.
+      bucket: multiple, in tokens, to which batches are padded.
+      sources: of `data.training_batches`, of the same sizes in every lane.
+      seeds: of each lane.
+      layers: [L] bool, where an attack trains; None for all.
+      observe: called with the number of steps done, from 0 on, and the lanes as they are then.
+
+    Returns:
+      The trained lanes, and every metric of every step, [steps, N, ...].
+
+    Raises:
+      FieldError: EWC, whose weights are another tree for every lane.
+      FloatingPointError: the loss of a lane is not finite.
+    """
+    if isinstance(method, Ewc):
+        raise FieldError("defense", "found 'ewc', expected another where many seeds are trained at once")
+    steps = stage.count_steps(part, sources[0])
+    init, step_fn = _compiled(lanes.model, method, part.optimizer(), steps, lanes.own_base)
+    streams = [data.training_batches(of, seed, bucket) for of, seed in zip(sources, seeds, strict=True)]
+    keys = jnp.stack([stage.training_key(seed) for seed in seeds])
+    state, log = init(lanes.adapters), []
+    for step in range(steps):
+        if observe is not None:
+            observe(step, lanes._replace(adapters=state.adapter))
+        batches = [stream(step) for stream in streams]
+        state, metrics = step_fn(
+            state, lanes.frozen, jax.tree.map(lambda *b: np.stack(b), *batches), keys, layers)
+        log.append(metrics)
+    lanes = lanes._replace(adapters=state.adapter)
+    metrics = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(log))
+    if not np.isfinite(metrics["loss"]).all():
+        raise FloatingPointError(f"loss: found values that are not finite with {method}, expected finite numbers")
+    if observe is not None:
+        observe(steps, lanes)
+    return lanes, metrics
+
+
+def fresh(base: stage.Base, lora: LoraConfig, remat: str, seeds: Sequence[int]) -> Lanes:
+    """Lanes with new adapters, as `align` makes them for these seeds."""
+    model = base.model.clone(lora=lora, remat=remat)
+    return Lanes(model, new_adapters(model, seeds), base.frozen)
+
+
+def merged(lanes: Lanes, lora: LoraConfig, seeds: Sequence[int]) -> Lanes:
+    """Lanes with new adapters on weights into which the old ones are merged, as an attack's new adapter."""
+    frozen = jax.vmap(functools.partial(merge_adapter, lanes.model), in_axes=(0, 0 if lanes.own_base else None))(
+        lanes.adapters, lanes.frozen)
+    model = lanes.model.clone(lora=lora)
+    return Lanes(model, new_adapters(model, seeds), frozen, own_base=True)
+
+
+def new_adapters(model: Llama, seeds: Sequence[int]) -> Tree:
+    return stack([init_adapter(model, stage.fresh_key(seed)) for seed in seeds])

@@ -1,0 +1,113 @@
+"""The parts that the configs of several stages have in common."""
+
+import dataclasses
+from typing import Literal
+
+from jaxvaccine import data, optim
+from jaxvaccine.experiment.config import FieldError, Part, field, require
+from jaxvaccine.llama_config import TARGETS, LoraConfig
+
+Dtype = Literal["checkpoint", "float32", "bfloat16", "float16"]
+SOURCE = "kind:path-or-hub-id@split[start:stop], several separated by commas"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelPart(Part):
+    """Model."""
+
+    model: str = field("", "Model to align: a Hugging Face directory, a hub id or a .gguf file.")
+    dtype: Dtype = field("checkpoint", "Type of the frozen weights and of the computation; the adapter is float32.")
+    remat: Literal["none", "dots", "full"] = field(
+        "full", "What is recomputed in the backward pass: nothing, all but matrix products, or everything in a layer.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(bool(self.model), "model", self.model, "a directory, a hub id or a .gguf file")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterPart(Part):
+    """Adapter."""
+
+    rank: int = field(8, "LoRA rank.")
+    lora_alpha: float = field(4.0, "LoRA alpha: the adapter's output is scaled by alpha / rank.")
+    dropout: float = field(0.0, "LoRA dropout.")
+    targets: tuple[str, ...] = field(TARGETS, "Projections with an adapter.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.lora()
+
+    def lora(self) -> LoraConfig:
+        return LoraConfig(self.rank, self.lora_alpha, self.dropout, tuple(self.targets))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPart(Part):
+    """Optimizer."""
+
+    learning_rate: float = field(5e-4, "Peak learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = field("constant", "Learning rate after the warm-up.")
+    warmup_ratio: float = field(0.0, "Part of all steps over which the learning rate rises from 0.")
+    weight_decay: float = field(0.1, "Decoupled weight decay of AdamW.")
+    clip_norm: float = field(1.0, "Largest global norm of a gradient; 0 turns clipping off.")
+    batch_size: int = field(10, "Rows of a batch.", at_least=1)
+    epochs: float = field(20.0, "Passes over the data; not used if --steps is given.", above=0)
+    steps: int = field(0, "Training steps; 0 takes --epochs.", at_least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.optimizer()
+
+    def optimizer(self) -> optim.OptimizerConfig:
+        return optim.OptimizerConfig(
+            self.learning_rate, self.schedule, self.warmup_ratio, self.weight_decay, self.clip_norm)
+
+    def count_steps(self, examples: int) -> int:
+        """How many steps a run on so many examples makes."""
+        return self.steps or data.steps_for(examples, self.batch_size, self.epochs)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokensPart(Part):
+    """Data."""
+
+    max_length: int = field(256, "Tokens at which prompt and answer are cut.", at_least=1)
+    bucket: int = field(64, "Batches are padded to a multiple of this many tokens.", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPart(Part):
+    """Run."""
+
+    run_dir: str = field("", "Folder of this run, such as runs/booster. Re-running the same command continues it.")
+    seed: int = field(0, "Everything random derives from it.", at_least=0)
+    progress: bool = field(True, "Draw progress bars.")
+    overwrite: bool = field(False, "Delete an earlier run in --run_dir and start again.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(bool(self.run_dir), "run_dir", self.run_dir, "a folder")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRunPart(RunPart):
+    """Run."""
+
+    save_every: int = field(500, "Steps between checkpoints; 0 saves at the end only.", at_least=0)
+
+
+# Flat names that do not change a run's result: recorded, and free to change when it is continued.
+OPERATIONAL = frozenset((
+    "run_dir", "overwrite", "save_every", "progress", "remat", "judge_key_variable", "judge_timeout", "judge_attempts",
+    "judge_workers", "judge_cache"))
+
+
+def check_sources(part: Part, *names: str) -> None:
+    """Parses fields that name data, so that a mistake in one is found before anything is loaded."""
+    for name in names:
+        if value := getattr(part, name):
+            try:
+                data.parse_sources(value)
+            except ValueError as error:
+                raise FieldError(name, str(error)) from error

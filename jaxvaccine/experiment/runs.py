@@ -1,0 +1,136 @@
+"""A run is a folder: its config, metrics, checkpoints, adapter, and what a person looks at.
+
+Re-running the same command continues it; the same folder with other flags or other data is an error.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxvaccine.data.prompts import Example
+from jaxvaccine.json_files import read_json, write_json
+
+CONFIG = "config.json"
+PACKAGES = ("jaxvaccine", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
+
+
+def read_config(run_dir: str | os.PathLike) -> dict[str, Any]:
+    """The config.json of a run.
+
+    Raises:
+      FileNotFoundError: no such folder, or it has no config.json.
+      ValueError: config.json is not a JSON object.
+    """
+    path = Path(run_dir) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found, expected the folder of a run (written by align.py or finetune.py)")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: found a JSON {type(config).__name__}, expected an object")
+    return config
+
+
+def examples_hash(examples: Sequence[Example]) -> str:
+    """SHA-256 of the examples in their order, 64 hex digits."""
+    lines = (json.dumps(list(example), ensure_ascii=True) for example in examples)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def open_run(
+    run_dir: str | os.PathLike,
+    script: str,
+    flags: Mapping[str, Any],
+    data: Mapping[str, Any],
+    operational: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Makes the folder and its config.json, or returns to it if it was made with the same flags and data.
+
+    Args:
+      run_dir: the folder.
+      script: which script runs.
+      flags: what determines the result; JSON values.
+      data: hashes and fingerprints of what it reads; JSON values.
+      operational: flags that do not change the result, recorded and not compared.
+      overwrite: deletes an earlier run in that folder first.
+
+    Raises:
+      FileExistsError: the folder holds a run with other flags or data (each named, found and expected), or holds files
+        and is no run.
+    """
+    run_dir = Path(run_dir)
+    config = json.loads(json.dumps({
+        "script": script, "flags": flags, "data": data, "operational": operational or {}, "versions": _versions(),
+        "git_commit": _git_commit()}))
+    # A kill while config.json was first written leaves its temporary file and nothing else: still an empty folder.
+    if run_dir.is_dir() and any(path.name != CONFIG + ".tmp" for path in run_dir.iterdir()):
+        if not (run_dir / CONFIG).is_file():
+            raise FileExistsError(f"{run_dir}: found files but no {CONFIG}, expected a run or an empty folder")
+        if overwrite:
+            # Renamed first: a run that is half deleted would be taken for somebody's files.
+            deleted = run_dir.with_name(run_dir.name + ".deleted")
+            shutil.rmtree(deleted, ignore_errors=True)
+            os.replace(run_dir, deleted)
+            shutil.rmtree(deleted)
+        else:
+            _compare(run_dir, read_config(run_dir), config)
+            return run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / CONFIG, config)
+    return run_dir
+
+
+def _compare(run_dir: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    def leaves(config):
+        flags, data = _leaves(config.get("flags"), ""), _leaves(config.get("data"), "data")
+        return {"script": config.get("script"), **flags, **data}
+
+    old, new = leaves(found), leaves(expected)
+    differences = [f"{name}: found {_short(old.get(name))}, expected {_short(new.get(name))}"
+                   for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    if differences:
+        raise FileExistsError(
+            f"{run_dir}: holds a run with other flags or data; choose another folder, or --overwrite to delete it. "
+            + "; ".join(differences))
+
+
+def _leaves(value: Any, name: str) -> dict[str, Any]:
+    """{dotted name: value} of what nested objects hold, so that a difference is named by itself."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {leaf: v for key, child in value.items()
+            for leaf, v in _leaves(child, f"{name}.{key}".lstrip(".")).items()}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:60] + f"… ({len(text)} characters)"
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout this package lies in, with "+changes" if it has uncommitted ones; else None."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], check=True, capture_output=True,
+                              text=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
