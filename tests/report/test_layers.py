@@ -5,7 +5,7 @@ import pytest
 
 from jaxvaccine.report import layers
 from jaxvaccine.report.statistics import correlation
-from tests.report.synthetic import labelled, layers_table, rows_of
+from tests.report.synthetic import frame, labelled, layers_table, row, rows_of
 
 
 @pytest.mark.parametrize("attack, expected", [
@@ -106,3 +106,12 @@ def test_draws(tmp_path, figures):
     np.testing.assert_allclose(np.asarray(left.collections[0].get_array()), probabilities.T)
     np.testing.assert_array_equal(np.asarray(right.collections[0].get_array()), (probabilities > 0.4).T)
     assert right.get_title(loc="left") == "Active layers (black)"
+    table = frame([row(measure, float(value), method="t_vaccine", step=step, layer=float(layer), seed=1)
+                   for i, step in enumerate((0, 5, 10)) for layer in (1, 0)
+                   for measure, value in (("probabilities", probabilities[i, layer]),
+                                          ("active_layers", probabilities[i, layer] > 0.4))])
+    layers.plot_plan_draws(tmp_path / "again.png", table, "world", "t_vaccine", 1)
+    for axis, before in zip(figures["again.png"].axes, (left, right), strict=False):
+        np.testing.assert_array_equal(axis.collections[0].get_array(), before.collections[0].get_array())
+    with pytest.raises(ValueError, match="t_vaccine on world, seed 0: found no probabilities"):
+        layers.plot_plan_draws(tmp_path / "none.png", table, "world", "t_vaccine", 0)

@@ -59,7 +59,8 @@ def test_a_measure_that_some_runs_lack():
 
 def test_measures_of_a_study_and_those_by_layer_are_no_scores():
     table = pd.concat([plan_table(seeds=(0,)), frame([
-        row("activation_gradient_norm", 3.0, layer=0.0), row("regularizer_angle", 3.0), row("toxicity", 3.0)])])
+        row("activation_gradient_norm", 3.0, layer=0.0), row("regularizer_angle", 3.0), row("toxicity", 3.0),
+        row("loss", 2.0, step=5)])])
     assert [of.name for of in plan.score_measures(table).values()] == ["HS", "FA", "over-refusal", "toxicity"]
 
 
