@@ -148,6 +148,7 @@ def curve(axis: Axes, x: Sequence[float], found: Sequence[Estimate | None], styl
     keywords = marks(style) | ({} if joined else {"linestyle": ""})
     axis.errorbar([place for place, _ in known], [each.mean for _, each in known], _bars(known),
                   transform=aside(axis, move), capsize=2, elinewidth=1, label=label, zorder=3, **keywords)
+    _include(axis, [place for place, _ in known for _ in range(3)], _ends(known))
     places = [place for place, each in known for _ in each.values if each.runs > 1]
     values = [value for _, each in known for value in each.values if each.runs > 1]
     _runs(axis, places, values, style, aside(axis, move + 3))
@@ -159,9 +160,22 @@ def _bars(known: Sequence[tuple[Any, Estimate]]) -> np.ndarray:
                                    if not math.isnan(each.low) else [0, 0] for _, each in known]).T)
 
 
+def _ends(known: Sequence[tuple[Any, Estimate]]) -> list[float]:
+    """Mean, low and high of each, the mean in the place of an end that is not known."""
+    return [each.mean if math.isnan(value) else value for _, each in known
+            for value in (each.mean, each.low, each.high)]
+
+
+def _include(axis: Axes, x: Sequence[float], y: Sequence[float]) -> None:
+    """Makes room for these points: an axis does not see artists that are moved aside."""
+    axis.update_datalim(np.column_stack([x, y]))
+    axis.autoscale_view()
+
+
 def _runs(axis: Axes, x: Sequence[float], y: Sequence[float], style: Style, transform: Transform) -> None:
     if len(x):
         axis.plot(x, y, color=style.color, transform=transform, zorder=2, **_RUN)
+        _include(axis, x, y)
 
 
 def band(axis: Axes, steps: Sequence[float], values: np.ndarray, style: Style, label: str, move: float = 0.0,
@@ -196,6 +210,7 @@ def dots(axis: Axes, rows: Sequence[str], series: Mapping[str, tuple[Style, Sequ
         axis.errorbar([each.mean for _, each in known], [row for row, _ in known], xerr=_bars(known), capsize=2,
                       elinewidth=1, label=label, zorder=3, transform=aside(axis, y=up),
                       **marks(style) | {"linestyle": ""})
+        _include(axis, _ends(known), [row for row, _ in known for _ in range(3)])
         pairs = [(value, row) for row, each in known for value in each.values if each.runs > 1]
         _runs(axis, [p[0] for p in pairs], [p[1] for p in pairs], style, aside(axis, y=up - 3))
     axis.set_yticks(-np.arange(len(rows)), ["\n".join(textwrap.wrap(row, 26)) for row in rows])

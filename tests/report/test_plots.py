@@ -132,6 +132,21 @@ def test_dots():
         "first", "second, which has a name\nof more than one line"]
 
 
+def test_there_is_room_for_means_intervals_and_runs():
+    found = [estimate([1.0, 3.0]), estimate([2.0], own=(1.5, 40.0))]  # the first one's interval goes from -10.7 to 14.7
+    for draw in (lambda axis: plots.curve(axis, [0, 5], found, METHODS["sft"], "SFT", 9),
+                 lambda axis: plots.dots(axis, ["a", "b"], {"SFT": (METHODS["sft"], found)})):
+        _, (axis,) = plots.panels(1)
+        axis.axhline(2.0)
+        axis.axvline(2.0)
+        draw(axis)
+        low, high = axis.get_ylim() if axis.get_yticklabels()[0].get_text() != "a" else axis.get_xlim()
+        assert -20 < low < -10.7 and 40 < high < 50
+    _, (axis,) = plots.panels(1)
+    plots.band(axis, [0, 1], np.array([[0.0, 1.0, 50.0], [0.0, 1.0, 2.0]]), METHODS["sft"], "SFT", 9, (0, 20))
+    assert axis.get_ylim()[1] > 50
+
+
 @pytest.mark.parametrize("values, expected", [
     ([10, 90], (-4, 104)), ([0, 20], (-1, 26)), ([90, 100], (74, 101)), ([], (-4, 104))])
 def test_percentages_that_lie_close_are_looked_at_closely(values, expected):
