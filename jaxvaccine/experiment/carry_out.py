@@ -36,8 +36,8 @@ from jaxvaccine.experiment.results import Cell, Row
 from jaxvaccine.json_files import read_json, write_json
 
 AS_IT_COMES = "none"  # the method of a backbone that nothing was done to
-# Metrics of an alignment that are kept where seeds are trained at once, by the names of their measures: those of a batch
-# are not those of a test. And at every how many steps.
+# Metrics of an alignment that are kept where seeds are trained at once, by the names of their measures: those of a
+# batch are not those of a test. And at every how many steps.
 METRICS = {"loss": "training_loss", "harmful_loss": "training_harmful_loss",
            "harmful_gradient_norm": "training_harmful_gradient_norm", "probabilities": "probabilities",
            "active_layers": "active_layers"}
