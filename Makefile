@@ -1,4 +1,4 @@
-# make demo, make demo-smollm2, make test; BUILD.md has the rest. Needs python3 (3.11 or later) with pip and a package index.
+# make demo, make demo-smollm2, make test, make test-long; BUILD.md has the rest. Needs python3 (3.11 or later) with pip and a package index.
 PYTHON ?= python3
 VENV ?= .venv
 # PARITY=0 leaves PyTorch and peft out; the tests that compare with them are then skipped.
@@ -7,13 +7,13 @@ PARITY ?= 1
 TORCH_INDEX ?=
 # Test processes; more than the machine has cores only costs time.
 JOBS ?= 2
-# Arguments of pytest (ARGS="tests/data -m 'not slow'") or of a demo.
+# Arguments of pytest (ARGS="tests/data -k poison") or of a demo.
 ARGS ?=
 
 RUN = $(VENV)/bin/python -m
 INSTALL = $(RUN) pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: venv demo demo-smollm2 test lint wheel clean
+.PHONY: venv demo demo-smollm2 test test-long lint wheel clean
 
 venv: $(VENV)/.installed
 
@@ -37,9 +37,15 @@ demo: $(VENV)/.installed
 demo-smollm2: $(VENV)/.installed
 	$(RUN) experiments.demo_smollm2 $(ARGS)
 
-# On the CPU, where float32 is float32, and from local files alone.
-test: $(VENV)/.installed $(if $(filter-out 0,$(PARITY)),$(VENV)/.installed-parity)
-	JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 $(RUN) pytest -n $(JOBS) --dist loadfile $(ARGS)
+# On the CPU, where float32 is float32, and from local files alone. No test is in neither of the two.
+PYTEST = JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 $(RUN) pytest -n $(JOBS) --dist loadfile
+TESTED = $(VENV)/.installed $(if $(filter-out 0,$(PARITY)),$(VENV)/.installed-parity)
+
+test: $(TESTED)
+	$(PYTEST) -m "not long" $(ARGS)
+
+test-long: $(TESTED)
+	$(PYTEST) -m long $(ARGS)
 
 lint: $(VENV)/.installed
 	$(RUN) ruff check .

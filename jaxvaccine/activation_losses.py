@@ -7,14 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxvaccine import llama
-from jaxvaccine.losses import IGNORED, Batch, block_cross_entropy, mean_over_targets, supervised_targets
+from jaxvaccine.conventions import IGNORED, at_least_float32
+from jaxvaccine.losses import Batch, block_cross_entropy, mean_over_targets, supervised_targets
 
 # RepNoise's kernels: exp(−‖x − y‖² / b), b the mean squared distance times these.
 BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
-
-
-def _at_least_float32(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def loss_and_hidden_distance(model: llama.Llama, *, block: int = 128) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -28,7 +25,8 @@ def loss_and_hidden_distance(model: llama.Llama, *, block: int = 128) -> Callabl
     logits_fn = functools.partial(llama.token_logits, model)
 
     def distances(found, reference):
-        squared = jnp.sum((_at_least_float32(found) - _at_least_float32(reference)) ** 2, axis=-1)
+        dtype = at_least_float32(found.dtype)
+        squared = jnp.sum((found.astype(dtype) - reference.astype(dtype)) ** 2, axis=-1)
         # The derivative at distance 0, where training starts, is 0 and not NaN.
         return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)
 
@@ -97,7 +95,7 @@ def noise_and_ascent(model: llama.Llama, *, block: int = 128) -> Callable[..., t
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def discrepancy(layer, mlp_BxTxD):
-            mlp_BxTxD = _at_least_float32(mlp_BxTxD)
+            mlp_BxTxD = mlp_BxTxD.astype(at_least_float32(mlp_BxTxD.dtype))
             noise_BxTxD = layer_noise(noise_key, layer, mlp_BxTxD.shape, mlp_BxTxD.dtype)
             rows = [jnp.where(mask_BxT[..., None], x, 0).reshape(x.shape[0], -1) for x in (mlp_BxTxD, noise_BxTxD)]
             return squared_mmd(*rows)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxvaccine.conventions import at_least_float32
 from jaxvaccine.llama_config import LlamaConfig
 
 
@@ -40,10 +41,6 @@ class Segment(NamedTuple):
     @property
     def size(self) -> int:
         return jax.tree.leaves(self.k)[0].shape[-1]
-
-
-def at_least_float32(dtype) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def soft_cap(x, cap: float | None):

@@ -5,6 +5,7 @@ import logging as python_logging
 import shutil
 import sys
 import textwrap
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,6 @@ from jaxvaccine.experiment.attack import AttackConfig, attack
 from jaxvaccine.experiment.config import FieldError, Setting, make, settings
 from jaxvaccine.experiment.evaluate import EvaluateConfig, evaluate
 from jaxvaccine.experiment.run import PlanConfig, run
-from jaxvaccine.report import runs as reports
 
 PRESET = "The published recipe of this defense; flags that are given go before it. With --help: shows what it sets."
 
@@ -81,24 +81,31 @@ def _read(config_class: type, values: flags.FlagValues, presets: Mapping[str, Ma
         return make(config_class, given(Section(config_class), values), preset)
 
 
+def _reports() -> types.ModuleType:
+    # Late: matplotlib and pandas take a second that --help and a mistake in a flag need not wait for.
+    from jaxvaccine.report import runs
+
+    return runs
+
+
 def _align(values: flags.FlagValues) -> None:
     config = _read(AlignConfig, values, recipes.ALIGN)
     with flag_errors(""):
-        reports.write(align(config))
+        _reports().write(align(config))
 
 
 def _finetune(values: flags.FlagValues) -> None:
     config = _read(AttackConfig, values, recipes.FINETUNE)
     with flag_errors(""):
-        reports.write(attack(config))
+        _reports().write(attack(config))
 
 
 def _evaluate(values: flags.FlagValues) -> None:
     config = _read(EvaluateConfig, values)
     with flag_errors(""):
         evaluate(config)
-    reports.write(config.run.run_dir)
-    print(reports.read(config.run.run_dir))
+    _reports().write(config.run.run_dir)
+    print(_reports().read(config.run.run_dir))
 
 
 # What an attack and an evaluation have from the alignment, or from the plan's cells.
@@ -114,8 +121,8 @@ def _run(values: flags.FlagValues) -> None:
     config = _read(PlanConfig, values)
     of_stages = [given(section, values) for section in (ALIGNMENT, ATTACK, EVALUATION)]
     with flag_errors(""):
-        run(config, *of_stages, written=reports.write)
-    print(reports.write_plan(config))
+        run(config, *of_stages, written=_reports().write)
+    print(_reports().write_plan(config))
 
 
 FIRST = Section(compare_judges.ComparedJudge, "first_", title="First ")
@@ -130,7 +137,7 @@ def _compare_judges(values: flags.FlagValues) -> None:
             judges.append(make(section.config_class, given(section, values)))
     with flag_errors(""):
         compare_judges.compare(config, *judges)
-    print(reports.write_agreement(config.run_dir, *map(compare_judges.name_of, judges)))
+    print(_reports().write_agreement(config.run_dir, *map(compare_judges.name_of, judges)))
 
 
 VERBS = {
@@ -151,8 +158,8 @@ over-refusal, the win rate on AlpacaEval and the loss on harmful answers.
 jaxvaccine evaluate --trained=runs/booster-p0.1 --run_dir=runs/booster-p0.1-scores \\
     --harmful_test=beavertails_unsafe:test.jsonl[0:500] --sst2_test=sst2:stanfordnlp/sst2@validation""",
                      (Section(EvaluateConfig),), _evaluate),
-    "run": Verb("""Carries out a plan: backbones times methods times attacks times seeds, aligned, attacked and scored; a
-table of all results, a report and plots.
+    "run": Verb("""Carries out a plan: backbones times methods times attacks times seeds, aligned, attacked and scored;
+a table of all results, a report and plots.
 
 jaxvaccine run --model=world --defenses=all --seeds=0,1,2 --run_dir=runs/all
 jaxvaccine run --lanes --model=world --seeds=0,1 --run_dir=runs/some \\

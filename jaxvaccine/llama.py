@@ -21,13 +21,13 @@ import numpy as np
 from jaxvaccine.attention import (
     KeyValues,
     Segment,
-    at_least_float32,
     attend,
     attend_to_cache,
     attention_masks,
     slot_positions,
     soft_cap,
 )
+from jaxvaccine.conventions import at_least_float32
 from jaxvaccine.llama_config import LlamaConfig, LoraConfig
 
 Remat = Literal["none", "dots", "full"]
@@ -347,6 +347,22 @@ def init_adapter(model: Llama, key):
     if model.lora is None:
         raise ValueError("init_adapter: the model has no LoRA sites; expected Llama(..., lora=LoraConfig(...))")
     return jax.jit(lambda key: _init(model, key)["lora"])(key)
+
+
+def in_mlp(adapter):
+    """Which leaves of an adapter are in an MLP, and not in an attention: a tree of bools like it.
+
+    Raises:
+      ValueError: a leaf is in neither or in both.
+    """
+    def one(path, _):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        blocks = {"attention", "mlp"}.intersection(name.split("/"))
+        if len(blocks) != 1:
+            raise ValueError(f"in_mlp: adapter: found leaf {name!r}, expected one of 'attention' and 'mlp' in its path")
+        return "mlp" in blocks
+
+    return jax.tree_util.tree_map_with_path(one, adapter)
 
 
 def tree_shapes(model: Llama) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxvaccine import llama
-
-IGNORED = -100  # Hugging Face's label of a position that is not supervised
+from jaxvaccine.conventions import IGNORED
 
 Batch = Mapping[str, Any]
 LossFn = Callable[..., tuple[jax.Array, dict[str, Any]]]
@@ -45,9 +45,9 @@ def sum_over_targets(block_sum: Callable, logits_fn: Callable, frozen, hidden_Nx
 
 def block_cross_entropy(logits_fn, frozen, hidden, targets):
     """Σ −log p(target)."""
-    logits = logits_fn(frozen, hidden)
-    target_logits = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
-    return jnp.where(targets != IGNORED, jax.nn.logsumexp(logits, axis=-1) - target_logits, 0).sum()
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits_fn(frozen, hidden), jnp.maximum(targets, 0))
+    # Not by its `where`, whose gradient is NaN in a row that counts nowhere.
+    return jnp.where(targets != IGNORED, losses, 0).sum()
 
 
 def block_negative_entropy(logits_fn, frozen, hidden, targets):
@@ -60,7 +60,7 @@ def block_kl(logits_fn, frozen, hidden, targets):
     """Σ KL(reference ‖ p) of hidden states [block, 2 D]: p's, then the reference's, which is held constant."""
     hidden, reference = jnp.split(hidden, 2, axis=-1)
     log_p, log_r = (jax.nn.log_softmax(logits_fn(frozen, x)) for x in (hidden, jax.lax.stop_gradient(reference)))
-    return jnp.where(targets != IGNORED, jnp.sum(jnp.exp(log_r) * (log_r - log_p), axis=-1), 0).sum()
+    return jnp.where(targets != IGNORED, optax.losses.kl_divergence_with_log_targets(log_p, log_r), 0).sum()
 
 
 def _skip_empty(fn, frozen, blocks):

@@ -1,6 +1,7 @@
 """The papers' optimizer: clipped AdamW under a schedule, with layers that freeze and come back.
 
-Clipping, schedules and AdamW's parts are Optax's; ours is the mask over layers, and one line of PyTorch's clipping.
+AdamW, the schedules and the masking of one layer are Optax's; ours is the way over all layers of all leaves, and one
+line of PyTorch's clipping.
 """
 
 import dataclasses
@@ -45,13 +46,14 @@ class OptimizerConfig:
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate at global step 0, 1, …, steps − 1, equal to transformers' `get_scheduler` of the same name."""
     peak, warmup = config.learning_rate, math.ceil(steps * config.warmup_ratio)
-    remaining = max(1, steps - warmup)
-    after = {
-        "constant": lambda: optax.constant_schedule(peak),
-        "linear": lambda: optax.linear_schedule(peak, 0.0, remaining),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, remaining),
+    remaining = max(1, steps - warmup)  # as transformers: a run that is all warm-up divides by it too
+    schedule = {
+        # Without a warm-up Optax's stays at its first value.
+        "constant": lambda: optax.warmup_constant_schedule(0.0 if warmup else peak, peak, warmup),
+        "linear": lambda: optax.join_schedules(
+            [optax.linear_schedule(0.0, peak, warmup), optax.linear_schedule(peak, 0.0, remaining)], [warmup]),
+        "cosine": lambda: optax.warmup_cosine_decay_schedule(0.0, peak, warmup, warmup + remaining),
     }[config.schedule]()
-    schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
     # Optax divides an integer step in float32, in float64 mode too.
     return lambda step: schedule(jnp.asarray(step, jnp.result_type(float)))
 
@@ -61,7 +63,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         del params
-        factor = jnp.minimum(1.0, max_norm / (optax.global_norm(updates) + 1e-6))
+        factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
         return jax.tree.map(lambda g: (factor * g).astype(g.dtype), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
@@ -74,30 +76,29 @@ def layer_masked(inner: optax.GradientTransformation) -> optax.GradientTransform
     in the place of each. `inner` must be elementwise: it never sees two leaves or two layers together, so a norm over
     all of them, as for clipping, goes outside.
 
-    `update(..., active_layers=masks)`: [L] bool for all leaves, a prefix of their tree with such masks as leaves, or
-    None, by which nothing is frozen. Where a mask is false the update is zero and moments and step count stay; what
-    comes back continues with its own count, as PyTorch's optimizers do for parameters without a gradient. Masks are
-    traced.
+    `update(..., trainable=masks)`: [L] bool for all leaves, a prefix of their tree with such masks as leaves, or None,
+    by which nothing is frozen. Where a mask is false the update is zero and moments and step count stay; what comes
+    back continues with its own count, as PyTorch's optimizers do for parameters without a gradient. Masks are traced.
     """
+    masked = optax.conditionally_mask(inner, lambda step, trainable: trainable, forward_extra_args=True)
 
-    def update_leaf(mask, updates, state, params):
-        new_updates, new_state = jax.vmap(inner.update)(updates, state, params)
-        if mask is None:
-            return new_updates, new_state
+    def update_layer(trainable, updates, state, params):
+        # Its own count, of calls, goes on in frozen layers and says nothing here: it is no part of our state.
+        state = optax.ConditionallyMaskState(step=jnp.zeros((), jnp.int32), inner_state=state)
+        updates, state = masked.update(updates, state, params, trainable=trainable)
+        return updates, state.inner_state
 
-        def select(new, old):
-            return jnp.where(mask.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+    def update_leaf(mask, *of_leaf):
+        return jax.vmap(inner.update)(*of_leaf) if mask is None else jax.vmap(update_layer)(mask, *of_leaf)
 
-        return select(new_updates, jnp.zeros_like(new_updates)), jax.tree.map(select, new_state, state)
-
-    def update(updates, state, params=None, *, active_layers=None, **extra_args):
+    def update(updates, state, params=None, *, trainable=None, **extra_args):
         del extra_args
         leaves, structure = jax.tree.flatten(updates)
 
         def per_leaf(tree):
             return [None] * len(leaves) if tree is None else structure.flatten_up_to(tree)
 
-        masks = None if active_layers is None else jax.tree.broadcast(active_layers, updates)
+        masks = None if trainable is None else jax.tree.broadcast(trainable, updates)
         pairs = map(update_leaf, per_leaf(masks), leaves, per_leaf(state), per_leaf(params))
         new_updates, new_state = zip(*pairs, strict=True)
         return structure.unflatten(new_updates), structure.unflatten(new_state)
@@ -113,7 +114,7 @@ def layer_masked_adamw(config: OptimizerConfig, steps: int) -> optax.GradientTra
       steps: length of the whole run, over which the schedule extends.
 
     Returns:
-      An Optax transformation over layer-stacked trees, whose `update` takes `active_layers` as `layer_masked`'s.
+      An Optax transformation over layer-stacked trees, whose `update` takes `trainable` as `layer_masked`'s.
     """
     clip = clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(

@@ -39,21 +39,27 @@ def init_train_state(adapter, defense: Defense, optimizer: optax.GradientTransfo
     return TrainState(jnp.zeros((), jnp.int32), adapter, optimizer.init(adapter), defense.init(adapter))
 
 
+def step_key(key: jax.Array, step) -> jax.Array:
+    """The key of all that a step draws, from that of the run."""
+    return jax.random.fold_in(key, step)
+
+
 def make_train_step(defense: Defense, optimizer: optax.GradientTransformation) -> TrainStep:
     """`train_step(state, frozen, batches, key) -> (state, metrics)`, jitted; `state` is donated.
 
-    The step's randomness is `jax.random.fold_in(key, state.step)`. Metrics are the defense's and gradient_norm, before
-    clipping. Recompiles for new batch shapes only.
+    The optimizer is told what the defense trains, by its extra argument `trainable` (`optim.layer_masked`'s). The
+    step's randomness is `step_key(key, state.step)`. Metrics are the defense's and gradient_norm, before clipping.
+    Recompiles for new batch shapes only.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
     def train_step(state: TrainState, frozen, batches, key):
-        key = jax.random.fold_in(key, state.step)
+        key = step_key(key, state.step)
         grads, defense_state, metrics = defense.gradient(state.adapter, frozen, state.defense, batches, key)
         updates, optimizer_state = optimizer.update(
-            grads, state.optimizer, state.adapter, active_layers=defense.trainable(defense_state, state.adapter))
+            grads, state.optimizer, state.adapter, trainable=defense.trainable(defense_state, state.adapter))
         adapter = optax.apply_updates(state.adapter, updates)
-        metrics = {**metrics, "gradient_norm": optax.global_norm(grads)}
+        metrics = {**metrics, "gradient_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, adapter, optimizer_state, defense_state), metrics
 
     return jax.jit(train_step, donate_argnums=0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import parity
+from experiments.parity import steps as parity
 from jaxvaccine import activation_losses, llama, losses
 from jaxvaccine.llama_config import LlamaConfig
 from tests import jaxprs, tiny

@@ -29,7 +29,7 @@ def train(optimizer, steps, masks=None, params=None):
 
     @jax.jit
     def step(grads, state, params, mask):
-        extra = {} if masks is None else {"active_layers": mask}
+        extra = {} if masks is None else {"trainable": mask}
         updates, state = optimizer.update(grads, state, params, **extra)
         return optax.apply_updates(params, updates), state
 
@@ -76,14 +76,51 @@ def test_what_is_frozen_does_not_move_bit_for_bit(per_leaf):
         np.testing.assert_array_equal(count, np.sum([step[name] for step in masks], axis=0))
 
 
+def select_by_hand(inner):
+    """What `layer_masked` does, as one select after an update of everything."""
+    def update(updates, state, params, trainable):
+        new_updates, new_state = zip(*(jax.vmap(inner.update)(updates[name], state[name], params[name])
+                                       for name in updates), strict=True)
+
+        def select(name, new, old):
+            return jax.tree.map(lambda n, o: jnp.where(
+                trainable[name].reshape(-1, *[1] * (n.ndim - 1)), n, o), new, old)
+
+        zeros = jax.tree.map(jnp.zeros_like, updates)
+        return tuple({name: select(name, n, old[name]) for name, n in zip(updates, new, strict=True)}
+                     for new, old in ((new_updates, zeros), (new_state, state)))
+    return update
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_it_is_a_select_bit_for_bit(dtype):
+    """Optax's conditional mask on every layer; frozen layers' gradients may be anything, NaN too."""
+    with jax.enable_x64(dtype == "float64"):
+        params = jax.tree.map(lambda x: x.astype(dtype), tree(0))
+        inner = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1))
+        masked = optim.layer_masked(inner)
+        by_hand, update, state = jax.jit(select_by_hand(inner)), jax.jit(masked.update), masked.init(params)
+        for step, masks in enumerate(random_masks(8, ["a", "b", "bias"])):
+            grads = {name: jnp.where(masks[name].reshape(-1, *[1] * (g.ndim - 1)), g, jnp.nan).astype(dtype)
+                     for name, g in tree(step + 1).items()}
+            expected = by_hand(grads, state, params, masks)
+            updates, state = update(grads, state, params, trainable=masks)
+            assert jax.tree.structure((updates, state)) == jax.tree.structure(expected)
+            for found, wanted in zip(jax.tree.leaves((updates, state)), jax.tree.leaves(expected), strict=True):
+                assert found.dtype == wanted.dtype and np.isfinite(found).all()
+                np.testing.assert_array_equal(np.asarray(found).view(np.uint8), np.asarray(wanted).view(np.uint8))
+            assert updates["a"].dtype == dtype
+            params = optax.apply_updates(params, updates)
+
+
 def test_a_mask_may_cover_a_subtree():
     params = {"x": {"a": tree(0)["a"], "b": tree(0)["b"]}, "y": tree(0)["bias"]}
     optimizer = optim.layer_masked_adamw(CONFIG, 3)
     state, first, second = optimizer.init(params), np.arange(L) < 1, np.arange(L) > 1
     update = jax.jit(optimizer.update)
-    found, of_found = update(params, state, params, active_layers={"x": first, "y": second})
+    found, of_found = update(params, state, params, trainable={"x": first, "y": second})
     expected, of_expected = update(
-        params, state, params, active_layers={"x": {"a": first, "b": first}, "y": second})
+        params, state, params, trainable={"x": {"a": first, "b": first}, "y": second})
     jax.tree.map(np.testing.assert_array_equal, (found, of_found), (expected, of_expected))
     np.testing.assert_array_equal(found["y"] != 0, second)
     np.testing.assert_array_equal(found["x"]["a"].any(axis=(1, 2)), first)
@@ -121,7 +158,7 @@ def test_unmasked_it_is_adamw():
 def test_no_clipping():
     grads = jax.tree.map(lambda x: 100 * x, tree(1))
     found, _ = optim.clip_by_global_norm(1.0).update(grads, optax.EmptyState())
-    np.testing.assert_allclose(optax.global_norm(found), 1, rtol=1e-5)
+    np.testing.assert_allclose(optax.tree.norm(found), 1, rtol=1e-5)
     without = optim.layer_masked_adamw(dataclasses.replace(CONFIG, clip_norm=0.0), 1)
     _, state = without.update(grads, without.init(tree(0)), tree(0))
     first_moment = max(layers(state), key=lambda leaf: np.abs(leaf).max() if leaf.dtype == np.float32 else 0)
@@ -134,7 +171,7 @@ def test_new_masks_do_not_retrace():
     @jax.jit
     def step(grads, state, params, mask):
         traces.append(1)
-        return optimizer.update(grads, state, params, active_layers=mask)
+        return optimizer.update(grads, state, params, trainable=mask)
 
     state = optimizer.init(tree(0))
     for i in range(L):

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import parity
-from experiments.parity import dot
+from experiments.parity import steps as parity
+from experiments.parity.steps import dot
 from jaxvaccine import llama
 from jaxvaccine.llama_config import TARGETS, LoraConfig
 

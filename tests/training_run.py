@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxvaccine import defenses, losses, optim, training
+from jaxvaccine import defenses, llama, losses, optim, training
 from jaxvaccine.checkpoints.orbax_state import open_checkpoints
 from jaxvaccine.llama_config import LlamaConfig
 from tests import tiny
@@ -36,7 +36,7 @@ def prepare(name):
         "sft": lambda: defenses.sft(loss_fn),
         "t_vaccine": lambda: defenses.t_vaccine(loss_fn, 1.0, layers=1, sample_every=1, probe_every=3),
         "t_vaccine_released": lambda: defenses.t_vaccine(
-            loss_fn, 1.0, layers=1, sample_every=1, probe_every=3, freeze="released"),
+            loss_fn, 1.0, layers=1, sample_every=1, probe_every=3, freeze="released", in_mlp=llama.in_mlp),
         "booster": lambda: defenses.booster(loss_fn),
     }[name]()
     optimizer = optim.layer_masked_adamw(optim.OptimizerConfig(1e-2, "cosine", 0.1), STEPS)

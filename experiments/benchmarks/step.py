@@ -18,11 +18,12 @@ from absl import flags
 
 from experiments.benchmarks import costs
 from jaxvaccine import cli, defenses, llama, optim, training
+from jaxvaccine.conventions import IGNORED
 from jaxvaccine.experiment import stage
 from jaxvaccine.experiment.config import Part, field, make, require
 from jaxvaccine.experiment.methods import ALIGNMENT, BASES, FINE_TUNING, Booster, Tar, TVaccine
 from jaxvaccine.llama_config import LlamaConfig, LoraConfig
-from jaxvaccine.losses import IGNORED, causal_lm_loss, supervised_targets
+from jaxvaccine.losses import causal_lm_loss, supervised_targets
 from jaxvaccine.report.tables import table
 
 SMOLLM2 = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,

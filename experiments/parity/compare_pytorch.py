@@ -27,9 +27,10 @@ from jaxvaccine.experiment.config import Part, field, flat, make, require
 from jaxvaccine.experiment.methods import RepNoise, Tar
 from jaxvaccine.json_files import read_json, write_json
 from jaxvaccine.report import runs as reports
-from jaxvaccine.report.divergence import summary, write_comparison_report
+from jaxvaccine.report.divergence import method_text, summary, write_comparison_report
 
 RESULTS = "comparison.json"
+TEXTS = {name: method_text(values) for name, values in METHODS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class CompareConfig(Part):
     run_dir: str = field("", "Folder of this comparison.")
     overwrite: bool = field(False, "Delete an earlier comparison in --run_dir and start again.")
     model: str = field("tiny", "A Hugging Face directory, hub id or .gguf file; or tiny: random weights and tokens.")
-    methods: tuple[str, ...] = field(tuple(METHODS), f"What to compare, of {', '.join(METHODS)}.")
+    defense: tuple[str, ...] = field(tuple(METHODS), f"What to compare, of {', '.join(METHODS)}.")
     dtype: Literal["float32", "float64", "bfloat16"] = field(
         "float32", "Of the frozen weights and of the computation; the adapter is float32, in float64 that too.")
     preset: str = field("", "Published recipe of this defense; flags that are given go before it.")
@@ -47,7 +48,7 @@ class CompareConfig(Part):
     def __post_init__(self):
         super().__post_init__()
         require(bool(self.run_dir), "run_dir", self.run_dir, "a folder")
-        require(bool(self.methods) and set(self.methods) <= set(METHODS), "methods", self.methods,
+        require(bool(self.defense) and set(self.defense) <= set(METHODS), "defense", self.defense,
                 f"some of {', '.join(METHODS)}")
         require(self.dtype != "float64" or self.model == "tiny", "dtype", self.dtype, "float32 or bfloat16 for a model "
                 "that is not tiny: PyTorch's rotary angles are exact for a plain one only")
@@ -165,8 +166,8 @@ def compare(config: CompareConfig, methods: Mapping[str, AlignConfig]) -> None:
         for name, of in missing.items():
             results[name] = compare_method(prepared._replace(config=of))
             write_json(path, results)
-            print(summary({name: results[name]}), flush=True)
-    write_comparison_report(run_dir, f"jaxvaccine against PyTorch: {config.model}, {config.dtype}", results)
+            print(summary({name: results[name]}, TEXTS), flush=True)
+    write_comparison_report(run_dir, f"jaxvaccine against PyTorch: {config.model}, {config.dtype}", results, METHODS)
 
 
 def read_methods(config: CompareConfig, given: Mapping[str, Any]) -> dict[str, AlignConfig]:
@@ -177,7 +178,7 @@ def read_methods(config: CompareConfig, given: Mapping[str, Any]) -> dict[str, A
         "steps": 3, **preset, **given, "model": config.model, "run_dir": config.run_dir, "dropout": 0.0,
         "save_every": 0, "progress": False, "epochs": 1.0}
     return {name: make(AlignConfig, METHODS[name], {**defaults, "base_defense": "sft", "freeze": "layer"})
-            for name in config.methods}
+            for name in config.defense}
 
 
 ALIGNMENT = cli.Section(AlignConfig, without=(

@@ -18,6 +18,9 @@ import optax
 from jaxvaccine import llama, optim, training
 from jaxvaccine.activation_losses import layer_noise
 from jaxvaccine.checkpoints import hugging_face
+from jaxvaccine.conventions import IGNORED, at_least_float32
+from jaxvaccine.defenses.booster import booster_keys
+from jaxvaccine.defenses.repnoise import repnoise_keys
 from jaxvaccine.experiment.align import AlignConfig
 from jaxvaccine.experiment.config import make
 from jaxvaccine.experiment.methods import AlignmentMethod, Booster, RepNoise, Tar, TVaccine, Vaccine, uses
@@ -95,7 +98,7 @@ def jax_steps(problem: Problem, defense_of: Callable[[llama.Llama], Any] | None 
     config, steps = problem.config, len(problem.batches)
     model, frozen = hugging_face.load_model(
         problem.model_dir, lora=config.adapter.lora(), dtype=problem.dtype, remat=config.model.remat)
-    adapter_dtype = jnp.promote_types(model.dtype, jnp.float32)
+    adapter_dtype = at_least_float32(model.dtype)
     adapter = jax.tree.map(lambda x: jnp.asarray(x, adapter_dtype), problem.adapter)
     defense = (defense_of or config.method.make)(model)
     optimizer = optax.chain(
@@ -119,8 +122,7 @@ def repnoise_noise(problem: Problem, step: int, layer: int, shape: tuple[int, ..
         key = training.step_key(jax.random.key(problem.config.run.seed), step)
         if isinstance(problem.config.method, Booster):
             key = booster_keys(key).base
-        return np.asarray(layer_noise(repnoise_keys(key).noise, layer, shape,
-                                      jnp.promote_types(problem.dtype, jnp.float32)))
+        return np.asarray(layer_noise(repnoise_keys(key).noise, layer, shape, at_least_float32(problem.dtype)))
 
 
 def torch_steps(problem: Problem, drawn: Sequence[np.ndarray | None], gradient=None) -> Iterator[StepRecord]:
@@ -217,19 +219,19 @@ def tiny_batch(rng: np.random.Generator, rows: int, length: int) -> dict[str, np
     ids = rng.integers(0, TINY.vocab_size, (rows, length))
     counts = position < lengths
     return {"input_ids": np.where(counts, ids, 0).astype(np.int32),
-            "labels": np.where(counts & (position >= lengths // 2), ids, -100).astype(np.int32),
+            "labels": np.where(counts & (position >= lengths // 2), ids, IGNORED).astype(np.int32),
             "attention_mask": counts.astype(np.int32)}
 
 
 def other_answers(rng: np.random.Generator, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Rows with the prompts of these, and answers of other lengths of which some tokens are the same."""
     ids, labels, mask = (batch[name] for name in ("input_ids", "labels", "attention_mask"))
-    prompts = ((labels == -100) & (mask == 1)).sum(axis=1, keepdims=True)
+    prompts = ((labels == IGNORED) & (mask == 1)).sum(axis=1, keepdims=True)
     position = np.arange(ids.shape[1])[None]
     counts = position < rng.integers(prompts + 1, ids.shape[1] + 1)
     answers = np.where(rng.random(ids.shape) < 0.2, ids, rng.integers(0, TINY.vocab_size, ids.shape))
     other = np.where(counts, np.where(position < prompts, ids, answers), 0).astype(np.int32)
-    return {"input_ids": other, "labels": np.where(counts & (position >= prompts), other, -100).astype(np.int32),
+    return {"input_ids": other, "labels": np.where(counts & (position >= prompts), other, IGNORED).astype(np.int32),
             "attention_mask": counts.astype(np.int32)}
 
 

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from jaxvaccine.conventions import IGNORED
 from jaxvaccine.data.tokenizing import TokenizedExamples
 
 Batch = dict[str, np.ndarray]
 KEYS = ("input_ids", "labels", "attention_mask")
-IGNORED = -100
 # Streams that are drawn in the order of another: harmless answers go with the harmful ones to the same prompts, and the
-# user's data comes as it does to plain fine-tuning, where it is all there is and goes by the name "alignment".
+# user's data keeps the order of the runs in which it was still called "alignment", with and without a defense.
 SAME_ORDER = {"harmless": "harmful", "user": "alignment"}
 
 

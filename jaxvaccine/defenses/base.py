@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxvaccine.conventions import at_least_float32
+
 Tree = Any
 # loss_fn(adapter, frozen, batch, perturbations=None, key=None) -> (scalar loss, aux). Vaccine and T-Vaccine read
 # aux["perturbations"], the tree added at the perturbation sites, for its shapes; its leaves are stacked [L, ...].
@@ -19,13 +21,10 @@ ReferenceLossFn = Callable[..., tuple[jax.Array, jax.Array]]
 NORM_EPSILON = 1e-7
 
 
-def active_layers_of(state: Tree) -> jax.Array | None:
-    """[L] bool from a defense's state, None if the method freezes nothing."""
-    return getattr(state, "active_layers", None)
-
-
 class Defense(NamedTuple):
-    """Two pure functions, and a third for a method that freezes something other than whole layers.
+    """Two pure functions, and a third for a method that freezes something.
+
+    What wraps a defense passes on what it does not change: `defense._replace(gradient=...)`.
 
     Attributes:
       init: (adapter) -> state, a pytree of arrays.
@@ -35,13 +34,16 @@ class Defense(NamedTuple):
         alignment loss, at the fine-tuning stage that of the batch that is trained on.
       trainable: (state, adapter) -> what trains in the step whose `gradient` returned this state: a tree prefix of the
         adapter with [L] bool leaves, or None if nothing is frozen. Where it is false, gradients are zero and the
-        optimizer leaves that layer of those leaves alone. By default the state's attribute `active_layers` ([L] bool,
-        for all leaves), None for a state without it.
+        optimizer leaves that layer of those leaves alone. By default nothing is frozen.
+      counters: names of fields of the state, a NamedTuple, that only count steps. Where many seeds are trained at once
+        they share these numbers, so that a branch on one stays a branch (under `jax.vmap`, both sides of a branch on
+        numbers that may differ are computed). One that is not named costs time and nothing else.
     """
 
     init: Callable[[Tree], Tree]
     gradient: Callable[..., tuple[Tree, Tree, dict[str, jax.Array]]]
-    trainable: Callable[[Tree, Tree], Tree | None] = lambda state, adapter: active_layers_of(state)
+    trainable: Callable[[Tree, Tree], Tree | None] = lambda state, adapter: None
+    counters: tuple[str, ...] = ()
 
 
 def check_not_negative(method: str, **values: float) -> None:
@@ -77,7 +79,7 @@ def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
 def squared_norm(tree: Tree, first_axis: int = 0) -> jax.Array:
     """Σ x² over all leaves and their axes from `first_axis` on (1 keeps the layer axis: [L]), in at least float32."""
     def leaf(x):
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = x.astype(at_least_float32(x.dtype))
         return jnp.sum(x * x, axis=tuple(range(first_axis, x.ndim)))
 
     return sum(leaf(x) for x in jax.tree.leaves(tree))

@@ -1,5 +1,7 @@
 """Booster: attenuating how much a simulated harmful step lowers the harmful loss (arXiv 2409.01586)."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -14,6 +16,18 @@ from jaxvaccine.defenses.base import (
     take_batch,
 )
 from jaxvaccine.defenses.sft import sft
+
+
+class BoosterKeys(NamedTuple):
+    """What a step's key is split into; None each without dropout."""
+
+    base: jax.Array | None  # the base's
+    first: jax.Array | None  # dropout of h(w)
+    second: jax.Array | None  # dropout of h(w')
+
+
+def booster_keys(key: jax.Array | None) -> BoosterKeys:
+    return BoosterKeys(*split_key(key, 3))
 
 
 def _step(adapter, factor, grads):
@@ -37,15 +51,15 @@ def booster(
       exact: the true gradient of the regularizer, at the cost of a second derivative.
 
     Returns:
-      A defense with the base's state and `trainable`. It needs the batches "alignment" and "harmful". Metrics: the
-      base's, and harmful_loss h(w), perturbed_harmful_loss h(w'), harmful_gradient_norm.
+      The base with another gradient. It needs the batches "alignment" and "harmful". Metrics: the base's, and
+      harmful_loss h(w), perturbed_harmful_loss h(w'), harmful_gradient_norm.
     """
     check_not_negative("booster", lam=lam, alpha=alpha)
     base = sft(loss_fn) if base is None else base
 
     def gradient(adapter, frozen, state, batches, key):
         harmful = take_batch(batches, "harmful", "booster")
-        base_key, first_key, second_key = split_key(key, 3)
+        base_key, first_key, second_key = booster_keys(key)
         grads, state, metrics = base.gradient(adapter, frozen, state, batches, base_key)
         trainable = base.trainable(state, adapter)
 
@@ -76,4 +90,4 @@ def booster(
         return grads, state, metrics | {
             "harmful_loss": loss, "perturbed_harmful_loss": perturbed_loss, "harmful_gradient_norm": norm}
 
-    return Defense(base.init, gradient, base.trainable)
+    return base._replace(gradient=gradient)

@@ -74,4 +74,4 @@ def lisa(
         metrics = {"loss": loss, "aligning": aligning, "switch_distance": jnp.sqrt(squared_norm(apart))}
         return grads, LisaState(state.step + 1, other), metrics
 
-    return Defense(init, gradient)
+    return Defense(init, gradient, counters=("step",))

@@ -34,4 +34,4 @@ def only_layers(defense: Defense, layers) -> Defense:
         own = defense.trainable(state, adapter)
         return layers if own is None else jax.tree.map(lambda mask: mask & layers, own)
 
-    return Defense(init, gradient, trainable)
+    return defense._replace(init=init, gradient=gradient, trainable=trainable)

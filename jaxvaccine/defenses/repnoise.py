@@ -1,11 +1,24 @@
 """RepNoise: representation noising (arXiv 2405.14577)."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxvaccine.defenses.base import Defense, LossFn, check_not_negative, take_batch
+
+
+class RepNoiseKeys(NamedTuple):
+    """What a step's key is split into."""
+
+    loss: jax.Array  # dropout of the alignment loss
+    terms: jax.Array  # dropout of both terms
+    noise: jax.Array  # the noise itself
+
+
+def repnoise_keys(key: jax.Array) -> RepNoiseKeys:
+    return RepNoiseKeys(*jax.random.split(key, 3))
 
 
 def repnoise(loss_fn: LossFn, terms_fn: Callable, alpha: float = 1.0, beta: float = 0.001) -> Defense:
@@ -32,7 +45,7 @@ def repnoise(loss_fn: LossFn, terms_fn: Callable, alpha: float = 1.0, beta: floa
             raise ValueError("repnoise: key: found None, expected a PRNG key to draw noise with")
         alignment, harmful, harmless = (
             take_batch(batches, name, "repnoise") for name in ("alignment", "harmful", "harmless"))
-        loss_key, terms_key, noise_key = jax.random.split(key, 3)
+        loss_key, terms_key, noise_key = repnoise_keys(key)
 
         def objective(adapter):
             loss, _ = loss_fn(adapter, frozen, alignment, key=loss_key)

@@ -1,11 +1,20 @@
 """T-Vaccine: targeted, layer-wise Vaccine (arXiv 2410.09760)."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxvaccine.defenses.base import Defense, LossFn, Tree, check_positive, squared_norm, take_batch
+from jaxvaccine.defenses.base import (
+    Defense,
+    LossFn,
+    Tree,
+    at_least_float32,
+    check_positive,
+    squared_norm,
+    take_batch,
+)
 from jaxvaccine.defenses.vaccine import Direction, activation_gradient, check_perturbation, perturbed_gradient
 
 
@@ -43,35 +52,24 @@ def layer_probabilities(loss_fn: LossFn, adapter, frozen, batch, key) -> jax.Arr
     return jnp.where(total == 0, 1 / norms.size, norms / jnp.where(total == 0, 1, total))
 
 
-def released_masks(active_layers: jax.Array, adapter) -> Tree:
-    """What the released program trains when [L] bool are active: a tree like the adapter with [L] bool leaves.
+def released_masks(active_layers: jax.Array, in_mlp: Tree) -> Tree:
+    """What the released program trains when [L] bool are active: the tree `in_mlp`, of bools, with [L] bool leaves.
 
     Attention adapters train in the active layers. MLP adapters are never frozen, but the re-entrant checkpointing of
     inactive layers passes no gradient to those below the first active layer f, so that they train in the layers from f
     on, active or not; in a model of more than 26 layers from f − 1 on.
-
-    Raises:
-      ValueError: a leaf's path has neither or both of "attention" and "mlp".
     """
     total = active_layers.shape[0]
     first = jnp.argmax(active_layers) - (1 if total > 26 else 0)
-    masks = {"attention": active_layers, "mlp": jnp.arange(total) >= first}
-
-    def mask(path, _):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        blocks = masks.keys() & name.split("/")
-        if len(blocks) != 1:
-            raise ValueError(f"t_vaccine: freeze='released': adapter: found leaf {name!r}, "
-                             "expected one of 'attention' and 'mlp' in its path")
-        return masks[blocks.pop()]
-
-    return jax.tree_util.tree_map_with_path(mask, adapter)
+    from_first = jnp.arange(total) >= first
+    return jax.tree.map(lambda mlp: from_first if mlp else active_layers, in_mlp)
 
 
 def t_vaccine(
     loss_fn: LossFn, rho: float = 3.0, layers: int = 8, sample_every: int = 20, probe_every: int = 200,
     freeze: Literal["layer", "released"] = "layer", importance: Literal["harmful", "alignment", "uniform"] = "harmful",
     draw: Literal["sample", "top"] = "sample", direction: Direction = "gradient",
+    in_mlp: Callable[[Tree], Tree] | None = None,
 ) -> Defense:
     """Vaccine on S sampled layers: only they are perturbed, the norm is taken over them, and the others are frozen.
 
@@ -86,19 +84,21 @@ def t_vaccine(
       sample_every: J, in steps.
       probe_every: K, in steps.
       freeze: "layer" freezes the other layers whole, attention and MLP adapters, as the paper says; "released" what the
-        authors' program does not train (`released_masks`), for an adapter with "attention" and "mlp" in its paths.
+        authors' program does not train (`released_masks`), and needs in_mlp.
       importance: the batch whose gradient the probabilities are taken from; "alignment" and "uniform", 1 / L without a
         probe, are ablations.
       draw: "sample", or as an ablation "top", the S most probable layers.
       direction: as in `vaccine`.
+      in_mlp: adapter -> which of its leaves are an MLP's, and not an attention's: bools, a tree like the adapter or a
+        prefix of it, such as `llama.in_mlp`.
 
     Returns:
       A defense with state `TVaccineState`. It needs the batch "alignment", for the harmful importance also "harmful",
       and a key. Metrics: Vaccine's, and the state's probabilities and active_layers, [L] each.
 
     Raises:
-      ValueError: an argument is out of range; by init, if S is larger than the number of layers, or if released_masks
-        does not know the adapter's blocks.
+      ValueError: an argument is out of range or missing; by init, if S is larger than the number of layers, or what
+        in_mlp says does not fit the adapter.
     """
     check_positive("t_vaccine", layers=layers, sample_every=sample_every, probe_every=probe_every)
     check_perturbation("t_vaccine", rho, direction)
@@ -107,18 +107,21 @@ def t_vaccine(
                                   ("draw", draw, ("sample", "top"))):
         if value not in expected:
             raise ValueError(f"t_vaccine: {name}: found {value!r}, expected one of {', '.join(expected)}")
+    if freeze == "released" and in_mlp is None:
+        raise ValueError("t_vaccine: in_mlp: found None, expected for freeze='released' a function that says which of "
+                         "an adapter's leaves are an MLP's, such as llama.in_mlp")
 
     def trainable(state: TVaccineState, adapter) -> Tree:
-        return state.active_layers if freeze == "layer" else released_masks(state.active_layers, adapter)
+        return state.active_layers if freeze == "layer" else released_masks(state.active_layers, in_mlp(adapter))
 
     def init(adapter) -> TVaccineState:
         leaf = jax.tree.leaves(adapter)[0]
-        total, dtype = leaf.shape[0], jnp.promote_types(leaf.dtype, jnp.float32)
+        total, dtype = leaf.shape[0], at_least_float32(leaf.dtype)
         if layers > total:
             raise ValueError(f"t_vaccine: layers: found {layers}, expected at most the model's {total} layers")
         state = TVaccineState(
             jnp.zeros((), jnp.int32), jnp.full(total, 1 / total, dtype), jnp.ones(total, bool))
-        trainable(state, adapter)  # raises for an adapter that freeze="released" can't be applied to
+        jax.tree.broadcast(trainable(state, adapter), adapter)  # raises unless what in_mlp says fits the adapter
         return state
 
     def gradient(adapter, frozen, state: TVaccineState, batches, key):
@@ -144,4 +147,4 @@ def t_vaccine(
             loss_fn, rho, direction, active_layers, trainable(state, adapter), adapter, frozen, batch, key)
         return grads, state, metrics | {"probabilities": probabilities, "active_layers": active_layers}
 
-    return Defense(init, gradient, trainable)
+    return Defense(init, gradient, trainable, counters=("step",))

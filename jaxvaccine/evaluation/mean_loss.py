@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxvaccine.data.batching import IGNORED, bucket_length, collate, longest
+from jaxvaccine.conventions import IGNORED
+from jaxvaccine.data.batching import bucket_length, collate, longest
 from jaxvaccine.data.tokenizing import TokenizedExamples
 from jaxvaccine.llama import Llama
 from jaxvaccine.losses import causal_lm_loss

@@ -16,7 +16,7 @@ from jaxvaccine.experiment.methods import FINE_TUNING, Ewc, TuningMethod
 from jaxvaccine.experiment.parts import (
     SOURCE,
     AdapterPart,
-    Dtype,
+    ComputationPart,
     TokensPart,
     TrainingPart,
     TrainingRunPart,
@@ -30,13 +30,10 @@ CONTINUED = ("booster", "tar")
 
 
 @dataclasses.dataclass(frozen=True)
-class AttackedModel(Part):
+class AttackedModel(ComputationPart):
     """Model."""
 
     aligned: str = field("", "Folder of the finished alignment to attack.")
-    dtype: Dtype = field("checkpoint", "Type of the frozen weights and of the computation; the adapter is float32.")
-    remat: Literal["none", "dots", "full"] = field(
-        "full", "What is recomputed in the backward pass: nothing, all but matrix products, or everything in a layer.")
 
     def __post_init__(self):
         super().__post_init__()

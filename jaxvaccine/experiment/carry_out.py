@@ -36,8 +36,11 @@ from jaxvaccine.experiment.results import Cell, Row
 from jaxvaccine.json_files import read_json, write_json
 
 AS_IT_COMES = "none"  # the method of a backbone that nothing was done to
-# Metrics of an alignment that are kept where seeds are trained at once, and at every how many steps.
-METRICS = ("loss", "harmful_loss", "harmful_gradient_norm", "probabilities", "active_layers")
+# Metrics of an alignment that are kept where seeds are trained at once, by the names of their measures: those of a
+# batch are not those of a test. And at every how many steps.
+METRICS = {"loss": "training_loss", "harmful_loss": "training_harmful_loss",
+           "harmful_gradient_norm": "training_harmful_gradient_norm", "probabilities": "probabilities",
+           "active_layers": "active_layers"}
 METRICS_EVERY = 5
 # Prompts of every test whose answers are kept.
 SHOWN = 2
@@ -293,7 +296,7 @@ def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, to
     aligned, metrics = lanes.train(start, config.method, config.training, config.data.bucket, [sources] * len(cells),
                                    seeds, observe=observe if probe else None)
     for step in range(0, last, METRICS_EVERY):
-        add(step, {name: metrics[name][step].astype(float) for name in METRICS if name in metrics})
+        add(step, {measure: metrics[name][step].astype(float) for name, measure in METRICS.items() if name in metrics})
     scores, answers = scorer(aligned)
     for i, cell in enumerate(cells):
         folder = stage.adapter_dir(align_folder(context.root, cell))

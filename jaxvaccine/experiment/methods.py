@@ -12,7 +12,7 @@ from jaxvaccine import defenses
 from jaxvaccine.activation_losses import loss_and_hidden_distance, noise_and_ascent
 from jaxvaccine.defenses import Defense
 from jaxvaccine.experiment.config import Part, choice, field
-from jaxvaccine.llama import Llama
+from jaxvaccine.llama import Llama, in_mlp
 from jaxvaccine.losses import causal_lm_loss, loss_and_kl, negative_entropy
 
 
@@ -76,7 +76,7 @@ class TVaccine(AlignmentMethod):
     def make(self, model):
         return defenses.t_vaccine(
             causal_lm_loss(model), self.rho, self.layers, self.sample_every, self.probe_every, freeze=self.freeze,
-            importance=self.importance, draw=self.draw, direction=self.direction)
+            importance=self.importance, draw=self.draw, direction=self.direction, in_mlp=in_mlp)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxvaccine import runs
+from jaxvaccine.experiment import runs
 from jaxvaccine.report import names, tables
 from jaxvaccine.report.training import flag_list
 

@@ -1,7 +1,7 @@
 """The tidy table of a plan's results, and the parts of it that reports show.
 
-A row is a measured number: see COLUMNS. Scores of an aligned model stand at the last step of its alignment; an attack
-has rows for its steps from 1 on, and its step 0 is the aligned model.
+A row is a measured number (jaxvaccine/experiment/results.py). Scores of an aligned model stand at the last step of its
+alignment; an attack has rows for its steps from 1 on, and its step 0 is the aligned model.
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-RESULTS = "results.csv"
+from jaxvaccine.experiment.plans import split_method
+from jaxvaccine.experiment.results import COLUMNS, TABLE
+
 TEXTS = ("backbone", "method", "attack", "stage", "measure")
 WHOLE = ("seed", "step")
 NUMBERS = ("layer", "value", "n", "low", "high")
-# backbone; method and attack as on the command line, attack "" where there is none; seed; stage, one of STAGES; step,
-# steps done in that stage; measure; layer, or NaN; value; n, prompts, or NaN; low and high, 95% interval of this one
-# run over its prompts, or NaN.
-COLUMNS = ("backbone", "method", "attack", "seed", "stage", "step", "measure", "layer", "value", "n", "low", "high")
 STAGES = ("backbone", "alignment", "attack")
 # What tells a row from every other.
 KEY = ["backbone", "method", "attack", "seed", "stage", "step", "measure", "layer"]
@@ -32,7 +30,7 @@ def read_results(folder: str | Path) -> pd.DataFrame:
       FileNotFoundError: there is none.
       ValueError: a column is missing or holds something unexpected, a stage is unknown, or a row is there twice.
     """
-    path = Path(folder) / RESULTS
+    path = Path(folder) / TABLE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found, expected the results of a plan")
     # "NA" may be a name; an empty number is NaN.
@@ -52,7 +50,8 @@ def read_results(folder: str | Path) -> pd.DataFrame:
         raise ValueError(f"{path}: column 'stage': found {unknown[0]!r}, expected one of {', '.join(STAGES)}")
     if (twice := table.duplicated(KEY)).any():
         row = int(np.flatnonzero(twice)[0])
-        raise ValueError(f"{path}: line {row + 2}: found a second row of {dict(table.loc[row, KEY])}, expected one")
+        what = ", ".join(f"{name} {table[name][row]}" for name in KEY)
+        raise ValueError(f"{path}: line {row + 2}: found a second row of {what}, expected one")
     return table[list(COLUMNS)]
 
 
@@ -80,8 +79,8 @@ def aligned(table: pd.DataFrame) -> pd.DataFrame:
     rows = rows[rows["step"] == rows.groupby(["backbone", "method", "seed"])["step"].transform("max")]
     parts = [rows]
     for method in table["method"].unique():
-        first = method.partition(":")[0].partition("+")[0]
-        if first != method and "+" in method.partition(":")[0] and not (rows["method"] == method).any():
+        first, tuning = split_method(method)
+        if tuning and not (rows["method"] == method).any():
             parts.append(pick(rows, method=first).assign(method=method))
     return pd.concat(parts) if len(parts) > 1 else rows
 
@@ -100,7 +99,7 @@ def along(table: pd.DataFrame, measure: str) -> pd.DataFrame:
     start = pick(aligned(table), measure=measure).drop(columns=["attack", "step"]).merge(
         rows[CELL].drop_duplicates(), on=["backbone", "method", "seed"]).assign(step=0)
     # A measure that depends on the attack may have been taken at its step 0 itself.
-    return pd.concat([rows, start])[list(COLUMNS)].drop_duplicates([*CELL, "step"]) if len(start) else rows
+    return pd.concat([start, rows])[list(COLUMNS)].drop_duplicates([*CELL, "step"], keep="last") if len(start) else rows
 
 
 def has_steps(rows: pd.DataFrame) -> bool:

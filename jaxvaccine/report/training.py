@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from jaxvaccine import runs
+from jaxvaccine.experiment import runs
 from jaxvaccine.report import names, plots, tables
 from jaxvaccine.report.style import METHODS
 

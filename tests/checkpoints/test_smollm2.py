@@ -99,7 +99,7 @@ def test_smollm2_equals_transformers():
     """
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     pytest.importorskip("peft")
-    from experiments.pytorch_reference import load_base
+    from experiments.parity.pytorch_reference import load_base
 
     given = os.environ.get("JAXVACCINE_SMOLLM2")
     directory = resolve_model(given) if given else smollm2.fetch()

@@ -139,7 +139,7 @@ def test_stream_seed_is_the_same_in_another_process():
 
 
 def test_streams_in_the_order_of_another():
-    """A harmless answer comes with the harmful one to its prompt; the user's data as it does to plain fine-tuning."""
+    """A harmless answer comes with the harmful one to its prompt; the user's data as runs have always drawn it."""
     rows = (tokenized([3, 4, 5, 6, 7]), 2)
     batches = training_batches({"harmful": rows, "harmless": rows}, seed=1)
     for step in range(4):
@@ -147,6 +147,9 @@ def test_streams_in_the_order_of_another():
         np.testing.assert_array_equal(found["harmful"]["input_ids"], found["harmless"]["input_ids"])
     user, plain = (training_batches({name: rows}, seed=1) for name in ("user", "alignment"))
     np.testing.assert_array_equal(user(3)["user"]["input_ids"], plain(3)["alignment"]["input_ids"])
+    user = training_batches({"user": (tokenized([1] * 7), 2)}, seed=1)
+    drawn = [(user(step)["user"]["input_ids"][:, 0] // 100).tolist() for step in range(5)]
+    assert drawn == [[5, 4], [3, 1], [0, 6], [2, 1], [5, 3]]
 
 
 def test_training_batches_refuses_empty_sources():

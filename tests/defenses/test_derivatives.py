@@ -173,7 +173,7 @@ def test_booster_freezes_what_its_base_freezes(freeze):
 
     freezing = defenses.Defense(
         lambda adapter: defenses.TVaccineState(jnp.zeros((), int), jnp.ones(toy.L), active), masked,
-        defenses.t_vaccine(toy.blocks_loss, freeze=freeze).trainable)
+        defenses.t_vaccine(toy.blocks_loss, freeze=freeze, in_mlp=toy.in_mlp).trainable)
 
     def restricted_loss(part, frozen, batch, perturbations=None, key=None):
         whole = jax.tree.map(

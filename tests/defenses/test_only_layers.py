@@ -46,7 +46,7 @@ def test_what_the_defense_freezes_stays_frozen():
         np.testing.assert_array_equal(both.trainable(state, grads), expected)
         for leaf in grads.values():
             np.testing.assert_array_equal(np.asarray(leaf).reshape(4, -1).any(axis=1), expected)
-    released = defenses.t_vaccine(toy.blocks_no_dropout, layers=2, freeze="released")
+    released = defenses.t_vaccine(toy.blocks_no_dropout, layers=2, freeze="released", in_mlp=toy.in_mlp)
     adapter = toy.in_blocks(toy.trees()[0])
     masks = defenses.only_layers(released, LAYERS).trainable(released.init(adapter), adapter)
     assert all((mask == LAYERS).all() for mask in jax.tree.leaves(masks))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxvaccine import defenses
+from jaxvaccine import defenses, llama
 from jaxvaccine.defenses import base
 from jaxvaccine.defenses.t_vaccine import sample_layers, top_layers
 from jaxvaccine.defenses.vaccine import activation_gradient
@@ -109,7 +109,8 @@ def adapter_shapes(total, attention=("q_proj", "v_proj"), mlp=("up_proj",)):
 def test_what_the_released_program_trains(total, active, first_mlp):
     """Attention in the active layers, MLP from the first of them on, and one before it in more than 26 layers."""
     adapter = adapter_shapes(total)
-    trainable = defenses.t_vaccine(toy.loss_fn, layers=1, freeze="released").trainable(in_state(active, total), adapter)
+    defense = defenses.t_vaccine(toy.loss_fn, layers=1, freeze="released", in_mlp=llama.in_mlp)
+    trainable = defense.trainable(in_state(active, total), adapter)
     assert jax.tree.structure(trainable) == jax.tree.structure(adapter)
     for name, block in trainable["layers"].items():
         expected = active if name == "attention" else range(first_mlp, total)
@@ -120,7 +121,8 @@ def test_what_the_released_program_trains(total, active, first_mlp):
 
 def test_released_on_three_projections_is_the_paper():
     adapter = adapter_shapes(4, ("q_proj", "k_proj", "v_proj"), ())
-    masks = defenses.t_vaccine(toy.loss_fn, layers=1, freeze="released").trainable(in_state([1, 2], 4), adapter)
+    defense = defenses.t_vaccine(toy.loss_fn, layers=1, freeze="released", in_mlp=llama.in_mlp)
+    masks = defense.trainable(in_state([1, 2], 4), adapter)
     assert len(jax.tree.leaves(masks)) == 6
     for mask in jax.tree.leaves(masks):
         np.testing.assert_array_equal(mask, [False, True, True, False])
@@ -128,7 +130,7 @@ def test_released_on_three_projections_is_the_paper():
 
 @pytest.mark.parametrize("freeze", ["layer", "released"])
 def test_everything_trains_before_the_first_draw(freeze):
-    defense = defenses.t_vaccine(toy.blocks_loss, layers=1, freeze=freeze)
+    defense = defenses.t_vaccine(toy.blocks_loss, layers=1, freeze=freeze, in_mlp=toy.in_mlp)
     adapter = toy.in_blocks(toy.trees()[0])
     assert all(mask.all() for mask in jax.tree.leaves(defense.trainable(defense.init(adapter), adapter)))
 
@@ -139,8 +141,9 @@ def test_gradient_as_released(total):
     trees = toy.trees(layers=total)
     adapter, frozen = toy.in_blocks(trees[0]), trees[1]
     # The state is that of step 1, at which neither probe nor draw falls due.
-    found, paper = (defenses.t_vaccine(toy.blocks_no_dropout, 1.0, 2, sample_every=100, freeze=freeze)
-                    for freeze in ("released", "layer"))
+    found, paper = (
+        defenses.t_vaccine(toy.blocks_no_dropout, 1.0, 2, sample_every=100, freeze=freeze, in_mlp=toy.in_mlp)
+        for freeze in ("released", "layer"))
     gradient, paper_gradient = jax.jit(found.gradient), jax.jit(paper.gradient)
     compiled = jax.jit(jax.grad(lambda *a: toy.blocks_no_dropout(*a)[0]))
     for active in ([0, 2], [1, 2], [2, 4], [4, 5]):
@@ -167,7 +170,7 @@ def test_gradient_as_released(total):
 def test_released_in_a_language_model():
     model = tiny.model(rank=2, targets=("v_proj", "up_proj"), remat="none")
     adapter, frozen = tiny.trees(model)
-    defense = defenses.t_vaccine(causal_lm_loss(model), 1.0, 1, freeze="released")
+    defense = defenses.t_vaccine(causal_lm_loss(model), 1.0, 1, freeze="released", in_mlp=llama.in_mlp)
     batches = {"alignment": tiny.batch(0), "harmful": tiny.batch(1)}
     grads, state, _ = jax.jit(defense.gradient)(adapter, frozen, in_state([2], 4), batches, KEY)
     assert jax.tree.structure(defense.trainable(state, adapter)) == jax.tree.structure(adapter)
@@ -181,10 +184,18 @@ def test_released_in_a_language_model():
     ({"layers": {"attention": {"a": jnp.zeros((4, 2))}, "norm": {"b": jnp.zeros((4, 2))}}}, "layers/norm/b"),
     ({"attention": {"mlp": jnp.zeros((4, 2))}}, "attention/mlp")])
 def test_released_needs_to_know_the_blocks(adapter, name):
-    with pytest.raises(ValueError, match=rf"^t_vaccine: freeze='released': adapter: found leaf '{name}', "
+    with pytest.raises(ValueError, match=rf"^in_mlp: adapter: found leaf '{name}', "
                                          r"expected one of 'attention' and 'mlp' in its path$"):
-        defenses.t_vaccine(toy.loss_fn, layers=2, freeze="released").init(adapter)
-    defenses.t_vaccine(toy.loss_fn, layers=2).init(adapter)
+        defenses.t_vaccine(toy.loss_fn, layers=2, freeze="released", in_mlp=llama.in_mlp).init(adapter)
+    defenses.t_vaccine(toy.loss_fn, layers=2, in_mlp=llama.in_mlp).init(adapter)
+
+
+def test_released_has_to_be_told_what_an_mlp_is():
+    with pytest.raises(ValueError, match=r"^t_vaccine: in_mlp: found None, expected for freeze='released' a function"):
+        defenses.t_vaccine(toy.loss_fn, layers=2, freeze="released")
+    of_another = defenses.t_vaccine(toy.loss_fn, layers=2, freeze="released", in_mlp=lambda adapter: {"c": True})
+    with pytest.raises(ValueError):
+        of_another.init(toy.trees()[0])
 
 
 @pytest.mark.parametrize("name, expected", [
@@ -240,13 +251,27 @@ def test_a_nan_of_the_harmful_batch_is_seen():
     assert jnp.isnan(metrics["probabilities"]).all()
 
 
-def test_what_trains_is_the_states_active_layers_by_default():
-    defense = defenses.Defense(lambda adapter: (), None)
-    assert defense.trainable((), {}) is None
+def test_what_freezes_says_so():
+    """Nothing is taken from what a state's fields are called."""
     state = in_state([1], 4)
-    assert defense.trainable(state, {}) is state.active_layers
-    assert defenses.t_vaccine(toy.loss_fn).trainable(state, {}) is state.active_layers
+    defense = defenses.Defense(lambda adapter: (), None)
+    assert defense.trainable((), {}) is None and defense.trainable(state, {}) is None
+    t_vaccine = defenses.t_vaccine(toy.loss_fn)
+    assert t_vaccine.trainable(state, {}) is state.active_layers
+    assert defenses.booster(toy.loss_fn, base=t_vaccine).trainable(state, {}) is state.active_layers
     assert defenses.vaccine(toy.loss_fn).trainable((), {}) is None
+
+
+def test_what_counts_steps_says_so():
+    """And whatever is around it passes it on."""
+    for defense in (defenses.t_vaccine(toy.loss_fn, layers=2), defenses.lisa(toy.loss_fn)):
+        for wrapped in (defense, defenses.booster(toy.loss_fn, base=defense),
+                        defenses.only_layers(defense, np.ones(toy.L, bool))):
+            assert wrapped.counters == ("step",)
+        state = defense.init(toy.trees()[0])
+        assert {name for name in state._fields if jnp.issubdtype(
+            jax.tree.leaves(getattr(state, name))[0].dtype, jnp.integer)} == set(defense.counters)
+    assert defenses.vaccine(toy.loss_fn).counters == ()
 
 
 def test_mask_layers():

@@ -56,6 +56,11 @@ def in_blocks(adapter):
     return {"layers": {"attention": {"a": adapter["a"]}, "mlp": {"b": adapter["b"]}}}
 
 
+def in_mlp(adapter):
+    """Of an adapter `in_blocks`, as `llama.in_mlp` of a language model's; a prefix of the tree."""
+    return {"layers": {"attention": False, "mlp": True}}
+
+
 def blocks_loss(adapter, frozen, batch, perturbations=None, key=None):
     """loss_fn of an adapter `in_blocks`."""
     adapter = adapter["layers"]

@@ -12,28 +12,27 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from experiments import common, compare_pytorch, parity
-from experiments.align import AlignConfig
-from jaxvaccine import runs
+from experiments.parity import compare_pytorch
+from experiments.parity import steps as parity
+from jaxvaccine.json_files import read_json
 
 ROOT = Path(__file__).parents[2]
 
 
 def command(run_dir, *flags):
-    return subprocess.run([sys.executable, "-m", "experiments.compare_pytorch", f"--run_dir={run_dir}", *flags],
+    return subprocess.run([sys.executable, "-m", "experiments.parity.compare_pytorch", f"--run_dir={run_dir}", *flags],
                           cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("method", ["repnoise", "repnoise_booster"])
 def test_the_reference_draws_the_same_noise_in_a_process_without_float64(method):
     """Numbers drawn in float32 are others, not the same rounded."""
-    config = AlignConfig(run_dir="-", model="-", alignment_data="embedded_refusal@train", dtype="float64",
-                         harmful_data="embedded_harmful@harmful", **parity.METHODS[method])
+    problem = parity.Problem(parity.tiny_config(**parity.METHODS[method]), "float64", "-", None, [])
     assert not jax.config.jax_enable_x64
-    found = parity.repnoise_noise(config, 3, 1, (2, 5))
+    found = parity.repnoise_noise(problem, 3, 1, (2, 5))
     assert found.dtype == np.float64
     with jax.enable_x64(True):
-        np.testing.assert_array_equal(found, parity.repnoise_noise(config, 3, 1, (2, 5)))
+        np.testing.assert_array_equal(found, parity.repnoise_noise(problem, 3, 1, (2, 5)))
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def test_command_line(tmp_path):
     flags = ("--defense=t_vaccine", "--steps=2", "--dtype=bfloat16", "--remat=none")
     first = command(tmp_path / "run", *flags)
     assert first.returncode == 0, first.stderr[-3000:]
-    assert "| t_vaccine |" in first.stdout and "| JAX − PyTorch in float32 |" in first.stdout
+    assert "| T-Vaccine |" in first.stdout and "| JAX − PyTorch in float32 |" in first.stdout
     assert {"config.json", "comparison.json", "divergence.png", "report.md"} <= {
         path.name for path in (tmp_path / "run").iterdir()}
     result = json.loads((tmp_path / "run" / "comparison.json").read_text())["t_vaccine"]
@@ -69,22 +68,19 @@ def test_command_line(tmp_path):
 
 def test_on_a_model_directory(model_dir, tmp_path, in_this_process):
     config = compare_pytorch.CompareConfig(
-        run_dir=str(tmp_path / "run"), model=model_dir, defense=("booster", "vaccine_booster"), steps=2,
-        alignment_data="embedded_refusal@train[0:8]", harmful_data="embedded_harmful@harmful[0:8]")
-    flags = AlignConfig(
-        run_dir=config.run_dir, model=model_dir, dtype="float32", steps=2, rank=2, batch_size=2, harmful_batch_size=3,
-        max_length=400, alignment_data=config.alignment_data, harmful_data=config.harmful_data, remat="none")
-    methods = {name: AlignConfig(**common.result_flags(flags)[0] | common.result_flags(flags)[1]
-                                 | parity.METHODS[name]) for name in config.defense}
+        run_dir=str(tmp_path / "run"), model=model_dir, defense=("booster", "vaccine_booster"))
+    methods = compare_pytorch.read_methods(config, {
+        "steps": 2, "alignment_data": "embedded_refusal@train[0:8]", "harmful_data": "embedded_harmful@harmful[0:8]",
+        "rank": 2, "batch_size": 2, "harmful_batch_size": 3, "max_length": 400, "remat": "none"})
     compare_pytorch.compare(config, methods)
-    results = runs.read_json(tmp_path / "run" / "comparison.json")
+    results = read_json(tmp_path / "run" / "comparison.json")
     assert set(results) == set(config.defense)
     for result in results.values():
         assert result["steps"][0]["gradient"] < 1e-5
         assert max(step["loss"] for step in result["steps"]) < 1e-4
         assert result["peak_memory_jax"] > 1e6 and result["peak_memory_pytorch"] > 1e6
     report = (tmp_path / "run" / "report.md").read_text()
-    assert "## vaccine_booster" in report and "| booster |" in report
+    assert "## Booster on Vaccine" in report and "| Booster |" in report
 
 
 @pytest.mark.parametrize("flags, message", [

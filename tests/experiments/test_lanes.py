@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from experiments import align, common, finetune, lanes, presets
-from jaxvaccine import data, llama, save_model
+from jaxvaccine import data, defenses, llama, save_model
+from jaxvaccine.checkpoints import files
 from jaxvaccine.checkpoints.peft import load_adapter
 from jaxvaccine.data import world
-from jaxvaccine.json_files import write_json
 from jaxvaccine.llama_config import TARGETS, LlamaConfig
 from tests import jaxprs
 
@@ -34,7 +34,7 @@ def world_model(directory, layers=3):
     source = directory / "source"
     source.mkdir()
     vocab_size = world.write_tokenizer(source)
-    write_json(source / "config.json", {"eos_token_id": 0})
+    files.write_json(source / "config.json", {"eos_token_id": 0})
     model = llama.Llama(LlamaConfig(vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_layers=layers,
                                     num_heads=4, num_kv_heads=2, head_dim=8, max_position_embeddings=64))
     frozen = jax.tree.map(lambda x: x * 8 if x.ndim == 3 else x, llama.init_frozen(model, jax.random.key(0)))
@@ -82,7 +82,7 @@ def test_lanes_are_the_runs_of_finetune(model_dir, tmp_path, adapter, layers):
     start, _ = aligned_lanes(model_dir, config)
     attack = attack.resolve(dataclasses.asdict(config))
     tokenizer = data.load_tokenizer(model_dir)
-    sources = [{"alignment": (data.tokenize_examples(tokenizer, data.poison(
+    sources = [{"user": (data.tokenize_examples(tokenizer, data.poison(
         data.load_examples(attack.user_data), data.load_examples(attack.harmful_data), 16, 0.25, seed), 16), 4)}
         for seed in SEEDS]
     seen = []
@@ -100,19 +100,49 @@ def test_lanes_are_the_runs_of_finetune(model_dir, tmp_path, adapter, layers):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5, rtol=1e-3), found.lane(1)[1], merged)
 
 
-def test_t_vaccine_probes_only_when_due(model_dir):
-    """The step number is common to all lanes, so that the schedule's branches stay branches."""
-    config = align.AlignConfig(**ALIGN, defense="t_vaccine", model=model_dir, run_dir="-")
+def first_step(model_dir, config):
+    """The lanes' state before the first step, and how many branches the step has that all lanes take together."""
     start = lanes.fresh(common.load_base(model_dir, "checkpoint"), config, SEEDS)
     init, step = lanes._compiled(start.model, lanes._defense_alone(config), config.optimizer(), 6, False)
     state = init(start.adapters)
-    assert state.step.shape == state.defense.step.shape == ()
     row = {name: jnp.ones((2, 2, 16), jnp.int32) for name in ("input_ids", "labels", "attention_mask")}
     keys = jax.random.split(jax.random.key(0))
     jaxpr = jax.make_jaxpr(step)(state, start.frozen, {"alignment": row, "harmful": row}, keys,
                                  None)
     conditions = [eqn for eqn in jaxprs.equations(jaxpr) if eqn.primitive.name == "cond"]
-    assert sum(eqn.invars[0].aval.shape == () for eqn in conditions) >= 2
+    return state, sum(eqn.invars[0].aval.shape == () for eqn in conditions)
+
+
+@pytest.mark.parametrize("flags", [{"defense": "t_vaccine"}, {"defense": "booster", "base_defense": "t_vaccine"}])
+def test_t_vaccine_probes_only_when_due(model_dir, flags):
+    """The step number is common to all lanes, so that the schedule's branches stay branches."""
+    state, branches = first_step(model_dir, align.AlignConfig(**ALIGN, **flags, model=model_dir, run_dir="-"))
+    assert state.step.shape == state.defense.step.shape == ()
+    assert state.defense.probabilities.shape == (2, 3)
+    assert branches >= 2
+
+
+def test_a_defense_that_does_not_say_what_counts_steps(model_dir, monkeypatch):
+    """It loses its branches, and computes the same."""
+    config = align.AlignConfig(**ALIGN, defense="t_vaccine", model=model_dir, run_dir="-", progress=False)
+    _, branches = first_step(model_dir, config)
+    expected, expected_metrics = aligned_lanes(model_dir, config)
+
+    def forgetful(config):
+        return lambda model: defenses.Defense(*align.make_defense(config)(model)[:3])
+
+    monkeypatch.setattr(lanes, "make_defense", forgetful)
+    lanes._compiled.cache_clear()
+    try:
+        state, without = first_step(model_dir, config)
+        found, metrics = aligned_lanes(model_dir, config)
+    finally:
+        lanes._compiled.cache_clear()
+    assert state.defense.step.shape == (2,) and state.step.shape == ()
+    assert without == branches - 2
+    for name in ("active_layers", "loss", "probabilities"):
+        np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5, atol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5, rtol=1e-3), found.adapters, expected.adapters)
 
 
 def test_a_loss_that_is_not_finite(model_dir):

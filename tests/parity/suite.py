@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments import align, parity
-from experiments.align import AlignConfig
+from experiments.parity import steps as parity
+from jaxvaccine.experiment.align import AlignConfig
+from jaxvaccine.llama_config import LlamaConfig
 
 
 class Tolerance(NamedTuple):
@@ -28,22 +29,24 @@ FLOAT64 = Tolerance(first_gradient=1e-10, gradient=1e-10, loss=1e-10, adapter=1e
 STEPS = dict.fromkeys(("repnoise", "repnoise_booster", "tar", "tar_booster"), 5)
 
 
-def tiny_config(method: str, **flags) -> AlignConfig:
-    """Flags of a tiny run; without rematerialisation, which compiles sooner."""
-    return AlignConfig(**{
-        "run_dir": "unused", "model": "tiny", "alignment_data": "embedded_refusal@train",
-        "harmful_data": "embedded_harmful@harmful", "remat": "none", "dtype": "float32", "steps": STEPS.get(method, 50),
-        **parity.TINY_FLAGS, **parity.METHODS[method], **flags})
+def tiny_config(method: str, **values) -> AlignConfig:
+    """A tiny run; without rematerialisation, which compiles sooner."""
+    return parity.tiny_config(**{"remat": "none", "steps": STEPS.get(method, 50), **parity.METHODS[method], **values})
 
 
-def check(problem: parity.Problem, tolerance: Tolerance, make=align.make_defense, gradient=None
-          ) -> list[parity.StepRecord]:
-    """Runs both sides and returns the PyTorch side's records; make and gradient as of `jax_steps` and `torch_steps`.
+def tiny_problem(model_dir, method: str, dtype: str = "float32", architecture: LlamaConfig = parity.TINY, **values
+                 ) -> parity.Problem:
+    """`tiny_config`'s problem in a dtype, on a model that is written to model_dir."""
+    return parity.tiny_problem(model_dir, tiny_config(method, **values), dtype, architecture)
+
+
+def check(problem: parity.Problem, tolerance: Tolerance, defense_of=None, gradient=None) -> list[parity.StepRecord]:
+    """Runs both sides and returns the PyTorch side's records; arguments as of `jax_steps` and `torch_steps`.
 
     Raises:
       AssertionError: they differ by more than the tolerance; names step and quantity.
     """
-    found = list(parity.jax_steps(problem, make))
+    found = list(parity.jax_steps(problem, defense_of))
     expected = list(parity.torch_steps(problem, [record.active_layers for record in found], gradient))
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         difference = parity.compare(ours, theirs, problem.adapter)

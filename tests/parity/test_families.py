@@ -6,7 +6,6 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from experiments import parity
 from tests import tiny
 from tests.parity import suite
 
@@ -19,6 +18,5 @@ pytestmark = pytest.mark.usefixtures("quick_compile", "one_torch_thread")
 @pytest.mark.parametrize("family", ["mistral", "qwen2_window", "gemma2"])
 def test_two_steps(family, method, dtype, tmp_path):
     with jax.enable_x64(dtype == "float64"):
-        problem = parity.tiny_problem(
-            tmp_path / "model", suite.tiny_config(method, dtype=dtype, steps=2), tiny.FAMILIES[family])
+        problem = suite.tiny_problem(tmp_path / "model", method, dtype, tiny.FAMILIES[family], steps=2)
         suite.check(problem, suite.FLOAT64 if dtype == "float64" else suite.FLOAT32)

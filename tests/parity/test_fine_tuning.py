@@ -8,8 +8,9 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from experiments import parity, pytorch_methods
+from experiments.parity import pytorch_methods
 from jaxvaccine import defenses, losses
+from jaxvaccine.checkpoints import hugging_face
 from tests.parity import suite
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "one_torch_thread")
@@ -21,7 +22,7 @@ LISA = (2, 2, 0.7, 1.0)
 def fisher(model, problem):
     """Over the alignment batches of all steps, at the adapter that training starts from."""
     def init(adapter):
-        frozen = parity.hugging_face.load_model(problem.model_dir, dtype=problem.config.dtype)[1]
+        frozen = hugging_face.load_model(problem.model_dir, dtype=problem.dtype)[1]
         weights = defenses.diagonal_fisher(
             losses.causal_lm_loss(model), adapter, frozen, [batches["alignment"] for batches in problem.batches])
         return defenses.ewc(losses.causal_lm_loss(model), 50.0, weights).init(adapter)
@@ -44,10 +45,9 @@ METHODS = {
 def test_steps(method, dtype, tiny_dir):
     exact = dtype == "float64"
     with jax.enable_x64(True) if exact else contextlib.nullcontext():
-        config = suite.tiny_config("sft", dtype=dtype, steps=6, harmful_batch_size=4)
-        problem = parity.tiny_problem(tiny_dir, config)
+        problem = suite.tiny_problem(tiny_dir, "sft", dtype, steps=6, harmful_batch_size=4)
         problem = problem._replace(batches=[
             {"alignment": batches["alignment"], "user": batches["harmful"]} for batches in problem.batches])
         ours, theirs = METHODS[method]
         suite.check(problem, suite.FLOAT64 if exact else suite.FLOAT32,
-                    lambda config: lambda model: ours(model, problem), theirs(problem))
+                    lambda model: ours(model, problem), theirs(problem))

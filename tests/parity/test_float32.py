@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from experiments import parity
+from experiments.parity import steps as parity
 from tests.parity import suite
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "one_torch_thread")
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile", "one_torch_thread")
 @pytest.mark.parametrize("method", parity.METHODS)
 def test_steps(method, tiny_dir):
     """Clipping, decay, warm-up and cosine; T-Vaccine's layers freeze and come back among its fifty."""
-    records = suite.check(parity.tiny_problem(tiny_dir, suite.tiny_config(method)), suite.FLOAT32)
+    records = suite.check(suite.tiny_problem(tiny_dir, method), suite.FLOAT32)
     norms = [np.sqrt(parity.dot(record.gradient, record.gradient)) for record in records]
     clip_norm = parity.TINY_FLAGS["clip_norm"]
     assert max(norms) > clip_norm, "nothing was clipped"
@@ -30,16 +30,16 @@ def test_steps(method, tiny_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", parity.METHODS)
 def test_with_rematerialisation(method, tiny_dir):
-    suite.check(parity.tiny_problem(tiny_dir, suite.tiny_config(method, remat="full", steps=10)), suite.FLOAT32)
+    suite.check(suite.tiny_problem(tiny_dir, method, remat="full", steps=10), suite.FLOAT32)
 
 
 @pytest.mark.parametrize("method", ["booster", "t_vaccine_released"])
 def test_on_three_projections(method, tiny_dir):
     """As Booster was published."""
-    config = suite.tiny_config(method, targets=("q_proj", "k_proj", "v_proj"), steps=5)
-    suite.check(parity.tiny_problem(tiny_dir, config), suite.FLOAT32)
+    problem = suite.tiny_problem(tiny_dir, method, targets=("q_proj", "k_proj", "v_proj"), steps=5)
+    suite.check(problem, suite.FLOAT32)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
 def test_schedules(schedule, tiny_dir):
-    suite.check(parity.tiny_problem(tiny_dir, suite.tiny_config("sft", schedule=schedule, steps=5)), suite.FLOAT32)
+    suite.check(suite.tiny_problem(tiny_dir, "sft", schedule=schedule, steps=5), suite.FLOAT32)

@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from experiments import parity, pytorch_reference
+from experiments.parity import pytorch_reference
+from experiments.parity import steps as parity
 from tests.parity import suite
 
 pytestmark = pytest.mark.usefixtures("float64", "quick_compile", "one_torch_thread")
@@ -16,15 +17,16 @@ pytestmark = pytest.mark.usefixtures("float64", "quick_compile", "one_torch_thre
 
 @pytest.mark.parametrize("method", parity.METHODS)
 def test_steps(method, tiny_dir):
-    suite.check(parity.tiny_problem(tiny_dir, suite.tiny_config(method, dtype="float64")), suite.FLOAT64)
+    suite.check(suite.tiny_problem(tiny_dir, method, "float64"), suite.FLOAT64)
 
 
 def test_released_freezing_in_a_deep_model(tmp_path):
     """More than 26 layers, where the MLP adapters of one layer more train."""
     deep = dataclasses.replace(parity.TINY, num_layers=28, hidden_size=16, intermediate_size=24)
-    config = suite.tiny_config(
-        "t_vaccine_released", dtype="float64", steps=4, sample_every=1, layers=3, targets=("v_proj", "up_proj"))
-    records = suite.check(parity.tiny_problem(tmp_path / "model", config, deep), suite.FLOAT64)
+    problem = suite.tiny_problem(
+        tmp_path / "model", "t_vaccine_released", "float64", deep, steps=4, sample_every=1, layers=3,
+        targets=("v_proj", "up_proj"))
+    records = suite.check(problem, suite.FLOAT64)
     for record in records:
         first = record.active_layers.argmax()
         trained = np.abs(record.gradient["layers"]["mlp"]["up_proj"]["a"]).max(axis=(1, 2)) > 0
@@ -36,7 +38,7 @@ def test_the_float64_reference_is_transformers(tiny_dir):
     """What was replaced for float64 computes what transformers computes in float32."""
     import torch
 
-    problem = parity.tiny_problem(tiny_dir, suite.tiny_config("sft", steps=1))
+    problem = suite.tiny_problem(tiny_dir, "sft", steps=1)
     batch = problem.batches[0]["alignment"]
     ids, mask = (torch.tensor(batch[name], dtype=torch.long) for name in ("input_ids", "attention_mask"))
     exact, usual = (pytorch_reference.load_base(tiny_dir, dtype)(input_ids=ids, attention_mask=mask).logits.detach()

@@ -7,8 +7,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from experiments import parity, pytorch_reference
-from experiments.common import lora_of
+from experiments.parity import pytorch_reference
 from jaxvaccine.checkpoints import hugging_face
 from jaxvaccine.losses import causal_lm_loss
 from tests.parity import suite
@@ -19,12 +18,12 @@ pytestmark = pytest.mark.usefixtures("quick_compile", "one_torch_thread")
 def test_loss(tiny_dir):
     import torch
 
-    config = suite.tiny_config("sft", steps=1, targets=("q_proj",), max_length=20)
-    problem = parity.tiny_problem(tiny_dir, config)
-    model, frozen = hugging_face.load_model(tiny_dir, lora=lora_of(config), remat="none")
+    problem = suite.tiny_problem(tiny_dir, "sft", steps=1, targets=("q_proj",), max_length=20)
+    lora = problem.config.adapter.lora()
+    model, frozen = hugging_face.load_model(tiny_dir, lora=lora, remat="none")
     loss_fn = jax.jit(causal_lm_loss(model, block=8))
     reference = pytorch_reference.TorchModel(
-        pytorch_reference.load_base(tiny_dir, "float32"), lora_of(config), problem.adapter)
+        pytorch_reference.load_base(tiny_dir, "float32"), lora, problem.adapter)
     batch = problem.batches[0]["alignment"]
     full = batch | {"labels": np.where(batch["attention_mask"] == 1, batch["input_ids"], -100).astype(np.int32)}
     row_without = batch | {"labels": np.where(np.arange(4)[:, None] == 1, -100, batch["labels"]).astype(np.int32)}

@@ -15,18 +15,18 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from experiments import align, parity
-from experiments.common import lora_of
+from experiments.parity import steps as parity
 from jaxvaccine import activation_losses, defenses, llama, losses, optim
 from jaxvaccine.defenses import base
+from jaxvaccine.experiment import methods
 from jaxvaccine.llama_config import LoraConfig
 from tests.parity import suite
 
 pytestmark = pytest.mark.usefixtures("float64", "quick_compile", "one_torch_thread")
 
 # Six steps, with a new draw in each and p taken twice; few projections, which compile sooner.
-FLAGS = {"dtype": "float64", "steps": 6, "seed": 1, "layers": 1, "sample_every": 1, "probe_every": 4, "clip_norm": 0.1,
-         "targets": ("q_proj", "o_proj", "up_proj")}
+FLAGS = {"steps": 6, "seed": 1, "clip_norm": 0.1, "targets": ("q_proj", "o_proj", "up_proj")}
+T_VACCINE = {"layers": 1, "sample_every": 1, "probe_every": 4}
 # The package's names `vaccine`, `booster`, ... are the functions.
 vaccine, t_vaccine, booster = (
     importlib.import_module(f"jaxvaccine.defenses.{name}") for name in ("vaccine", "t_vaccine", "booster"))
@@ -73,7 +73,7 @@ def wrap_loss(change):
                 return change(loss_fn, adapter, frozen, batch, perturbations), {"perturbations": perturbations}
             return mutated
 
-        monkeypatch.setattr(align, "causal_lm_loss", mutant)
+        monkeypatch.setattr(methods, "causal_lm_loss", mutant)
     return patch
 
 
@@ -141,8 +141,8 @@ def wrap_layer_masked(update):
         def mutant(inner):
             transformation = original(inner)
             return optax.GradientTransformationExtraArgs(
-                transformation.init, lambda updates, state, params=None, *, active_layers=None, **extra_args: update(
-                    transformation.update, updates, state, params, active_layers))
+                transformation.init, lambda updates, state, params=None, *, trainable=None, **extra_args: update(
+                    transformation.update, updates, state, params, trainable))
         monkeypatch.setattr(optim, "layer_masked", mutant)
     return patch
 
@@ -150,7 +150,7 @@ def wrap_layer_masked(update):
 def moving_state(of_counts):
     """Step counts, or else moments, of frozen layers move on as if their gradients were 0."""
     def update(original, updates, state, params, mask):
-        new_updates, kept = original(updates, state, params, active_layers=mask)
+        new_updates, kept = original(updates, state, params, trainable=mask)
         _, moved = original(updates, state, params)
         return new_updates, jax.tree.map(
             lambda k, m: m if jnp.issubdtype(k.dtype, jnp.integer) == of_counts else k, kept, moved)
@@ -158,8 +158,8 @@ def moving_state(of_counts):
 
 
 def decay_of_frozen_layers(original, updates, state, params, mask):
-    new_updates, state = original(updates, state, params, active_layers=mask)
-    decay = jax.tree.map(lambda w: suite.tiny_config("sft").weight_decay * w, params)
+    new_updates, state = original(updates, state, params, trainable=mask)
+    decay = jax.tree.map(lambda w: suite.tiny_config("sft").training.weight_decay * w, params)
     active = base.mask_layers(mask, decay)
     return jax.tree.map(lambda u, d, a: u + d - a, new_updates, decay, active), state
 
@@ -212,7 +212,8 @@ def probe_on_alignment_data(original, adapter, frozen, state, batches, key):
 
 def both_passes_gradients(original, adapter, frozen, state, batches, key):
     grads, state, metrics = original(adapter, frozen, state, batches, key)
-    model = llama.Llama(parity.TINY, lora_of(suite.tiny_config("vaccine", **FLAGS)), dtype=jnp.float64, remat="none")
+    lora = suite.tiny_config("vaccine", **FLAGS).adapter.lora()
+    model = llama.Llama(parity.TINY, lora, dtype=jnp.float64, remat="none")
     loss_fn = losses.causal_lm_loss(model)
     first = jax.grad(lambda w: loss_fn(w, frozen, batches["alignment"])[0])(adapter)
     return jax.tree.map(jnp.add, grads, first), state, metrics
@@ -245,8 +246,8 @@ MUTANTS = {
         defenses, "t_vaccine", lambda *args, make=defenses.t_vaccine, **more: make(
             *args, **{**more, "freeze": "layer"}))),
     "MLP adapters that are never frozen": ("t_vaccine_released", lambda monkeypatch: monkeypatch.setattr(
-        t_vaccine, "released_masks", lambda active, adapter: {"layers": {
-            "attention": active, "mlp": jnp.ones_like(active)}})),
+        t_vaccine, "released_masks", lambda active, in_mlp: jax.tree.map(
+            lambda mlp: jnp.ones_like(active) if mlp else active, in_mlp))),
     # Booster
     "the sign of the regularizer": ("booster", booster_from(lambda f, term: (f, jax.tree.map(jnp.negative, term)))),
     "clipping before the sum": ("booster", booster_from(lambda f, term: (clip(f), clip(term)))),
@@ -267,7 +268,7 @@ MUTANTS = {
         lambda model, frozen, a: a._replace(mlp=a.inputs))),
     # TAR
     "the tamper-resistance gradient before the attack": ("tar", replace(
-        align, "adversary", lambda config: optax.sgd(0.0))),
+        methods.Tar, "optimizer", lambda self: optax.sgd(0.0))),
     "the tamper-resistance gradient lost": ("tar", lambda monkeypatch: monkeypatch.setattr(
         defenses, "tar", functools.partial(lambda make, *args: make(*args[:-2], 0.0, args[-1]), defenses.tar))),
     # Loss and model
@@ -288,7 +289,7 @@ MUTANTS = {
 
 
 def problem(method, tiny_dir):
-    return parity.tiny_problem(tiny_dir, suite.tiny_config(method, **FLAGS))
+    return suite.tiny_problem(tiny_dir, method, "float64", **FLAGS, **(T_VACCINE if "t_vaccine" in method else {}))
 
 
 @pytest.mark.parametrize("method", sorted({method for method, _ in MUTANTS.values()}))

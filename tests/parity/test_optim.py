@@ -18,7 +18,7 @@ L, SHAPE = 4, (3, 2)
 
 
 def prefix(per, drawn):
-    """What is given as active_layers, from masks [3, L] of the leaves attention.a, attention.b and mlp.a."""
+    """What is given as trainable, from masks [3, L] of the leaves attention.a, attention.b and mlp.a."""
     if per == "layer":
         return drawn[0]
     if per == "block":
@@ -50,7 +50,7 @@ def test_adamw_with_frozen_parameters(clip_norm, per, frozen):
     for mask in masks:
         leaves, structure = jax.tree.flatten(params)
         grads = [rng.normal(size=leaf.shape) * on[:, None, None] for leaf, on in zip(leaves, mask, strict=True)]
-        updates, state = update(structure.unflatten(grads), state, params, active_layers=prefix(per, mask))
+        updates, state = update(structure.unflatten(grads), state, params, trainable=prefix(per, mask))
         params = optax.apply_updates(params, updates)
         for parameter, gradient, on in zip(torch_params, (g for leaf in grads for g in leaf), mask.flat, strict=True):
             parameter.grad = torch.tensor(gradient) if on else None
