@@ -224,6 +224,21 @@ def plot_draws(path: Path, steps: Sequence[int], probabilities: np.ndarray, acti
     plots.save(figure, path)
 
 
+def plot_plan_draws(path: Path, table: pd.DataFrame, backbone: str, method: str, seed: int) -> None:
+    """`plot_draws` of one alignment in a table with the measures probabilities and active_layers by layer.
+
+    Raises:
+      ValueError: it has none.
+    """
+    rows = results.pick(table, backbone=backbone, method=method, seed=seed, stage="alignment")
+    drawn = [results.pick(rows, measure=measure).pivot(index="step", columns="layer", values="value")
+             for measure in ("probabilities", "active_layers")]
+    if not all(map(len, drawn)):
+        raise ValueError(f"{method} on {backbone}, seed {seed}: found no probabilities and active_layers by layer, "
+                         "expected those of an alignment with T-Vaccine")
+    plot_draws(path, list(drawn[0].index), *(each.to_numpy() for each in drawn))
+
+
 def plot_attacks(path: Path, attacks: Sequence[Attacked]) -> None:
     """A panel per attack: HS over attack steps by layer, mean over runs."""
     figure, axes = plots.panels(len(attacks), columns=2, size=(4.4, 3.2))

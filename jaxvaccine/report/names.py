@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from jaxvaccine.experiment.plans import split_method
+
 METHODS = {"none": "as it comes", "sft": "SFT", "vaccine": "Vaccine", "t_vaccine": "T-Vaccine", "booster": "Booster",
            "repnoise": "RepNoise", "tar": "TAR", "lisa": "Lisa", "ewc": "EWC", "kl": "KL"}
 # Settings that say what a method builds on.
@@ -88,8 +90,12 @@ def split_settings(text: str) -> list[str]:
 
 def method(text: str) -> str:
     """"t_vaccine:freeze=released" -> "T-Vaccine (freeze = released)", "sft+lisa" -> "SFT + Lisa"."""
-    head, *items = split_settings(text) or [""]
-    name = " + ".join(_plain(part) for part in head.split("+"))
+    return " + ".join(_defense(part) for part in split_method(text) if part)
+
+
+def _defense(text: str) -> str:
+    head, *items = split_settings(text)
+    name = _plain(head)
     settings = []
     for item in items:
         key, _, value = item.partition("=")

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from jaxvaccine.experiment.plans import split_method
 from jaxvaccine.report import names, plots, results, statistics, tables
 from jaxvaccine.report.statistics import Estimate, estimate_rows
 from jaxvaccine.report.style import INK, Style, styles
@@ -38,7 +39,7 @@ def cells_of(table: pd.DataFrame) -> Cells:
     rows = table[table["stage"] != "backbone"]
     attacked = rows.loc[rows["stage"] == "attack", ["method", "attack"]].drop_duplicates()
     pairs = list(attacked.itertuples(index=False, name=None))
-    known = {method.partition(":")[0].partition("+")[0] for method, _ in pairs} | {method for method, _ in pairs}
+    known = {of for method, _ in pairs for of in (method, split_method(method)[0])}
     pairs += [(method, "") for method in rows["method"].unique() if method not in known]
     order = {method: i for i, method in enumerate(rows["method"].unique())}
     return Cells(sorted(pairs, key=lambda pair: order[pair[0]]), list(rows["backbone"].unique()),
@@ -46,8 +47,9 @@ def cells_of(table: pd.DataFrame) -> Cells:
 
 
 def score_measures(table: pd.DataFrame) -> dict[str, names.Measure]:
-    """The measures that are scores of a model, or that nothing is known of; not what a study takes on its way."""
-    found = table.loc[table["layer"].isna(), "measure"].unique()
+    """The measures that are scores of a model, or that nothing is known of; not what is taken on its way."""
+    found = dict.fromkeys(measure for part in (results.backbones, results.aligned, results.attacked)
+                          for measure in part(table)["measure"])
     return names.measures(name for name in found if names.measure(name).about or name not in names.MEASURES)
 
 

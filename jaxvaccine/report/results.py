@@ -1,7 +1,8 @@
 """The tidy table of a plan's results, and the parts of it that reports show.
 
 A row is a measured number (jaxvaccine/experiment/results.py). Scores of an aligned model stand at the last step of its
-alignment; an attack has rows for its steps from 1 on, and its step 0 is the aligned model. """
+alignment; an attack has rows for its steps from 1 on, and its step 0 is the aligned model.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from jaxvaccine.experiment.plans import split_method
 from jaxvaccine.experiment.results import COLUMNS, TABLE
 
 TEXTS = ("backbone", "method", "attack", "stage", "measure")
@@ -76,8 +78,8 @@ def aligned(table: pd.DataFrame) -> pd.DataFrame:
     rows = rows[rows["step"] == rows.groupby(["backbone", "method", "seed"])["step"].transform("max")]
     parts = [rows]
     for method in table["method"].unique():
-        first = method.partition(":")[0].partition("+")[0]
-        if first != method and "+" in method.partition(":")[0] and not (rows["method"] == method).any():
+        first, tuning = split_method(method)
+        if tuning and not (rows["method"] == method).any():
             parts.append(pick(rows, method=first).assign(method=method))
     return pd.concat(parts) if len(parts) > 1 else rows
 
@@ -96,7 +98,7 @@ def along(table: pd.DataFrame, measure: str) -> pd.DataFrame:
     start = pick(aligned(table), measure=measure).drop(columns=["attack", "step"]).merge(
         rows[CELL].drop_duplicates(), on=["backbone", "method", "seed"]).assign(step=0)
     # A measure that depends on the attack may have been taken at its step 0 itself.
-    return pd.concat([rows, start])[list(COLUMNS)].drop_duplicates([*CELL, "step"]) if len(start) else rows
+    return pd.concat([start, rows])[list(COLUMNS)].drop_duplicates([*CELL, "step"], keep="last") if len(start) else rows
 
 
 def has_steps(rows: pd.DataFrame) -> bool:

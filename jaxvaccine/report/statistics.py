@@ -1,7 +1,7 @@
 """The numbers of every report: mean ± standard deviation, one 95% interval, rank correlations over layers.
 
-A run is a backbone and a seed. By scipy.stats where it has them; ours is the hierarchical bootstrap alone, which it has
-not.
+A run is a backbone and a seed. By scipy.stats where it has them (imported when it is asked: it takes a second); ours is
+the hierarchical bootstrap alone, which it has not.
 """
 
 import math
@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 PERCENT_BOUNDS = (0.0, 100.0)
 RESAMPLES = 10_000
@@ -40,6 +39,8 @@ class Estimate(NamedTuple):
 
 def interval(values: np.ndarray, bounds: tuple[float, float] = (-math.inf, math.inf)) -> tuple[float, float]:
     """95% interval of the mean over runs: Student's t, cut at the bounds of the quantity; NaN of a single run."""
+    from scipy import stats
+
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         return math.nan, math.nan
@@ -74,6 +75,8 @@ def estimate_rows(rows: pd.DataFrame, percent: bool = False) -> Estimate | None:
 
 def rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Spearman's ρ over the last axis of [..., L]; NaN where one of both is constant."""
+    from scipy import stats
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
         return np.asarray(stats.spearmanrho(np.asarray(x, float), np.asarray(y, float), axis=-1).statistic)
@@ -98,6 +101,8 @@ def permutation_p(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> flo
     The layers are exchanged in all runs alike: runs share what is due to a layer's place, and are no independent
     evidence of it. All orders of up to seven layers are gone through, else RESAMPLES random ones and the one found.
     """
+    from scipy import stats
+
     def standard_ranks(values: np.ndarray) -> np.ndarray:  # of norm 1, so that ρ is a product and ranks are taken once
         ranks = stats.rankdata(values, axis=-1)
         ranks -= ranks.mean(-1, keepdims=True)

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from jaxvaccine.experiment.plans import split_method
 from jaxvaccine.report import names
 
 INK = "#444444"  # axes, text beside data
@@ -66,6 +67,6 @@ def family_of(text: str) -> tuple[str, bool]:
 
     "sft+lisa" is Lisa as people know it, after plain alignment; "booster+lisa" is a variant of Lisa.
     """
-    head, *settings = names.split_settings(text) or [""]
-    aligned, _, tuning = head.partition("+")
-    return tuning or aligned, not settings and (not tuning or aligned == "sft")
+    aligned, tuning = split_method(text)
+    family = names.split_settings(tuning or aligned)[0]
+    return family, text in (family, f"sft+{family}")

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from jaxvaccine.evaluation.tasks import wilson_interval
+from jaxvaccine.evaluation.rates import wilson_interval
 from jaxvaccine.report.results import COLUMNS
 
 PROMPTS = 100

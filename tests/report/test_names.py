@@ -8,9 +8,10 @@ from jaxvaccine.report import names
 @pytest.mark.parametrize("text, expected", [
     ("sft", "SFT"), ("t_vaccine", "T-Vaccine"), ("repnoise", "RepNoise"), ("none", "as it comes"),
     ("t_vaccine:freeze=released", "T-Vaccine (freeze = released)"),
-    ("booster:base_defense=vaccine", "Booster on Vaccine"), ("booster:base=t_vaccine:lam=0.3",
-                                                             "Booster on T-Vaccine (lam = 0.3)"),
-    ("sft+lisa", "SFT + Lisa"), ("booster+ewc:lam=0.2", "Booster + EWC (lam = 0.2)"), ("sft+kl", "SFT + KL"),
+    ("booster:base_defense=vaccine", "Booster on Vaccine"),
+    ("booster:base=t_vaccine:lam=0.3", "Booster on T-Vaccine (lam = 0.3)"),
+    ("sft+lisa", "SFT + Lisa"), ("sft+kl", "SFT + KL"),
+    ("booster:lam=0.2+lisa:lisa_rho=0.1", "Booster (lam = 0.2) + Lisa (lisa rho = 0.1)"),
     ("tar:inner_steps=4:adversary=sgd", "TAR (inner steps = 4, adversary = sgd)"),
     ("booster:exact=true", "Booster (exact)"), ("vaccine:targets=q_proj+k_proj", "Vaccine (targets = q_proj, k_proj)"),
     ("booster:harmful_data=world_harmful@harmful[0:20]:alpha=0.3",

@@ -6,14 +6,14 @@ from tests.report.synthetic import frame, plan_table, rate, row
 
 
 def written(folder, text):
-    (folder / results.RESULTS).write_text(text, encoding="utf-8")
+    (folder / results.TABLE).write_text(text, encoding="utf-8")
     return folder
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path):
     table = plan_table(seeds=(0, 5))
     table.loc[0, "backbone"] = "NA"  # a name like any other
-    table.to_csv(tmp_path / results.RESULTS, index=False)
+    table.to_csv(tmp_path / results.TABLE, index=False)
     found = results.read_results(tmp_path)
     assert found.columns.tolist() == list(results.COLUMNS) and len(found) == len(table)
     for name in results.COLUMNS:

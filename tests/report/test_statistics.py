@@ -1,5 +1,6 @@
 """The one mean, deviation and interval of all reports, and rank correlations, against scipy and written out."""
 
+import itertools
 import math
 
 import numpy as np
@@ -66,7 +67,8 @@ def test_permutation_p():
     assert statistics.permutation_p(x[:, ::-1], x, rng) == pytest.approx(2 / 6)
     x, y = rng.normal(size=(2, 1, 7))
     expected = scipy.stats.permutation_test(
-        (x[0],), lambda x: scipy.stats.spearmanr(x, y[0]).statistic, permutation_type="pairings", n_resamples=np.inf)
+        (x[0],), lambda x, axis: scipy.stats.spearmanrho(x, y[0], axis=axis).statistic, permutation_type="pairings",
+        n_resamples=np.inf)
     found = statistics.permutation_p(x, y, rng)
     assert found == pytest.approx(min(1, expected.pvalue), abs=0.02)
     # Too many orders to go through.
@@ -77,8 +79,6 @@ def test_permutation_p():
 
 def test_permutation_p_written_out():
     """All 24 orders of four layers, exchanged in both runs alike."""
-    import itertools
-
     x, y = np.random.default_rng(3).normal(size=(2, 2, 4))
 
     def distance(order):

@@ -26,8 +26,8 @@ def test_percentages_of_one_run_and_without_intervals():
 
 
 @pytest.mark.parametrize("values, expected", [
-    ([0.5, 1.5], "1.00 ± 0.71"), ([12.345], "12.3"), ([1230.0, 1270.0], "1.25e+03 ± 28"), ([2.0, 2.0], "2 ± 0"),
-    ([12.0, 14.5], "13.2 ± 1.8"), ([1e-7, 3e-7], "2e-07 ± 1.4e-07"), ([], "–"), ([3.0, np.inf], "inf ± nan"),
+    ([0.5, 1.5], "1.00 ± 0.71"), ([12.345], "12.3"), ([1230.0, 1270.0], "1250 ± 28"), ([2.0, 2.0], "2 ± 0"),
+    ([12.0, 14.5], "13.2 ± 1.8"), ([1e-7, 3e-7], "2e-07 ± 1.4e-07"), ([], "–"), ([3.0, np.inf], "inf"),
 ])  # fmt: skip
 def test_other_numbers(values, expected):
     with np.errstate(invalid="ignore"):

@@ -1,0 +1,165 @@
+"""Panels: their tables, lines over numbers and dot plots of names; and the attacker who chooses."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jaxvaccine.experiment.plans import Panel, Point
+from jaxvaccine.report import panels, worst_case
+from jaxvaccine.report.statistics import estimate
+from jaxvaccine.report.style import METHODS
+from jaxvaccine.report.worst_case import Attack
+from tests.report.synthetic import frame, labelled, plan_table, rate, rows_of
+
+P = "poison_ratio=0.1"
+
+
+def over(name, values, methods, default):
+    return Panel(f"Setting {name}", name, {method: [
+        Point(value, method if value == default else f"{method}:{name}={value}", P) for value in values]
+        for method in methods})
+
+
+ABLATION = Panel("Parts", "", {"t_vaccine": [
+    Point("T-Vaccine", "t_vaccine", P), Point("the most probable layers", "t_vaccine:draw=top", P),
+    Point("no perturbation", "t_vaccine:rho=0", P)]})
+
+
+def table_of(*of, attacks=(P,), **changes):
+    methods = dict.fromkeys(point.method for panel in of for curve in panel.curves.values() for point in curve)
+    return plan_table(list(methods), attacks, with_backbone=False, **changes)
+
+
+def test_scores_of_a_point():
+    at = {"stage": "attack", "attack": P}
+    table = frame([
+        *(rate(measure, value, seed=seed) for seed, hs in enumerate((0, 10)) for measure, value in (
+            ("harmful_score", hs), ("sst2", 1), ("over_refusal", 4))),
+        rate("harmful_score", 99, seed=7),  # aligned and not attacked
+        *(rate(measure, value, seed=seed, step=step, **at) for seed, (early, late) in enumerate(((20, 80), (10, 10)))
+          for step, hs, fa in ((10, early, 2), (40, late, 3))
+          for measure, value in (("harmful_score", hs), ("sst2", fa))),
+    ])
+    found = panels.read_scores(table)["sft", P]
+    # (10 · (0 + 20) / 2 + 30 · (20 + 80) / 2) / 40
+    for each, expected in zip(found, ([0, 10], [80, 10], [40, 10], [3, 3], [4, 4]), strict=True):
+        np.testing.assert_allclose(each.values, expected)
+
+
+def test_lines_over_a_number(tmp_path, figures):
+    panel = over("rho", ("15", "0.5", "5.0", "50"), ("vaccine", "t_vaccine"), "5.0")
+    table = table_of(panel)
+    text = panels.panel_report(table, tmp_path, panel, 3)
+    assert text.startswith("## Setting rho\n") and "![Setting rho](panel3.png)" in text
+    rows = rows_of(text)
+    assert rows[0] == ["method", "rho", "HS % aligned", "HS % attacked", "HS % along the attack", "FA % attacked",
+                       "over-refusal % aligned"]
+    assert [row[:2] for row in rows[1:]] == [[name, x] for name in ("Vaccine", "T-Vaccine")
+                                             for x in ("15", "0.5", "5.0", "50")]
+    values = table.query("method == 't_vaccine' and step == 100 and measure == 'harmful_score'")["value"]
+    assert rows[7][3].startswith(f"{values.mean():.1f} ± {values.std():.1f} (")
+    axes = figures["panel3.png"].axes
+    assert axes[0].get_xscale() == "log" and axes[0].get_xlabel() == "rho"
+    assert axes[-1].get_ylabel() == "HS along the attack (%),\nlower is better"
+    line = labelled(axes[-1])["T-Vaccine"].lines[0]
+    assert line.get_xdata().tolist() == [0.5, 5, 15, 50] and line.get_color() == METHODS["t_vaccine"].color
+    scores = panels.read_scores(table)
+    np.testing.assert_allclose(line.get_ydata().astype(float), [scores[f"t_vaccine{more}", P].along.mean for more in (
+        ":rho=0.5", "", ":rho=15", ":rho=50")])
+
+
+def test_names_are_a_dot_plot(tmp_path, figures):
+    text = panels.panel_report(table_of(ABLATION), tmp_path, ABLATION, 0)
+    assert [row[0] for row in rows_of(text)] == ["variant", *(point.x for point in ABLATION.curves["t_vaccine"])]
+    assert "Not drawn: HS attacked (every mean is " in text and "FA attacked (every mean is " in text
+    (axis,) = figures["panel0.png"].axes
+    assert axis.get_xlabel() == "HS along the attack (%), lower is better"
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == [
+        "T-Vaccine", "the most probable layers", "no perturbation"]
+    assert all(c.lines[0].get_linestyle() == "None" for c in axis.containers)
+    # An x axis that has a name but no numbers.
+    named = Panel("Projections", "projections", {method: [Point("q, k", f"{method}:targets=q_proj+k_proj", P),
+                                                          Point("all", method, P)] for method in ("sft", "vaccine")})
+    rows = rows_of(panels.panel_report(table_of(named), tmp_path, named, 1))
+    assert rows[0][:2] == ["method", "projections"] and rows[1][:2] == ["SFT", "q, k"]
+    assert figures["panel1.png"].axes[0].get_yticklabels()[0].get_text() == "q, k"
+
+
+def test_learning_rates_are_logarithmic(tmp_path, figures):
+    panel = Panel("Learning rate", "learning rate", {"sft": [Point(rate, "sft", f"{P}:learning_rate={rate}")
+                                                             for rate in ("0.0001", "0.0002", "0.0005")]})
+    table = table_of(panel, attacks=tuple(point.attack for point in panel.curves["sft"]))
+    panels.panel_report(table, tmp_path, panel, 0)
+    axis = figures["panel0.png"].axes[-1]
+    assert axis.get_xscale() == "log" and [t.get_text() for t in axis.get_xticklabels()] == ["0.0001", "0.0002",
+                                                                                             "0.0005"]
+
+
+def test_a_report_of_panels(tmp_path, figures):
+    text = panels.panels_report(table_of(ABLATION, seeds=(0,), steps=(100,)), tmp_path, "Parts of methods",
+                                [ABLATION, ABLATION], ["world"], [0])
+    assert text.startswith("# Parts of methods\n") and text.count("## Parts\n") == 2
+    assert "One run: world, seed 0." in text and "along the attack |" not in text
+    assert "HS: answers" in text and "FA: correct" in text
+
+
+PANEL = over("lam", ("0", "0.1", "0.2"), ("booster", "sft"), "0.2")
+TABLE = table_of(PANEL, seeds=(0, 1), steps=(50, 100))
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.booleans(), min_size=24, max_size=24), st.sampled_from([PANEL, ABLATION]))
+def test_gaps(tmp_path, figures, there, panel):
+    """Any runs may be missing: every point has its row, with numbers where there is an attack."""
+    runs = TABLE[["method", "seed", "stage"]].apply(tuple, axis=1)
+    kept = {run for run, keep in zip(runs.unique(), there, strict=True) if keep}
+    table = TABLE[[run in kept for run in runs]]
+    text = panels.panel_report(table, tmp_path, panel, 0)
+    attacked = set(table[table["stage"] == "attack"]["method"])
+    points = [point for curve in panel.curves.values() for point in curve]
+    for point, line in zip(points, rows_of(text)[1:], strict=True):
+        assert (point.method in attacked) == any(character.isdigit() for cell in line[2:] for character in cell)
+    missing = sum(point.method not in attacked for point in points)
+    assert (f"Missing so far: {missing} of {len(points)} points." in text) == bool(missing)
+    assert "nan" not in text
+
+
+def attack(setting, step, hs, fa):
+    return Attack(setting, step, estimate([hs - 10.0, hs + 10.0]), estimate([fa, fa]))
+
+
+def test_the_worst_case_serves_the_user():
+    attacks = [attack("slow", 50, 30, 99), attack("slow", 100, 70, 98), attack("slow", 200, 70, 100),
+               attack("fast", 100, 95, 97), attack("nothing", 0, 0, 100)]
+    assert worst_case.worst_case(attacks) is attacks[1]  # fast is out for its FA, 200 steps are no worse than 100
+    assert worst_case.fewest_steps(attacks) == 100
+    assert worst_case.fewest_steps(attacks[:1]) is None
+
+
+def test_a_report_of_the_worst_case(tmp_path, figures):
+    settings_of = {P: ((50, 20, 90), (100, 60, 99)), f"{P}:learning_rate=1e-3": ((50, 90, 95), (100, 80, 98))}
+    rows = [rate(measure, 0, seed=seed) for seed in (0, 1) for measure in ("harmful_score", "sst2")]
+    rows += [rate(measure, value, seed=seed, stage="attack", attack=name, step=step) for seed in (0, 1)
+             for name, along in settings_of.items() for step, hs, fa in along
+             for measure, value in (("harmful_score", hs), ("sst2", fa))]
+    panel = Panel("Attacks", "", {"sft": [Point("as elsewhere", "sft", P), *(Point(name, "sft", name)
+                                                                             for name in list(settings_of)[1:])],
+                                  "booster": [Point("as elsewhere", "booster", P)]})
+    text = worst_case.worst_case_report(frame(rows), tmp_path, panel)
+    assert text.startswith("## 2 attack settings")
+    assert rows_of(text)[1:] == [[
+        "SFT", "60.0 ± 0.0 (60–60)", "99.0 ± 0.0 (99–99)", "80.0 ± 0.0 (80–80)", "98.0 ± 0.0 (98–98)",
+        "p = 0.1, learning rate = 1e-3, after 100 steps", "50"]]
+    (axis,) = figures["worst_case.png"].axes
+    every = axis.lines[0].get_xydata()
+    assert axis.get_title(loc="left") == "SFT" and axis.lines[0].get_color() == METHODS["sft"].color
+    # Both settings after 50 and 100 steps, and the aligned model before each.
+    assert sorted(map(tuple, every)) == [(0, 0), (0, 0), (90, 20), (95, 90), (98, 80), (99, 60)]
+    assert [tuple(labelled(axis)[name].get_xydata()[0]) for name in ("the usual attack's end", "the worst case")] == [
+        (99, 60), (98, 80)]
+
+
+def test_a_worst_case_needs_the_users_task():
+    with pytest.raises(ValueError, match="found no measure of the user's task, expected one of sst2"):
+        worst_case.read_attacks(frame([rate("harmful_score", 1)]), ABLATION)

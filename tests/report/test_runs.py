@@ -1,0 +1,158 @@
+"""The reports of single runs: training, evaluation, two judges, two implementations, a paper's figures."""
+
+import json
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from jaxvaccine.evaluation.agreement import agreement
+from jaxvaccine.experiment.plans import Panel, Point
+from jaxvaccine.report import published
+from jaxvaccine.report.agreement import agreement_report
+from jaxvaccine.report.divergence import HEADINGS, YARDSTICK, write_comparison_report
+from jaxvaccine.report.evaluation import write_evaluation_report
+from jaxvaccine.report.style import METHODS
+from jaxvaccine.report.training import write_training_report
+from tests.report.synthetic import frame, labelled, rate, rows_of
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    config = {"flags": {"lam": 0.2, "defense": "booster"}, "data": {"dropped": {"alignment": 2, "harmful": 0}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def write_metrics(folder, count, **more):
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(
+        {"step": i, "tokens": 1000, "loss": 2.0 - i / count, "gradient_norm": 10.0 ** -i, **more}) + "\n"
+        for i in range(count)))
+
+
+def test_training(run_dir, figures):
+    write_metrics(run_dir, 10, harmful_loss=1.0)
+    write_training_report(run_dir, "Booster")
+    text = (run_dir / "report.md").read_text()
+    assert text.startswith("# Booster\n\n10 steps, 10,000 tokens read.\n")
+    assert rows_of(text) == [["", "first step", "mean of the last 1"], ["loss", "2", "1.1"], ["harmful loss", "1", "1"],
+                             ["gradient norm", "1", "1e-09"]]
+    assert "fill --max_length alone: {'alignment': 2}." in text
+    assert "## Flags\n\n- lam: 0.2\n- defense: \"booster\"\n" in text
+    axes = figures["metrics.png"].axes
+    assert [axis.get_ylabel() for axis in axes] == ["loss (nats per token)", "harmful loss (nats per token)",
+                                                    "gradient norm"]
+    assert [axis.get_yscale() for axis in axes] == ["linear", "linear", "log"]
+    assert axes[0].get_xlabel() == "step" and labelled(axes[0])["every step"].get_ydata()[0] == 2
+
+
+def test_a_long_training_has_a_running_mean(run_dir, figures):
+    write_metrics(run_dir, 100)
+    write_training_report(run_dir, "SFT")
+    mean = labelled(figures["metrics.png"].axes[0])["mean of 5 steps"]
+    # Of a straight line it is the line itself, where it is known.
+    np.testing.assert_allclose(mean.get_ydata(), 2 - mean.get_xdata() / 100)
+    assert mean.get_xdata().tolist() == list(range(2, 98))
+
+
+def test_evaluation(run_dir):
+    def result(score, **more):
+        return {"score": score, "interval": [score - 5, score + 5], "n": 40, "empty": 1, **more}
+
+    write_evaluation_report(run_dir, "runs/sft", {
+        "harmful_loss": {"loss": 1.23456, "n": 7},
+        "harmful_score": result(50.0, unparsable=10, mean_judge_score=2.5, flagged={"theft": 3},
+                                categories={"violence": {"score": 10.0, "interval": [5, 20], "n": 9}}),
+        "gsm8k": result(70.0, lenient_accuracy=80.0, lenient_interval=[75, 90]),
+        "alpaca_eval": result(20.0, unparsable=1, mean_length=11.0)})
+    text = (run_dir / "report.md").read_text()
+    assert rows_of(text) == [
+        ["task", "% (95% interval)", "prompts", "empty answers", "also"],
+        ["HS", "50.0 (45–55)", "40", "1", "mean judge score 2.50"],
+        ["FA GSM8K", "70.0 (65–75)", "40", "1", "lenient accuracy 80.0 (75–90)"],
+        ["AlpacaEval win rate", "20.0 (15–25)", "40", "1", "mean length 11.00"]]
+    assert "Loss h(w) on 7 harmful examples: 1.2346 nats a token." in text
+    # 20 unsafe of 40, and were the 10 others too, 30 of 50.
+    assert "10 of 50 verdicts could not be read" in text and "it would be 60.0%" in text
+    assert rows_of(text, "## HS by harm category")[1] == ["violence", "10.0 (5–20)", "9"]
+    assert rows_of(text, "## What the judge flags")[1] == ["theft", "3"]
+    assert "1 of 41 comparisons could not be read" in text and "- lam: 0.2" in text
+
+
+def test_two_judges():
+    first = ["unsafe", "unsafe", "safe", "safe", "unparsable"]
+    text = agreement_report(agreement(first, ["unsafe", "safe", "safe", "safe", "safe"]), "keyword", "a model",
+                            "differ.jsonl")
+    assert text.startswith("# keyword and a model on 5 answers\n") and "differ.jsonl" in text
+    assert rows_of(text)[1] == ["keyword: unsafe", "1", "1", "0"]
+    assert "Of 4 answers that both could judge they agree on 75.0%" in text and "Cohen's kappa 0.500 (" in text
+    text = agreement_report(agreement(["safe"] * 3, ["safe"] * 3), "a", "b", "c")
+    assert "kappa is not defined" in text
+
+
+def steps(scale, count=3):
+    return [{"step": i, **dict.fromkeys(HEADINGS, scale * i), "cosine": 1 - scale, "loss_jax": 1.0, "loss_pytorch": 1.5,
+             "seconds_jax": 5.0 if i == 0 else 0.1, "seconds_pytorch": 0.2, "active_layers": [1, 3]}
+            for i in range(count)]
+
+
+def test_two_implementations(tmp_path, figures):
+    results = {name: {"steps": steps(scale), "peak_memory_jax": 1e9, "peak_memory_pytorch": 2e9}
+               for name, scale in (("sft", 1e-6), ("vaccine_booster", 1e-5))}
+    methods = {"sft": {"defense": "sft"}, "vaccine_booster": {"defense": "booster", "base_defense": "vaccine"}}
+    write_comparison_report(tmp_path, "JAX against PyTorch", results, methods)
+    text = (tmp_path / "report.md").read_text()
+    rows = rows_of(text)
+    assert rows[1] == ["SFT", "2.0e-06", "2.0e-06", "1.0e-06", "2.0e-06", "2.0e-06", "2.0e-06", "0.1", "0.2", "1000",
+                       "2000"]
+    assert rows_of(text, "## Booster on Vaccine")[1] == ["0", "1.000000", "1.500000", "0.0e+00", "1.0e-05", "0.0e+00",
+                                                         "1 3"]
+    assert "Dotted" not in text
+    axis = figures["divergence.png"].axes[0]
+    assert axis.get_yscale() == "log" and list(labelled(axis)) == ["SFT", "Booster on Vaccine"]
+    # A logarithm has no place for the 0 of the first step.
+    assert labelled(axis)["SFT"].get_xydata().tolist() == [[1, 1e-6], [2, 2e-6]]
+    assert labelled(axis)["SFT"].get_color() == METHODS["sft"].color
+    results["sft"]["yardsticks"] = {YARDSTICK: steps(1e-2)}
+    write_comparison_report(tmp_path, "T", results, methods)
+    assert "Dotted" in (tmp_path / "report.md").read_text()
+    assert len(figures["divergence.png"].axes[0].lines) == 3
+
+
+class Figure(NamedTuple):
+    method: str
+    poison_ratio: str
+    n: int
+    harmful_score: float
+    accuracy: float
+    model: str
+    task: str
+    source: str
+
+
+def test_published_figures_beside_ours():
+    ratios = Panel("", "p", {name: [Point(p, name, f"poison_ratio={p}") for p in ("0", "0.1")]
+                             for name in ("sft", "booster")})
+    counts = Panel("", "n", {"booster": [Point("50", "booster", "poison_ratio=0.1:n=50")]})
+    cells = published.table_cells(ratios, counts, "0.1", 1000)
+    assert [(p, n) for _, p, n in cells] == [("0", 1000), ("0.1", 1000)] * 2 + [("0.1", 50)]
+    hs = dict(zip([cell.point for cell in cells], (10, 60, 5, 25, 1), strict=True))
+    figures = [Figure("booster", "0.1", 1000, 20.0, 90.0, "M", "T", "paper")]
+
+    def table(*seeds):
+        return frame([rate(measure, value, method=point.method, attack=point.attack, stage="attack", step=9, seed=seed)
+                      for point, score in hs.items() for seed in seeds
+                      for measure, value in (("harmful_score", score + 2 * seed), ("agnews", 80))])
+
+    rows = published.comparison(table(0), cells, figures).splitlines()
+    # Wilson's intervals of 25, 80 and 60 of 100.
+    assert "| Booster | 0.1 | 1000 | HS | 20.00 | 25.00 | +5.00 | 17.5–34.3 | paper: M, T |" in rows
+    assert "| Booster | 0.1 | 1000 | FA | 90.00 | 80.00 | -10.00 | 71.1–86.7 | paper: M, T |" in rows
+    assert "| SFT | 0.1 | 1000 | HS |  | 60.00 |  | 50.2–69.1 |  |" in rows
+    assert len(rows) == 2 + 2 * len(cells)
+    # Two seeds, 25 and 27: Student's interval 26 ± 12.7.
+    assert "| 26.00 | +6.00 | 13.3–38.7 |" in published.comparison(table(0, 1), cells, figures)
+    assert published.largest_drop(table(0), cells, "booster") == "35.0 points, against SFT at p = 0.1, n = 1000"
+    assert published.largest_drop(table(0), cells, "vaccine") == "–"
+    gaps = published.comparison(table(0).query("method == 'sft'"), cells, figures).splitlines()
+    assert "| Booster | 0.1 | 1000 | HS | 20.00 | – |  | – | paper: M, T |" in gaps
