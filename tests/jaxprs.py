@@ -1,6 +1,6 @@
 """Looking into a jaxpr and all that lie inside it."""
 
-from experiments.costs import inner_jaxprs, live_jaxpr
+from experiments.benchmarks.costs import inner_jaxprs, live_jaxpr
 
 
 def equations(jaxpr):
