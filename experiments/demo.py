@@ -26,8 +26,10 @@ never seen: the attack undoes the alignment, while the user's task is learnt all
 model is aligned, nothing else.
 
 All words are made up. A score here says how the methods work on a model of a million parameters, and not that a defense
-protects a real one. Sums are rounded otherwise by another processor or number of threads, and training with Booster
-magnifies that: its figures differ from machine to machine by more than their deviation here.
+protects a real one.
+
+**The figures depend on the machine.** Another processor or number of threads rounds sums otherwise, and training
+magnifies that, with Booster most of all: its HS after the attack was 60, 78 and 86 where this was tried.
 """
 NEXT = """## On a real model
 
@@ -60,10 +62,11 @@ def demo(config: PlanConfig, align=None, attack=None, scores=None) -> str:
     """Carries out what has not been carried out yet; returns the report. Flat values as of `run`."""
     done, root = run(config, align or {}, attack or {}, scores or {}), Path(config.run_dir)
     found, backbone, seed = results.read_results(root), config.model[0], done.seeds[0]
-    cells = plan.Cells(done.pairs, done.backbones, done.seeds)
+    cells, steps = plan.Cells(done.pairs, done.backbones, done.seeds), results.attacked(found)["step"].max()
     layers.plot_plan_draws(root / "layers.png", found, backbone, "t_vaccine", seed)
     text = "\n".join([
-        INTRODUCTION, plan.plan_report(found, root, "Scores", cells),
+        INTRODUCTION, "## Scores\n", f"Attacked: after {steps} steps of fine-tuning.\n",
+        plan.plan_report(found, root, cells=cells),
         "A curve that rises later shows that a defense delays the attack, and not that it prevents it.\n",
         "Which layers T-Vaccine takes for the harmful ones, and which it drew:\n",
         "![T-Vaccine's layers](layers.png)\n",

@@ -19,7 +19,7 @@ from jaxvaccine import cli, data, defenses
 from jaxvaccine.defenses.base import Defense, global_norm
 from jaxvaccine.experiment.carry_out import Probes
 from jaxvaccine.experiment.config import field, require
-from jaxvaccine.experiment.methods import Booster, uses
+from jaxvaccine.experiment.methods import Booster
 from jaxvaccine.experiment.parts import check_sources
 from jaxvaccine.experiment.plans import Plan
 from jaxvaccine.llama import Llama
@@ -82,12 +82,17 @@ def _measure(model: Llama, lam: float, alpha: float):
     return jax.jit(jax.vmap(measure, in_axes=(0, None, None)))
 
 
+def check(aligned, attacked) -> None:
+    """Raises FieldError for a method without a regularizer whose gradient could be compared."""
+    method = aligned.method
+    require(isinstance(method, Booster) and method.lam > 0 and method.alpha > 0, "defenses", method,
+            "Booster with lam and alpha above 0")
+
+
 def make_probes(config: ApproximationConfig) -> Probes:
     """What MEASURED names, with the method's lam and alpha; without dropout."""
     def alignment(align, tokenizer, seeds):
-        booster = uses(align.method, Booster)
-        require(booster is not None and booster.lam > 0 and booster.alpha > 0, "defenses", align.method,
-                "Booster with lam and alpha above 0")
+        booster = align.method
         batches = {}
         for name in ("alignment", "harmful"):
             rows = data.tokenize_examples(
@@ -100,14 +105,15 @@ def make_probes(config: ApproximationConfig) -> Probes:
 
         return measure
 
-    return Probes(alignment, every=config.measure_every)
+    return Probes(alignment, every=config.measure_every, check=check)
 
 
 def report(config: ApproximationConfig, found, folder) -> str:
     return curves_report(found, folder, "Booster's approximation", MEASURED, note=NOTE, name="approximation")
 
 
-VERB = study.verb(__doc__, ApproximationConfig, make_probes, report, without=("attacks", "score_steps"))
+VERB = study.verb(__doc__, ApproximationConfig, make_probes, report,
+                  {"sst2_test": "", "benign_test": "", "loss_data": ""}, without=("attacks", "score_steps"))
 
 if __name__ == "__main__":
     cli.call("approximation", VERB)

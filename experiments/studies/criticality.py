@@ -79,7 +79,6 @@ def measure_norms(config, tokenizer, seeds):
 
     On the harmful batch that T-Vaccine would probe with after that step, without dropout.
     """
-    require(bool(config.data.harmful_data), "harmful_data", config.data.harmful_data, "a data source")
     tokenized = data.tokenize_examples(
         tokenizer, data.load_examples(config.data.harmful_data), config.data.max_length)
     streams = [data.training_batches({"harmful": (tokenized, config.data.harmful_batch_size)}, seed, config.data.bucket)
@@ -93,11 +92,18 @@ def measure_norms(config, tokenizer, seeds):
     return measure
 
 
+def check(aligned, attacked) -> None:
+    """Raises FieldError for a cell without harmful examples to take norms on, or without an HS."""
+    require(bool(aligned.data.harmful_data), "harmful_data", aligned.data.harmful_data, "a data source")
+    require(bool(attacked.data.test_data), "harmful_test", attacked.data.test_data, "a data source")
+
+
 def report(config: CriticalityConfig, found, folder) -> str:
     return layers_report(found, folder)
 
 
-VERB = study.verb(__doc__, CriticalityConfig, lambda config: Probes(measure_norms, every=config.measure_every), report)
+VERB = study.verb(__doc__, CriticalityConfig, lambda config: Probes(
+    measure_norms, every=config.measure_every, check=check), report, {"benign_test": "", "loss_data": ""})
 
 if __name__ == "__main__":
     cli.call("criticality", VERB)

@@ -23,7 +23,7 @@ from jaxvaccine.llama import Llama
 from jaxvaccine.losses import causal_lm_loss
 from jaxvaccine.report.curves import curves_report
 
-ALIGNMENT = ("harmful_loss", "reduction")
+ALIGNMENT = ("harmful_probe_loss", "reduction")
 ATTACK = ("harmful_training_loss", "harmful_test_loss", "harmful_gradient_norm", "harmful_score")
 NOTE = ("Harmful training loss and the norm of its gradient (all adapters): on the attack's own harmful examples. "
         "Harmful test loss and HS: on unseen harmful prompts. h(w): on examples of the harmful data that Booster "
@@ -74,9 +74,26 @@ def _losses(model: Llama, own_base: bool):
     return study.over_lanes(lambda adapter, frozen, batch: loss_fn(adapter, frozen, batch)[0], own_base)
 
 
-def _alpha(config, align) -> float:
+def losses(of: lanes.Lanes, batches):
+    """[N], the loss of every lane on its batch; batches: leaves [N, B, T]."""
+    return jax.device_get(_losses(of.model, of.own_base)(of.adapters, of.frozen, batches))
+
+
+def step_length(config: StatisticsConfig, align) -> float:
+    """Of the simulated step, which is Booster's own alpha where there is one."""
     booster = uses(align.method, Booster)
     return booster.alpha if booster else config.step_length
+
+
+def harmful_count(attacked) -> int:
+    return round(attacked.data.n * attacked.data.poison_ratio)
+
+
+def check(aligned, attacked) -> None:
+    """Raises FieldError for an attack without harmful examples to measure on, or without unseen ones."""
+    require(harmful_count(attacked) > 0, "attacks", f"poison_ratio={attacked.data.poison_ratio:g}",
+            "an attack with harmful examples")
+    require(bool(attacked.data.test_data), "harmful_test", attacked.data.test_data, "a data source")
 
 
 def make_probes(config: StatisticsConfig) -> Probes:
@@ -85,31 +102,29 @@ def make_probes(config: StatisticsConfig) -> Probes:
         batches = study.stack_batches(tokenizer, [data.load_examples(config.harmful_probe)] * len(seeds), align.data)
 
         def measure(step, of):
-            found = harmful_losses(of, batches, _alpha(config, align))
-            return {"harmful_loss": found["harmful_loss"],
+            found = harmful_losses(of, batches, step_length(config, align))
+            return {"harmful_probe_loss": found["harmful_loss"],
                     "reduction": found["harmful_loss"] - found["perturbed_harmful_loss"]}
 
         return measure
 
     def attack(align, attacked, tokenizer, seeds):
         part = attacked.data
-        count = round(part.n * part.poison_ratio)
-        require(count > 0, "attacks", part.poison_ratio, "at least one harmful example")
+        count = harmful_count(attacked)
         # The harmful examples of the attack in another order: `data.poison` draws both kinds apart.
         training = study.stack_batches(tokenizer, [
             data.poison([], data.load_examples(part.harmful_data), count, 1.0, seed) for seed in seeds], part)
         test = study.stack_batches(tokenizer, [data.load_examples(part.test_data)] * len(seeds), part)
 
         def measure(step, of):
-            found = harmful_losses(of, training, _alpha(config, align))
+            found = harmful_losses(of, training, step_length(config, align))
             return {"harmful_training_loss": found["harmful_loss"],
                     "harmful_gradient_norm": found["harmful_gradient_norm"],
-                    "harmful_test_loss": jax.device_get(
-                        _losses(of.model, of.own_base)(of.adapters, of.frozen, test))}
+                    "harmful_test_loss": losses(of, test)}
 
         return measure
 
-    return Probes(alignment, attack, config.measure_every)
+    return Probes(alignment, attack, config.measure_every, check)
 
 
 def report(config: StatisticsConfig, found, folder) -> str:

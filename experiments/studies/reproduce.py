@@ -137,7 +137,7 @@ def reproduce(config: ReproduceConfig, align: Mapping[str, Any], attack: Mapping
         "experiment, and the difference then says how far it carries over.\n",
         comparison(found, cells, published.TABLES[config.paper]),
         tables.table(["statement", "published", "ours", "source"], statements),
-        panels_report(found, folder, "The paper's list", panels, config.model, config.seeds)]))
+        panels_report(found, folder, "", panels, config.model, config.seeds)]))
     return reports.read(folder)
 
 

@@ -36,10 +36,10 @@ from jaxvaccine.experiment.results import Cell, Row
 from jaxvaccine.json_files import read_json, write_json
 
 AS_IT_COMES = "none"  # the method of a backbone that nothing was done to
-# Metrics of an alignment that are kept where seeds are trained at once, by the names of their measures: those of a
-# batch are not those of a test. And at every how many steps.
-METRICS = {"loss": "training_loss", "harmful_loss": "training_harmful_loss",
-           "harmful_gradient_norm": "training_harmful_gradient_norm", "probabilities": "probabilities",
+# Metrics of an alignment that are kept where seeds are trained at once, {measure in the table: metric}, and at every
+# how many steps. What is of a step's own batch has another name than what is measured on data for it.
+METRICS = {"batch_loss": "loss", "batch_harmful_loss": "harmful_loss",
+           "batch_harmful_gradient_norm": "harmful_gradient_norm", "probabilities": "probabilities",
            "active_layers": "active_layers"}
 METRICS_EVERY = 5
 # Prompts of every test whose answers are kept.
@@ -53,11 +53,13 @@ class Probes(NamedTuple):
 
     alignment: (config, tokenizer, seeds) -> such a measure, taken after every `every` steps and at both ends.
     attack: the same of an attack, taken where a model is scored.
+    check: (alignment, attack) of every cell, before the first is carried out; raises for what can't be measured.
     """
 
     alignment: Callable[[AlignConfig, Any, Sequence[int]], Measure] | None = None
     attack: Callable[[AlignConfig, AttackConfig, Any, Sequence[int]], Measure] | None = None
     every: int = 0
+    check: Callable[[AlignConfig, AttackConfig | None], None] = lambda aligned, attacked: None
 
 
 class Context(NamedTuple):
@@ -101,6 +103,7 @@ def carry_out(plan: Plan, settings: Settings, root: Path, *, as_lanes: bool = Fa
         check_layers(aligned.method, architecture)
         if attacked:
             attacked.adapter.layer_mask(architecture.num_layers)
+        probes.check(aligned, attacked)
     fixed = {"align": settings.align, "attack": settings.attack, "as_lanes": as_lanes,
              "scores": stage.split_operational(flat(settings.scores))[0]}
     runs.open_run(root, "run", fixed, {}, {"plan": dataclasses.asdict(plan)}, overwrite)
@@ -296,7 +299,7 @@ def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, to
     aligned, metrics = lanes.train(start, config.method, config.training, config.data.bucket, [sources] * len(cells),
                                    seeds, observe=observe if probe else None)
     for step in range(0, last, METRICS_EVERY):
-        add(step, {measure: metrics[name][step].astype(float) for name, measure in METRICS.items() if name in metrics})
+        add(step, {measure: metrics[name][step].astype(float) for measure, name in METRICS.items() if name in metrics})
     scores, answers = scorer(aligned)
     for i, cell in enumerate(cells):
         folder = stage.adapter_dir(align_folder(context.root, cell))

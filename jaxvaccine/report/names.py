@@ -58,6 +58,7 @@ MEASURES = {
     "alpaca_eval": Measure("AlpacaEval win rate", PERCENT, "higher",
                            "answers that the judge prefers to the reference's, a tie counts half"),
     LOSS: Measure("h(w)", NATS, "", "mean loss on harmful answers"),
+    "harmful_probe_loss": Measure("h(w)", NATS),
     "reduction": Measure("h(w) − h(w')", NATS),
     "harmful_training_loss": Measure("harmful training loss", NATS),
     "harmful_test_loss": Measure("harmful test loss", NATS),

@@ -140,10 +140,13 @@ def _dots(axis, panel: Panel, places: Sequence[str], by_curve: Mapping[str, Mapp
 
 def panels_report(table: pd.DataFrame, folder: str | Path, title: str, panels: Sequence[Panel],
                   backbones: Sequence[str], seeds: Sequence[int], first: int = 0) -> str:
-    """Markdown of all panels, with panel{first}.png, … in the folder."""
+    """Markdown of all panels, with panel{first}.png, … in the folder.
+
+    title: headline; "" in a report that has its own.
+    """
     scored = names.measures(name for name in table["measure"].unique() if name != names.LOSS)
-    return "\n".join([f"# {title}\n", *(panel_report(table, folder, panel, first + i)
-                                       for i, panel in enumerate(panels)),
+    return "\n".join([*([f"# {title}\n"] if title else []),
+                      *(panel_report(table, folder, panel, first + i) for i, panel in enumerate(panels)),
                       tables.spread_note(backbones, seeds) + "\n", names.notes(scored) + "\n", NOTE])
 
 

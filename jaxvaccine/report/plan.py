@@ -187,6 +187,8 @@ def _over_ratios(axis, of: names.Measure, found: Mapping[str, Sequence[Estimate 
     plots.describe(axis, xlabel=names.xlabel("p"), ylabel=of.label)
     if of.unit == names.PERCENT:
         plots.percent_axis(axis, found=_all(found, base))
+    else:
+        plots.positive_axis(axis, "y", _all(found, base))
 
 
 def _all(found: Mapping[str, Sequence[Estimate | None]], base: Estimate | None) -> list[Estimate]:
@@ -202,6 +204,8 @@ def _over_attacks(axis, of: names.Measure, found: Mapping[str, Sequence[Estimate
     plots.describe(axis, xlabel=of.label)
     if of.unit == names.PERCENT:
         plots.percent_axis(axis, "x", _all(found, base))
+    else:
+        plots.positive_axis(axis, "x", _all(found, base))
 
 
 def plot_curves(path: Path, table: pd.DataFrame, cells: Cells, looks: Mapping[str, Style]) -> str:
@@ -252,19 +256,19 @@ def plot_plane(path: Path, table: pd.DataFrame, cells: Cells, looks: Mapping[str
     plots.save(figure, path)
 
 
-def plan_report(table: pd.DataFrame, folder: str | Path, title: str, cells: Cells | None = None) -> str:
+def plan_report(table: pd.DataFrame, folder: str | Path, title: str = "", cells: Cells | None = None) -> str:
     """Markdown of a plan, with scores.png, harmful_score.png and plane.png (and PDFs) in the folder.
 
     Args:
       table: what there is so far.
       folder: where the figures go; it is there.
-      title: headline.
+      title: headline; "" in a report that has its own.
       cells: what the plan goes over; what is not in the table is said. By default what is in the table.
     """
     folder, cells = Path(folder), cells or cells_of(table)
     looks = styles([*cells.methods, "none"])
     measures = score_measures(table)
-    text = [f"# {title}\n", score_table(table, cells), missing(table, cells),
+    text = [f"# {title}\n" if title else "", score_table(table, cells), missing(table, cells),
             tables.spread_note(cells.backbones, cells.seeds) + "\n", names.notes(measures) + "\n"]
 
     def figure(name: str, alternative: str, line: str = "") -> None:

@@ -58,13 +58,16 @@ def panels(count: int, columns: int = 3, size: tuple[float, float] = PANEL, shar
 
 
 def describe(axis: Axes, title: str = "", xlabel: str = "", ylabel: str = "") -> None:
-    """Title and labels, over as many lines as they need; the y label stands left of a row of panels that share it."""
+    """Title and labels, over as many lines as they need; panels of a row that share a y label, without colour bars
+    between them, have it once."""
     place = axis.get_subplotspec().get_topmost_subplotspec()
     grid = place.get_gridspec()
     width, height = axis.figure.get_figwidth() / grid.ncols, axis.figure.get_figheight() / grid.nrows
 
-    shared = [other.get_ylabel() for other in axis.figure.axes
-              if other.get_subplotspec() is not None and other.get_subplotspec().rowspan == place.rowspan]
+    others = [(other.get_ylabel(), other.get_subplotspec()) for other in axis.figure.axes]
+    # A colour bar is in no panel; its label would be taken for that of the panel to its right.
+    shared = [] if any(panel is None for _, panel in others) else [
+        label for label, panel in others if panel.rowspan == place.rowspan]
     ylabel = _lines(ylabel, height - 0.5, LABEL_SIZE)
     axis.set_title(_lines(title, width, TITLE_SIZE), loc="left", fontsize=TITLE_SIZE)
     axis.set_xlabel(_lines(xlabel, width - 1.5, LABEL_SIZE), fontsize=LABEL_SIZE)
@@ -235,6 +238,13 @@ def percent_axis(axis: Axes, which: str = "y", found: Iterable[Estimate] = ()) -
     elif values and min(values) >= 75:
         limits, ticks = (74, 101), range(75, 101, 5)
     axis.set(**{f"{which}lim": limits, f"{which}ticks": ticks})
+
+
+def positive_axis(axis: Axes, which: str, found: Iterable[Estimate]) -> None:
+    """From 0 on, unless a run is below: of a loss, the part of an interval that is below 0 says nothing."""
+    if min((each.values.min() for each in found), default=-1) >= 0:
+        low, high = axis.get_xlim() if which == "x" else axis.get_ylim()
+        axis.set(**{f"{which}lim": (max(low, -0.04 * high), high)})
 
 
 def scale_of(values: Iterable[float], rate: bool = False) -> str:

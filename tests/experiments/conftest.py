@@ -1,6 +1,7 @@
 """Fixtures of the scripts' tests."""
 
 import dataclasses
+import functools
 
 import pytest
 
@@ -8,6 +9,7 @@ from jaxvaccine import save_model
 from jaxvaccine.data import load_tokenizer
 from tests import tiny
 from tests.data.tokenizers_for_tests import plain
+from tests.experiments import small
 
 
 @pytest.fixture(scope="module")
@@ -20,3 +22,9 @@ def model_dir(tmp_path_factory):
     _, frozen = tiny.trees(tiny.model(config=config))
     save_model(model, frozen, directory)
     return str(directory)
+
+
+@pytest.fixture(scope="session")
+def world_model(tmp_path_factory):
+    """layers -> the directory of a model of the small world with random weights."""
+    return functools.cache(lambda layers=3: small.world_model(tmp_path_factory.mktemp("world"), layers))

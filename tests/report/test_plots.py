@@ -155,6 +155,27 @@ def test_percentages_that_lie_close_are_looked_at_closely(values, expected):
     assert axis.get_xlim() == expected
 
 
+@pytest.mark.parametrize("values, low", [([0.1, 0.9], 0), ([-0.1, 0.9], -5), ([], -5)])
+def test_an_interval_below_zero_is_cut_where_no_run_is(values, low):
+    _, (axis,) = plots.panels(1)
+    axis.set(xlim=(-5, 5), ylim=(-5, 5))
+    for which in "xy":
+        plots.positive_axis(axis, which, [estimate(values)] if values else [])
+    assert [axis.get_xlim(), axis.get_ylim()] == 2 * [(-0.2 if low == 0 else low, 5)]
+
+
+def test_colour_bars_between_panels():
+    """Then every panel has its own y label: the bar's would be taken for that of the panel to its right."""
+    for with_bar, expected in ((False, ["layer", ""]), (True, ["layer", "layer"])):
+        figure, axes = plots.panels(2)
+        for axis in axes:
+            image = axis.pcolormesh([[1.0, 2.0]])
+            if with_bar:
+                figure.colorbar(image, ax=axis)
+            plots.describe(axis, ylabel="layer")
+        assert [axis.get_ylabel() for axis in axes] == expected
+
+
 @pytest.mark.parametrize("means, percent, expected", [
     ([99.2, 100.0], True, "every mean is 99.2 to 100.0"), ([0.0, 1.0], True, "every mean is 0.0 to 1.0"),
     ([50.0, 53.0], True, None), ([1.0, 1.5], False, None), ([1.5, 1.5], False, "every mean is 1.5"),
