@@ -36,8 +36,8 @@ from jaxvaccine.experiment.results import Cell, Row
 from jaxvaccine.json_files import read_json, write_json
 
 AS_IT_COMES = "none"  # the method of a backbone that nothing was done to
-# Metrics of an alignment that are kept where seeds are trained at once, {measure in the table: metric}, and at every how
-# many steps. What is of a step's own batch has another name than what is measured on data for it.
+# Metrics of an alignment that are kept where seeds are trained at once, {measure in the table: metric}, and at every
+# how many steps. What is of a step's own batch has another name than what is measured on data for it.
 METRICS = {"batch_loss": "loss", "batch_harmful_loss": "harmful_loss",
            "batch_harmful_gradient_norm": "harmful_gradient_norm", "probabilities": "probabilities",
            "active_layers": "active_layers"}
