@@ -5,6 +5,7 @@ import logging as python_logging
 import shutil
 import sys
 import textwrap
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,6 @@ from jaxvaccine.experiment.attack import AttackConfig, attack
 from jaxvaccine.experiment.config import FieldError, Setting, make, settings
 from jaxvaccine.experiment.evaluate import EvaluateConfig, evaluate
 from jaxvaccine.experiment.run import PlanConfig, run
-from jaxvaccine.report import runs as reports
 
 PRESET = "The published recipe of this defense; flags that are given go before it. With --help: shows what it sets."
 
@@ -81,24 +81,31 @@ def _read(config_class: type, values: flags.FlagValues, presets: Mapping[str, Ma
         return make(config_class, given(Section(config_class), values), preset)
 
 
+def _reports() -> types.ModuleType:
+    # Late: matplotlib and pandas take a second that --help and a mistake in a flag need not wait for.
+    from jaxvaccine.report import runs
+
+    return runs
+
+
 def _align(values: flags.FlagValues) -> None:
     config = _read(AlignConfig, values, recipes.ALIGN)
     with flag_errors(""):
-        reports.write(align(config))
+        _reports().write(align(config))
 
 
 def _finetune(values: flags.FlagValues) -> None:
     config = _read(AttackConfig, values, recipes.FINETUNE)
     with flag_errors(""):
-        reports.write(attack(config))
+        _reports().write(attack(config))
 
 
 def _evaluate(values: flags.FlagValues) -> None:
     config = _read(EvaluateConfig, values)
     with flag_errors(""):
         evaluate(config)
-    reports.write(config.run.run_dir)
-    print(reports.read(config.run.run_dir))
+    _reports().write(config.run.run_dir)
+    print(_reports().read(config.run.run_dir))
 
 
 # What an attack and an evaluation have from the alignment, or from the plan's cells.
@@ -114,8 +121,8 @@ def _run(values: flags.FlagValues) -> None:
     config = _read(PlanConfig, values)
     of_stages = [given(section, values) for section in (ALIGNMENT, ATTACK, EVALUATION)]
     with flag_errors(""):
-        run(config, *of_stages, written=reports.write)
-    print(reports.write_plan(config))
+        run(config, *of_stages, written=_reports().write)
+    print(_reports().write_plan(config))
 
 
 FIRST = Section(compare_judges.ComparedJudge, "first_", title="First ")
@@ -130,7 +137,7 @@ def _compare_judges(values: flags.FlagValues) -> None:
             judges.append(make(section.config_class, given(section, values)))
     with flag_errors(""):
         compare_judges.compare(config, *judges)
-    print(reports.write_agreement(config.run_dir, *map(compare_judges.name_of, judges)))
+    print(_reports().write_agreement(config.run_dir, *map(compare_judges.name_of, judges)))
 
 
 VERBS = {
@@ -197,7 +204,7 @@ def call(name: str, verb: Verb, arguments: Sequence[str] | None = None) -> None:
     """A command with its arguments, by default the program's."""
     arguments = sys.argv[1:] if arguments is None else arguments
     values = verb_flags(verb)
-    with readable_errors(name, lambda: values.verbosity):
+    with readable_errors(name, lambda: values["verbosity"].value):  # known before all flags are
         rest = values([name, *arguments])[1:]
         if values.help:
             print(help_text(verb, values.preset if verb.presets else None))

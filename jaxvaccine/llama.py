@@ -350,7 +350,11 @@ def init_adapter(model: Llama, key):
 
 
 def in_mlp(adapter):
-    """Which leaves of an adapter are an MLP's, not an attention's: a tree of bools like it; ValueError for others."""
+    """Which leaves of an adapter are in an MLP, and not in an attention: a tree of bools like it.
+
+    Raises:
+      ValueError: a leaf is in neither or in both.
+    """
     def one(path, _):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         blocks = {"attention", "mlp"}.intersection(name.split("/"))

@@ -1,7 +1,5 @@
-"""README's Python runs as it stands, and its example of a new defense computes what it says."""
-
-import re
-from pathlib import Path
+"""The README's Python runs as it stands, in as many lines as it says; the example of a new defense computes what it
+says."""
 
 import jax
 import jax.numpy as jnp
@@ -9,23 +7,36 @@ import numpy as np
 import pytest
 
 from jaxvaccine.checkpoints.peft import load_adapter
+from tests import markdown
+from tests.markdown import ROOT
 
-README = Path(__file__).parents[1] / "README.md"
+README = ROOT / "README.md"
+METHODS = ROOT / "docs" / "methods.md"
+
+
+def run(block, page, names):
+    exec(compile(block, str(page), "exec"), names)
+    return names
 
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory):
-    """What README's blocks define, one after the other."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 2
-    assert len(blocks[1].splitlines()) <= 60, "a new defense in at most 60 lines"
-    names = {}
+    """What README's Python defines."""
+    (block,) = markdown.python_blocks(README)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("readme"))
-        for block in blocks:
-            exec(compile(block, str(README), "exec"), names)
+        names = run(block, README, {})
         names["saved"] = load_adapter("adapter", names["model"])
     return names
+
+
+def test_lengths():
+    """A short page: so many lines in all, of shell and of Python."""
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+    (block,) = markdown.python_blocks(README)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 20
+    shell = next(b.text for b in markdown.blocks(README) if b.code and "jaxvaccine align" in b.text)
+    assert len(shell.splitlines()) <= 10
 
 
 def test_training(names):
@@ -42,10 +53,9 @@ def test_the_new_defense():
     def loss_fn(w, frozen, batch, perturbations=None, key=None):
         return (w["x"].sum() if batch == "f" else w["x"] @ a @ w["x"] / 2), {}
 
-    names = {"loss_fn": loss_fn}
-    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    exec(compile(blocks[1], str(README), "exec"), names)
-    defense = names["random_booster"](loss_fn, lam=2.0, alpha=0.3)
+    (block,) = markdown.python_blocks(METHODS)
+    assert len(block.splitlines()) <= 60, "a new defense in at most 60 lines"
+    defense = run(block, METHODS, {})["random_booster"](loss_fn, lam=2.0, alpha=0.3)
     w, steps = {"x": jnp.array([1.0, -2.0, 0.5, 3.0])}, []
     for seed in (0, 1):
         grads, state, metrics = defense.gradient(

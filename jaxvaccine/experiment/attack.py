@@ -12,11 +12,11 @@ from jaxvaccine.checkpoints import hugging_face
 from jaxvaccine.experiment import stage
 from jaxvaccine.experiment.align import Examples, tokenize
 from jaxvaccine.experiment.config import FieldError, Part, choice, field, flat, require
-from jaxvaccine.experiment.methods import FINE_TUNING, Ewc, TuningMethod
+from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING, Ewc, TuningMethod
 from jaxvaccine.experiment.parts import (
     SOURCE,
     AdapterPart,
-    Dtype,
+    ComputationPart,
     TokensPart,
     TrainingPart,
     TrainingRunPart,
@@ -25,18 +25,12 @@ from jaxvaccine.experiment.parts import (
 from jaxvaccine.llama import Llama, init_adapter
 from jaxvaccine.losses import causal_lm_loss
 
-# What auto continues: their simulated steps are that adapter's.
-CONTINUED = ("booster", "tar")
-
 
 @dataclasses.dataclass(frozen=True)
-class AttackedModel(Part):
+class AttackedModel(ComputationPart):
     """Model."""
 
     aligned: str = field("", "Folder of the finished alignment to attack.")
-    dtype: Dtype = field("checkpoint", "Type of the frozen weights and of the computation; the adapter is float32.")
-    remat: Literal["none", "dots", "full"] = field(
-        "full", "What is recomputed in the backward pass: nothing, all but matrix products, or everything in a layer.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -75,7 +69,8 @@ class AttackAdapter(Part):
         """The part with nothing left open, given the alignment's flat values and the provider's method."""
         adapter = self.adapter
         if adapter == "auto":
-            adapter = "continue" if aligned["defense"] in CONTINUED or method.continues else "new"
+            continues = ALIGNMENT[aligned["defense"]].continues or method.continues
+            adapter = "continue" if continues else "new"
         lora = {}
         for name in ("rank", "lora_alpha", "dropout", "targets"):
             as_aligned = tuple(aligned[name]) if name == "targets" else aligned[name]

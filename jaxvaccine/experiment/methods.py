@@ -20,10 +20,12 @@ class AlignmentMethod(Part):
     """A method of the alignment stage.
 
     `make(model)` is its `Defense`, `batches` what it reads: "alignment" and of "harmful", "harmless", "adversary" what
-    it needs. Hyper-parameters are checked where they are documented, in jaxvaccine/defenses, when the config is made.
+    it needs. `continues`: its simulated steps are the aligned adapter's, so that an attack is to train that one on.
+    Hyper-parameters are checked where they are documented, in jaxvaccine/defenses, when the config is made.
     """
 
     batches: ClassVar[tuple[str, ...]] = ("alignment",)
+    continues: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -97,6 +99,7 @@ class Tar(AlignmentMethod):
     """TAR."""
 
     batches = ("alignment", "harmful", "adversary")
+    continues = True
 
     inner_steps: int = field(4, "k, steps of the simulated attack.")
     inner_learning_rate: float = field(5e-4, "Learning rate of the simulated attack.", at_least=0)
@@ -124,6 +127,8 @@ BASES: dict[str, type[AlignmentMethod]] = {
 @dataclasses.dataclass(frozen=True)
 class Booster(AlignmentMethod):
     """Booster."""
+
+    continues = True
 
     lam: float = field(5.0, "Weight of the regularizer.")
     alpha: float = field(0.1, "Length of the simulated harmful step.")

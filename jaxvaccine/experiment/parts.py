@@ -12,13 +12,19 @@ SOURCE = "kind:path-or-hub-id@split[start:stop], several separated by commas"
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelPart(Part):
+class ComputationPart(Part):
     """Model."""
 
-    model: str = field("", "Model to align: a Hugging Face directory, a hub id or a .gguf file.")
     dtype: Dtype = field("checkpoint", "Type of the frozen weights and of the computation; the adapter is float32.")
     remat: Literal["none", "dots", "full"] = field(
         "full", "What is recomputed in the backward pass: nothing, all but matrix products, or everything in a layer.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelPart(ComputationPart):
+    """Model."""
+
+    model: str = field("", "Model to align: a Hugging Face directory, a hub id or a .gguf file.")
 
     def __post_init__(self):
         super().__post_init__()

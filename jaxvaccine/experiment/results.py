@@ -19,12 +19,14 @@ the model is the aligned one.
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from jaxvaccine.experiment.evaluate import LOSS
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TABLE = "results.csv"
 COLUMNS = ("backbone", "method", "attack", "seed", "stage", "step", "measure", "layer", "value", "n", "low", "high")
@@ -68,15 +70,17 @@ def measured_rows(cell: Cell, stage: str, step: int, measured: Mapping[str, Any]
     return rows
 
 
-def table(rows: Iterable[Row]) -> pd.DataFrame:
+def table(rows: Iterable[Row]) -> "pd.DataFrame":
     """Rows as a table with all columns; numbers that a row does not have are NaN."""
+    import pandas as pd
+
     found = pd.DataFrame(list(rows), columns=list(COLUMNS))
     for column in ("layer", "value", "n", "low", "high"):
         found[column] = found[column].astype(float)
     return found
 
 
-def write(path: Path, found: pd.DataFrame) -> None:
+def write(path: Path, found: "pd.DataFrame") -> None:
     """Writes the table whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     found.to_csv(temporary, index=False)

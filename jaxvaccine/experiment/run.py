@@ -102,12 +102,17 @@ def make_settings(config: PlanConfig, align: Mapping[str, Any], attack: Mapping[
     """What the plan's cells start from: the given flat values of the three stages, on the config's recipe.
 
     Raises:
-      FieldError: a value that the evaluation refuses.
+      FieldError: a value that the evaluation refuses, or a method without a published recipe where that is asked for.
     """
-    of_align = {name: recipes.WORLD_ALIGN if config.on_world else recipes.ALIGN[name] if config.recipe == "published"
-                else {} for name in ALIGNMENT}
-    of_attack = {name: recipes.WORLD_ATTACK if config.on_world else recipes.FINETUNE[name]
-                 if config.recipe == "published" else {} for name in ALIGNMENT}
+    published = config.recipe == "published"
+    names = [name for name in ALIGNMENT if name in recipes.ALIGN or not published]
+    for method in config.methods:
+        defense = plans.split_method(method)[0].partition(":")[0]
+        require(defense in names, "recipe", config.recipe, f"another: {defense} has no published recipe")
+    of_align = {name: recipes.WORLD_ALIGN if config.on_world else recipes.ALIGN[name] if published else {}
+                for name in names}
+    of_attack = {name: recipes.WORLD_ATTACK if config.on_world else recipes.FINETUNE[name] if published else {}
+                 for name in names}
     of_align = {name: {**recipe, **align} for name, recipe in of_align.items()}
     shared = {name: value for name, value in of_align["sft"].items() if name in ("dtype", "max_length")}
     evaluated = make(EvaluateConfig, scores, {

@@ -49,7 +49,7 @@ def _accuracy(task: str) -> Measure:
     return Measure(f"FA {task}", PERCENT, "higher", "correct answers on the user's task")
 
 
-ACCURACIES = {"sst2": _accuracy("SST-2"), "agnews": _accuracy("AGNEWS"), "gsm8k": _accuracy("GSM8K")}
+ACCURACIES = {"sst2": _accuracy("SST-2"), "agnews": _accuracy("AG News"), "gsm8k": _accuracy("GSM8K")}
 # In the order of columns.
 MEASURES = {
     HS: Measure("HS", PERCENT, "lower", "answers to unseen harmful prompts that the judge calls unsafe"),

@@ -283,9 +283,12 @@ def number_axis(axis: Axes, texts: Mapping[float, str], rate: bool = False) -> N
 
 
 def spans_decades(values: Iterable[float]) -> bool:
-    """Whether positive values are so far apart that a linear axis would show the large ones alone."""
+    """Whether positive values are so far apart that a linear axis would show the large ones alone.
+
+    That is when a quarter of them is below a thousandth of the largest: a start near 0 has no decades to show.
+    """
     found = [value for value in values if math.isfinite(value)]
-    return bool(found) and min(found) > 0 and max(found) >= 1000 * min(found)
+    return bool(found) and min(found) > 0 and max(found) >= 1000 * float(np.quantile(found, 0.25))
 
 
 def is_number(text: str) -> bool:

@@ -50,7 +50,8 @@ def read_results(folder: str | Path) -> pd.DataFrame:
         raise ValueError(f"{path}: column 'stage': found {unknown[0]!r}, expected one of {', '.join(STAGES)}")
     if (twice := table.duplicated(KEY)).any():
         row = int(np.flatnonzero(twice)[0])
-        raise ValueError(f"{path}: line {row + 2}: found a second row of {dict(table.loc[row, KEY])}, expected one")
+        what = ", ".join(f"{name} {table[name][row]}" for name in KEY)
+        raise ValueError(f"{path}: line {row + 2}: found a second row of {what}, expected one")
     return table[list(COLUMNS)]
 
 

@@ -28,7 +28,7 @@ def test_news_and_mathematics(model_dir, tmp_path):
     assert all({"interval", "lenient_accuracy"} <= set(result) for result in results.values())
     report = (tmp_path / "scores" / "report.md").read_text()
     assert report.count("lenient accuracy ") == 2 and len(results["agnews"]["lenient_interval"]) == 2
-    assert "| FA AGNEWS | " in report and "| FA GSM8K | " in report
+    assert "| FA AG News | " in report and "| FA GSM8K | " in report
     expected = [json.loads(line)["expected"] for line in
                 (tmp_path / "scores" / "predictions_gsm8k.jsonl").read_text().splitlines()]
     assert expected == ["10", "11"]

@@ -186,6 +186,13 @@ def test_constant_panels(means, percent, expected):
     assert plots.left_out({"FA": "why", "HS": "so"}) == "Not drawn: FA (why); HS (so).\n" and plots.left_out({}) == ""
 
 
+@pytest.mark.parametrize("values, expected", [
+    ([1, 0.1, 1e-3, 1e-4], True), ([1, 0.9, 0.8, 0.7, 1e-5], False), ([1, 0, 1e-4], False), ([1, -1], False),
+    ([], False), ([float("nan"), 1.0], False)])
+def test_decades(values, expected):
+    assert plots.spans_decades(values) == expected
+
+
 def test_labels():
     _, axes = plots.panels(5, columns=3)
     for axis in axes:

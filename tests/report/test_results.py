@@ -31,7 +31,7 @@ GOOD = "world,sft,,0,alignment,150,harmful_score,,1.0,100,0,5\n"
     (HEADER + GOOD.replace("150", "1.5"), "line 2: column 'step': found '1.5', expected a whole number"),
     (HEADER + GOOD.replace("1.0", "high"), "line 2: column 'value': found 'high', expected a number"),
     (HEADER + GOOD.replace("alignment", "alined"), "column 'stage': found 'alined', expected one of backbone"),
-    (HEADER + GOOD + GOOD, "line 3: found a second row of {'backbone': 'world'"),
+    (HEADER + GOOD + GOOD, "line 3: found a second row of backbone world, method sft, attack , seed 0"),
 ])  # fmt: skip
 def test_what_is_no_table(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
