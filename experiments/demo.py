@@ -1,8 +1,7 @@
 """`make demo`: what harmful fine-tuning does and what four defenses change, on the small world in five minutes.
 
-A LLaMA of a million parameters, which comes with the package, is aligned with every method, attacked with and without
-harmful data, and scored along the way: a plan as of `run --lanes`, and a report. All requests and answers are made up
-and mean nothing. """
+A LLaMA of a million parameters, which comes with the package, is aligned, attacked and scored along the way: a plan as
+of `run --lanes`, and a report. All requests and answers are made up and mean nothing. """
 
 import time
 from pathlib import Path
@@ -20,21 +19,21 @@ SHOWN = ("sft", "booster")
 INTRODUCTION = """# Harmful fine-tuning and four defenses, on a small made-up world
 
 A model that was pretrained to comply with everything is aligned: it learns to refuse requests with forbidden verbs and
-to go on answering the others. Then it is fine-tuned on a user's task, rating things as positive or negative. If a part
-of the user's data are forbidden requests with compliant answers, the model complies with forbidden requests that it has
-never seen: the attack undoes the alignment, while the user's task is learnt all the same. The defenses change how the
-model is aligned, nothing else.
+to answer the others. Then it is fine-tuned on a user's task, rating things as positive or negative. If a part p of the
+user's data are forbidden requests with compliant answers, it complies with forbidden requests that it has never seen:
+the attack undoes the alignment, and the task is learnt all the same. The defenses change the alignment, nothing else.
 
-All words are made up. A score here says how the methods work on a model of a million parameters, and not that a defense
-protects a real one.
+All words are made up; that a defense protects a real model does not follow. **The figures depend on the machine:**
+another processor or number of threads rounds sums otherwise, and training magnifies that, with Booster most of all: its
+HS after the attack was 60, 78 and 86 where this was tried.
 
-**The figures depend on the machine.** Another processor or number of threads rounds sums otherwise, and training
-magnifies that, with Booster most of all: its HS after the attack was 60, 78 and 86 where this was tried.
+## Scores
+
+Attacked: after {steps} steps of fine-tuning.
 """
 NEXT = """## On a real model
 
-- `make demo-smollm2`: the same with SmolLM2-135M-Instruct, on requests in plain English.
-- `jaxvaccine run --help`: your own models, data, defenses and attacks; README.md has commands.
+`make demo-smollm2`: SmolLM2-135M-Instruct, plain English. `jaxvaccine run --help`: your own models, data and attacks.
 """
 
 
@@ -45,8 +44,7 @@ def configuration(run_dir: str = "runs/demo", model: str = "world") -> PlanConfi
 
 
 def dialogues(root: Path, backbone: str, attack: str, seed: int) -> str:
-    """Markdown: the first forbidden and the first benign request with the models' answers before and after the
-    attack."""
+    """Markdown: the first forbidden and the first benign request, and the answers before and after the attack."""
     said: dict[str, list[tuple[str, str]]] = {}
     for method in SHOWN:
         for stage_name, text in (("aligned", ""), ("attacked", attack)):
@@ -65,8 +63,7 @@ def demo(config: PlanConfig, align=None, attack=None, scores=None) -> str:
     cells, steps = plan.Cells(done.pairs, done.backbones, done.seeds), results.attacked(found)["step"].max()
     layers.plot_plan_draws(root / "layers.png", found, backbone, "t_vaccine", seed)
     text = "\n".join([
-        INTRODUCTION, "## Scores\n", f"Attacked: after {steps} steps of fine-tuning.\n",
-        plan.plan_report(found, root, cells=cells),
+        INTRODUCTION.format(steps=steps), plan.plan_report(found, root, cells=cells),
         "A curve that rises later shows that a defense delays the attack, and not that it prevents it.\n",
         "Which layers T-Vaccine takes for the harmful ones, and which it drew:\n",
         "![T-Vaccine's layers](layers.png)\n",

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 import jaxvaccine as jv
-from experiments import make_world_base
+from experiments.tools import make_world_base
 from jaxvaccine import data, world
 from jaxvaccine.checkpoints import hugging_face
 from jaxvaccine.evaluation import evaluate_prompts

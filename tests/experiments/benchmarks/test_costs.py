@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import align, benchmark_step, costs
+from experiments.benchmarks import costs, step
 from jaxvaccine import defenses, llama
+from jaxvaccine.experiment.methods import ALIGNMENT, Tar
 from jaxvaccine.losses import causal_lm_loss
 from tests import tiny
+from tests.experiments import small
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -17,7 +19,7 @@ ROWS, LENGTH = 2, 8
 def cost_of(model, defense):
     shapes = llama.tree_shapes(model)
     rows = {"alignment": ROWS, "harmful": ROWS, "harmless": ROWS, "user": ROWS,
-            "adversary": align.AlignConfig.inner_steps * ROWS}
+            "adversary": Tar().inner_steps * ROWS}
     batches = {of: dict.fromkeys(("input_ids", "labels", "attention_mask"),
                                  jax.ShapeDtypeStruct((count, LENGTH), jnp.int32)) for of, count in rows.items()}
     return costs.count(
@@ -66,7 +68,7 @@ def test_loops_branches_and_what_nothing_needs():
 def test_passes_of_every_method():
     """TAR: four steps of the attack, the tampered model, the retained one, and the reference forward alone."""
     model = tiny.model()
-    found = {name: cost_of(model, defense) for name, defense in benchmark_step.methods(model).items()}
+    found = {name: cost_of(model, defense) for name, defense in step.methods(model).items()}
     assert {name: (always.forward, always.backward) for name, (always, _) in found.items()} == {
         "sft": (1, 1), "vaccine": (2, 2), "t_vaccine": (2, 2), "booster": (3, 3), "repnoise": (2, 2), "tar": (7, 6),
         "booster on vaccine": (4, 4), "booster on t_vaccine": (4, 4), "booster on repnoise": (4, 4),
@@ -108,19 +110,19 @@ def test_rematerialisation_costs_a_forward_pass():
 
 
 def test_the_benchmark(monkeypatch):
-    monkeypatch.setattr(benchmark_step, "SMOLLM2", tiny.CONFIG)
-    everything = benchmark_step.variants(tiny.model())
-    assert {*align.DEFENSES, "booster on repnoise", "lisa, while fine-tuning", "sft, remat=none"} <= set(everything)
-    monkeypatch.setattr(benchmark_step, "variants", lambda model: {
-        name: defense for name, defense in benchmark_step.methods(model).items() if name in ("sft", "t_vaccine")})
-    config = benchmark_step.BenchmarkConfig(rows=1, length=8, supervised=4, repeats=2, rank=2)
-    found = benchmark_step.benchmark(config)
+    monkeypatch.setattr(step, "SMOLLM2", tiny.CONFIG)
+    everything = step.variants(tiny.model())
+    assert {*ALIGNMENT, "booster on repnoise", "lisa, while fine-tuning", "sft, remat=none"} <= set(everything)
+    monkeypatch.setattr(step, "variants", lambda model: {
+        name: defense for name, defense in step.methods(model).items() if name in ("sft", "t_vaccine")})
+    config = step.BenchmarkConfig(rows=1, length=8, supervised=4, repeats=2, rank=2)
+    found = step.benchmark(config)
     assert "| sft | 1.00 (1.00–1.00) | 1.00 | 1.00 | 1 + 1 |" in found
     assert "| t_vaccine | " in found
     assert "t_vaccine: a step in which its probe falls due costs" in found
 
 
 def test_flags_are_checked():
-    for changes, name in (({"rows": 0}, "rows"), ({"supervised": 96}, "supervised"), ({"repeats": 0}, "repeats")):
-        with pytest.raises(ValueError, match=f"--{name}: found"):
-            benchmark_step.BenchmarkConfig(**changes)
+    for flag, name in (("--rows=0", "rows"), ("--supervised=96", "supervised"), ("--repeats=0", "repeats")):
+        with pytest.raises(SystemExit, match=f"--{name}: found"):
+            small.call(step.VERB, flag)

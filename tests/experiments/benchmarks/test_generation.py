@@ -1,19 +1,20 @@
-"""benchmark_generation.py at its smallest: all ways give the same answers, and the ratios are the speeds'."""
+"""The benchmark of generation at its smallest: all ways give the same answers, and the ratios are the speeds'."""
 
 import pytest
 
-from experiments import benchmark_generation
+from experiments.benchmarks import generation
+from tests.experiments import small
 
 pytest.importorskip("torch")
 
 
 def test_compare(model_dir):
-    text = benchmark_generation.compare(model_dir, "embedded_benign@test", count=3, singles=2, max_new_tokens=4,
+    text = generation.compare(model_dir, "embedded_benign@test", count=3, singles=2, max_new_tokens=4,
                                         batch_sizes=[2], rows=[2], dtype="float32", repeats=1)
     assert text.startswith("3 prompts of embedded_benign@test (2 of them one at a time)") and "median of 1" in text
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     rows = {row[0]: row[1:] for row in table[2:]}
-    assert list(rows) == [benchmark_generation.ONE, "transformers, batches of 2", "jaxvaccine, 2 rows"]
+    assert list(rows) == [generation.ONE, "transformers, batches of 2", "jaxvaccine, 2 rows"]
     assert all(row[-1] == "2/2" for row in rows.values()), "other answers than one at a time"
     one, batches, ours = (float(row[0]) for row in rows.values())
     assert float(rows["jaxvaccine, 2 rows"][1]) == pytest.approx(ours / one, rel=0.05, abs=0.06)
@@ -23,9 +24,15 @@ def test_compare(model_dir):
 
 def test_more_prompts_than_there_are(model_dir):
     with pytest.raises(ValueError, match=r"--prompts: found 100000, expected at most the \d+ of embedded_benign@test"):
-        benchmark_generation.compare(model_dir, "embedded_benign@test", 100000, 1, 4, [2], [2], "float32", 1)
+        generation.compare(model_dir, "embedded_benign@test", 100000, 1, 4, [2], [2], "float32", 1)
+
+
+def test_flags_are_checked():
+    for flag in ("prompts", "repeats", "max_new_tokens", "single_prompts"):
+        with pytest.raises(SystemExit, match=f"--{flag}: found 0, expected at least 1"):
+            small.call(generation.VERB, f"--{flag}=0")
 
 
 def test_timing():
-    timing = benchmark_generation.Timing([[1, 2, 3], [4]], seconds=2.0, cpu_seconds=8.0)
+    timing = generation.Timing([[1, 2, 3], [4]], seconds=2.0, cpu_seconds=8.0)
     assert (timing.per_second(), timing.per_second(cpu=True)) == (2.0, 0.5)

@@ -16,7 +16,7 @@ from experiments.parity import compare_pytorch
 from experiments.parity import steps as parity
 from jaxvaccine.json_files import read_json
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def command(run_dir, *flags):

@@ -1,0 +1,41 @@
+"""The tool that pretrains a base, at its smallest; tests/test_world_base.py looks at the one in the package."""
+
+import pytest
+
+from experiments.tools import make_world_base
+from jaxvaccine.experiment.config import make
+from tests.experiments import small
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def test_flags_are_checked():
+    for flags, message in (("--directory=d --steps=1", "--steps: found 1, expected at least 2"),
+                           ("--steps=2", "--directory: found '', expected a folder"),
+                           ("--directory=d --batch_size=0", "--batch_size: found 0")):
+        with pytest.raises(SystemExit, match=message):
+            small.call(make_world_base.VERB, *flags.split())
+
+
+def test_a_base_that_does_not_pass_is_not_written(tmp_path):
+    directory = tmp_path / "base"
+    config = make(make_world_base.BaseConfig, {
+        "directory": str(directory), "steps": 2, "hidden_size": 16, "intermediate_size": 16, "num_layers": 1,
+        "num_heads": 2, "test_size": 4})
+    with pytest.raises(ValueError, match=r"not written, the base does not pass: .*accuracy_after: found"):
+        make_world_base.make_base(config)
+    assert not directory.exists()
+
+
+def test_gates_name_what_does_not_hold():
+    good = {name: (least + most) / 2 for name, least, most in make_world_base.GATES}
+    assert make_world_base.failures(good) == []
+    for name, least, _ in make_world_base.GATES:
+        found = make_world_base.failures({**good, name: least - 1})
+        assert len(found) == 1 and found[0].startswith(f"{name}: found {least - 1:.1f}%, expected {least} to ")
+
+
+def test_a_model_is_not_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError):
+        make_world_base.make_base(make_world_base.BaseConfig(directory=str(tmp_path), steps=2))
