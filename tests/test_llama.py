@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxvaccine.cache import Stacked
 from jaxvaccine.checkpoints.hugging_face import load_model
 from jaxvaccine.llama import (
-    Segment,
-    as_segment,
+    cache_type,
     extend_cache,
     hidden_states,
     init_adapter,
@@ -148,7 +148,7 @@ def test_padding_and_other_rows_do_not_matter():
 @pytest.mark.parametrize("unroll", [False, True])
 @pytest.mark.parametrize("steps", [[1] * 10, [4, 1, 1, 4], [10]])
 def test_extending_a_cache_equals_the_full_forward(steps, unroll):
-    """Half of the steps go into one segment of 12 slots, the others into one segment each."""
+    """Half of the steps go into one cache of 12 slots, the others into one of their own each."""
     lora = LoraConfig(rank=2, targets=("q_proj", "v_proj", "down_proj"))
     model, frozen = tiny_model(lora, rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, 32))
     config = model.config
@@ -158,36 +158,30 @@ def test_extending_a_cache_equals_the_full_forward(steps, unroll):
     if unroll:
         model, adapter, frozen = (
             model.clone(unroll=True), unroll_layers(model, adapter), unroll_layers(model, frozen))
+    kind = cache_type(model)
     # Garbage in the slots that do not count yet must not show.
-    cache = jax.tree.map(lambda x: jnp.full_like(x, 9.0),
-                         as_segment(extend_cache(model, adapter, frozen, np.zeros((2, 12), np.int32),
-                                                 np.ones((2, 12), np.int32))[1], jnp.zeros(2, jnp.int32)))
+    cache = jax.tree.map(lambda x: jnp.full_like(x, 9), kind.empty(config, 2, 12, model.dtype))
     cache = cache._replace(lengths=jnp.zeros(2, jnp.int32))
-    segments = []
-    start = 0
+    caches, start = [], 0
     for step in steps:
         chunk = ids[:, start:start + step]
-        hidden, new = extend_cache(model, adapter, frozen, chunk, np.ones_like(chunk), (cache, *segments))
+        hidden, new = extend_cache(model, adapter, frozen, chunk, np.ones_like(chunk), (cache, *caches))
         np.testing.assert_allclose(hidden, expected[:, start:start + step], atol=2e-5)
-        new, start = as_segment(new, jnp.full(2, step)), start + step
+        new, start = kind.of(new, jnp.full(2, step)), start + step
         if start > 5:
-            segments.append(new)
-            continue
-
-        def put(old, new, axis, at=start - step):
-            return jax.tree.map(lambda o, n: jax.lax.dynamic_update_slice_in_dim(o, n, at, axis), old, new)
-
-        cache = Segment(put(cache.k, new.k, -1), put(cache.v, new.v, -2), jnp.full(2, start))
+            caches.append(new)
+        else:
+            cache = cache.append(new)
     assert start == 10
 
 
 def test_rows_of_a_cache_have_their_own_positions():
     model, frozen = tiny_model()
     ids, mask = padded_batch(101, [6, 3], 6)
-    hidden, entries = extend_cache(model, None, frozen, ids, mask)
+    hidden, new = extend_cache(model, None, frozen, ids, mask)
     np.testing.assert_allclose(hidden, hidden_states(model, None, frozen, ids, mask), atol=1e-5)
     chunk = np.array([[5], [7]])
-    cache = as_segment(entries, jnp.array([6, 3]))
+    cache = Stacked.of(new, jnp.array([6, 3]))
     found, _ = extend_cache(model, None, frozen, chunk, np.ones_like(chunk), (cache,))
     for row, length in enumerate((6, 3)):
         alone = np.append(ids[row, :length], chunk[row])[None]

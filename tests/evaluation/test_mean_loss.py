@@ -9,7 +9,6 @@ from jaxvaccine.data import TokenizedExamples
 from jaxvaccine.evaluation import mean_loss
 from tests import tiny
 
-
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
