@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from jaxvaccine.experiment.run import check_given, make_settings
 from tests.experiments import small
 from tests.report.synthetic import rows_of
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
@@ -45,6 +48,18 @@ def test_the_demo(world_model, tmp_path):
     rows = rows_of(text, "## Scores")
     assert [row[0] for row in rows[1:]] == [name for name in ("SFT", "Vaccine", "T-Vaccine", "Booster")
                                             for _ in range(3)]
+
+
+@pytest.mark.parametrize("script", ["demo", "demo_smollm2"])
+def test_they_take_no_flags(script):
+    """--help shows what they do, and does not do it."""
+    def ran(argument):
+        return subprocess.run([sys.executable, "-m", f"experiments.{script}", argument], cwd=ROOT, capture_output=True,
+                              text=True, check=False)
+
+    helped, wrong = ran("--help"), ran("--steps=3")
+    assert helped.returncode == 0 and helped.stdout.startswith(f"`make {script.replace('_', '-')}`: ")
+    assert wrong.returncode == 1 and wrong.stderr.startswith(f"{script}: ") and "steps" in wrong.stderr
 
 
 def test_the_configuration_of_the_real_model():
