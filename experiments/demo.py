@@ -31,8 +31,8 @@ HS after the attack was 60, 78 and 86 where this was tried.
 
 Attacked: after {steps} steps of fine-tuning.
 """
-NEXT = ("## On a real model\n\n`make demo-smollm2`: SmolLM2-135M-Instruct, plain English. `jaxvaccine run --help`: your "
-        "own models, data, defenses and attacks.\n")
+NEXT = ("## On a real model\n\n`make demo-smollm2`: SmolLM2-135M-Instruct, plain English. "
+        "`jaxvaccine run --help`: your own models, data, defenses and attacks.\n")
 
 
 def configuration(run_dir: str = "runs/demo", model: str = "world") -> PlanConfig:
