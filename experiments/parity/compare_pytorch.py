@@ -177,6 +177,7 @@ def read_methods(config: CompareConfig, given: Mapping[str, Any]) -> dict[str, A
         "alignment_data": "embedded_refusal@train,embedded_benign@train", "harmful_data": "embedded_harmful@harmful",
         "steps": 3, **preset, **given, "model": config.model, "run_dir": config.run_dir, "dropout": 0.0,
         "save_every": 0, "progress": False, "epochs": 1.0}
+    require(defaults["steps"] >= 1, "steps", defaults["steps"], "at least 1")
     return {name: make(AlignConfig, METHODS[name], {**defaults, "base_defense": "sft", "freeze": "layer"})
             for name in config.defense}
 

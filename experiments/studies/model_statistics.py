@@ -27,7 +27,8 @@ ALIGNMENT = ("harmful_probe_loss", "reduction")
 ATTACK = ("harmful_training_loss", "harmful_test_loss", "harmful_gradient_norm", "harmful_score")
 NOTE = ("Harmful training loss and the norm of its gradient (all adapters): on the attack's own harmful examples. "
         "Harmful test loss and HS: on unseen harmful prompts. h(w): on examples of the harmful data that Booster "
-        "simulates its step with; w' is w after a step of length {step_length:g} against their normalised gradient.")
+        "simulates its step with; w' is w after a step against their normalised gradient, of the length of Booster's "
+        "alpha or, with methods that have none, {step_length:g}.")
 
 
 @dataclasses.dataclass(frozen=True)

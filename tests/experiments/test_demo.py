@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,20 @@ def test_the_demo(world_model, tmp_path):
     rows = rows_of(text, "## Scores")
     assert [row[0] for row in rows[1:]] == [name for name in ("SFT", "Vaccine", "T-Vaccine", "Booster")
                                             for _ in range(3)]
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("script", ["demo", "demo_smollm2"])
+def test_they_take_no_flags(script, monkeypatch, capsys):
+    """--help shows what they do, and does not do it."""
+    def run(argument):
+        monkeypatch.setattr(sys, "argv", [script, argument])
+        runpy.run_module(f"experiments.{script}", run_name="__main__")
+
+    run("--help")
+    assert capsys.readouterr().out.startswith(f"`make {script.replace('_', '-')}`: ")
+    with pytest.raises(SystemExit, match=f"^{script}: .*steps"):
+        run("--steps=3")
 
 
 def test_the_configuration_of_the_real_model():

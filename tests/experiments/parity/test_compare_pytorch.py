@@ -14,7 +14,10 @@ pytest.importorskip("peft")
 
 from experiments.parity import compare_pytorch
 from experiments.parity import steps as parity
+from jaxvaccine import cli
 from jaxvaccine.json_files import read_json
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 ROOT = Path(__file__).parents[3]
 
@@ -41,6 +44,7 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(compare_pytorch, "in_process", lambda function, *arguments: function(*arguments))
 
 
+@pytest.mark.long
 def test_command_line(tmp_path):
     """Half precision, with PyTorch against itself; then again, which compares nothing anew."""
     flags = ("--defense=t_vaccine", "--steps=2", "--dtype=bfloat16", "--remat=none")
@@ -84,14 +88,20 @@ def test_on_a_model_directory(model_dir, tmp_path, in_this_process):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (("--defense=sgd",), "--defense: found ('sgd',), expected some of sft, vaccine"),
+    (("--defense=sgd",), r"--defense: found \('sgd',\), expected some of sft, vaccine"),
     (("--steps=0",), "--steps: found 0, expected at least 1"),
     (("--dtype=float64", "--model=some/where"), "--dtype: found 'float64', expected float32 or bfloat16"),
-    (("--model=no/such/folder.gguf",), "no/such/folder.gguf"),
     (("--layers=5",), "--layers: found 5, expected at most the model's 4 layers"),
+    (("--preset=sgd",), "--preset: found 'sgd', expected one of booster"),
 ])
 def test_bad_flags(tmp_path, flags, message):
-    failed = command(tmp_path / "run", *flags)
+    with pytest.raises(SystemExit, match=f"^compare_pytorch: {message}"):
+        cli.call("compare_pytorch", compare_pytorch.VERB, [f"--run_dir={tmp_path / 'run'}", *flags])
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_flags_end_the_program(tmp_path):
+    failed = command(tmp_path / "run", "--model=no/such/folder.gguf")
     assert failed.returncode == 1 and failed.stderr.strip().splitlines()[-1].startswith("compare_pytorch: ")
-    assert message in failed.stderr
+    assert "no/such/folder.gguf" in failed.stderr
     assert not (tmp_path / "run").exists()

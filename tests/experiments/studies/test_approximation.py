@@ -83,6 +83,7 @@ def test_what_is_measured(model_dir):
     assert found["regularizer_angle"].min() > 1, "the two gradients are hardly different: nothing is tested"
 
 
+@pytest.mark.long
 def test_a_run_and_its_continuation(model_dir, tmp_path):
     root = tmp_path / "a"
     small.call(approximation.VERB, *flags(model_dir, root))

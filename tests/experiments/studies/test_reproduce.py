@@ -6,16 +6,14 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.studies import published, reproduce
-from experiments.studies.published import Figure
 from jaxvaccine import cli
 from jaxvaccine.experiment import plans, recipes
 from jaxvaccine.experiment.config import flat, make
-from jaxvaccine.experiment.plans import Panel, Point, cell_configs
+from jaxvaccine.experiment.plans import cell_configs
 from jaxvaccine.experiment.results import Cell
 from jaxvaccine.experiment.run import check_given, make_settings
-from jaxvaccine.report.published import comparison, largest_drop, table_cells
 from tests.experiments import small
-from tests.report.synthetic import frame, rate, rows_of
+from tests.report.synthetic import rows_of
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -84,33 +82,9 @@ def test_flags_are_checked():
             small.call(reproduce.VERB, "--run_dir=r", *argv)
 
 
-def test_published_figures_beside_ours(tmp_path):
-    figures = (Figure("booster", "0.1", 1000, 20.0, 90.0, "M", "T", "paper"),)
-    ratios = Panel("", "p", {name: [Point(p, name, f"poison_ratio={p}") for p in ("0", "0.1")]
-                             for name in ("sft", "booster")})
-    counts = Panel("", "n", {"booster": [Point("50", "booster", "poison_ratio=0.1:n=50")]})
-    cells = table_cells(ratios, counts, "0.1", 1000)
-    assert [(p, n) for _, p, n in cells] == [("0", 1000), ("0.1", 1000)] * 2 + [("0.1", 50)]
-    hs = {("sft", "0", 1000): 10.0, ("sft", "0.1", 1000): 60.0, ("booster", "0", 1000): 5.0,
-          ("booster", "0.1", 1000): 25.0, ("booster", "0.1", 50): 1.0}
-
-    def table(seeds):
-        return frame([
-            dict(rate(measure, value, method=point.method, attack=point.attack, seed=seed, stage="attack", step=9),
-                 low=value - 1, high=value + 2)
-            for point, p, n in cells for seed in seeds
-            for measure, value in (("harmful_score", hs[point.method, p, n] + 2 * seed), ("agnews", 80.0))])
-
-    rows = comparison(table([0]), cells, figures).splitlines()
-    assert "| Booster | 0.1 | 1000 | HS | 20.00 | 25.00 | +5.00 | 24.0–27.0 | paper: M, T |" in rows
-    assert "| Booster | 0.1 | 1000 | FA | 90.00 | 80.00 | -10.00 | 79.0–82.0 | paper: M, T |" in rows
-    assert "| SFT | 0.1 | 1000 | HS |  | 60.00 |  | 59.0–62.0 |  |" in rows
-    assert len(rows) == 2 + 2 * len(cells)
-    # Two seeds, 25 and 27: Student's interval 26 ± 12.7.
-    assert "| 26.00 | +6.00 | 13.3–38.7 |" in comparison(table([0, 1]), cells, figures)
-    config = SimpleNamespace(paper="booster")
-    assert reproduce.claim(config, table([0]), cells, {}) == "35.0 points, against SFT at p = 0.1, n = 1000"
-    assert largest_drop(frame([]), cells, "booster") == "–"
+def test_a_claim_of_drops(monkeypatch):
+    monkeypatch.setattr(reproduce, "largest_drop", lambda found, cells, method: f"{method}: {found}, {cells}")
+    assert reproduce.claim(SimpleNamespace(paper="booster"), "table", ["cell"], {}) == "booster: table, ['cell']"
 
 
 def test_memory_is_measured():
