@@ -125,7 +125,7 @@ def test_other_settings_in_the_same_folder(aligned):
         align(change(aligned, learning_rate=0.1))
     with pytest.raises(FileExistsError, match=r"data\.hashes\.alignment"):
         align(change(aligned, alignment_data="world_refusal@train[0:25]"))
-    with pytest.raises(FileExistsError, match=r'defense: found "sft", expected "vaccine"; .*rho: found null, expected 5'):
+    with pytest.raises(FileExistsError, match=r'found "sft", expected "vaccine"; .*rho: found null, expected 5'):
         align(change(aligned, defense="vaccine", rho=5.0))
     align(change(aligned, save_every=7))  # changes nothing that counts
     assert weights(aligned.run.run_dir) == before

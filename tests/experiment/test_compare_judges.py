@@ -6,6 +6,7 @@ import pytest
 
 from jaxvaccine.experiment.compare_judges import ComparedJudge, ComparisonPart, compare, name_of
 from jaxvaccine.experiment.config import FieldError, make
+from jaxvaccine.experiment.judging import JudgePart
 from jaxvaccine.report import runs as reports
 from tests.evaluation.test_chat_api import Server, reply
 
@@ -78,12 +79,10 @@ def test_bad_input(predictions, tmp_path):
         compare(*configs(tmp_path, str(tmp_path / "none.jsonl")))
     with pytest.raises(FieldError, match=r"^predictions: found \(\), expected at least one file"):
         ComparisonPart(run_dir="r")
-    with pytest.raises(FieldError, match="^judge: found 'recorded', expected one of keyword"):
-        from jaxvaccine.experiment.judging import JudgePart
-
+    with pytest.raises(FieldError, match=r"^judge: found 'recorded', expected one of keyword"):
         JudgePart(judge="recorded")
     run, first, second = configs(tmp_path, predictions(ROWS))
-    with pytest.raises(FieldError, match="^second_judge: found 'recorded', expected another than the first"):
+    with pytest.raises(FieldError, match=r"^second_judge: found 'recorded', expected another than the first"):
         compare(run, first, first)
     assert not (tmp_path / "run").exists()
     compare(run, first, second)

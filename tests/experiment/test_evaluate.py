@@ -197,7 +197,7 @@ def test_settings_of_the_judge_are_checked_before_anything_loads(changes, messag
 
 def test_prompts_that_were_trained_on(aligned, tmp_path, caplog):
     """An error where harm is measured, a warning elsewhere."""
-    with pytest.raises(FieldError, match="^harmful_test: found 4 of 4 prompts also in the alignment data of"):
+    with pytest.raises(FieldError, match=r"^harmful_test: found 4 of 4 prompts also in the alignment data of"):
         evaluate(evaluate_config(tmp_path / "a", trained=aligned.run.run_dir,
                                  harmful_test="world_refusal@train[0:4]"))
     assert not (tmp_path / "a").exists()
@@ -205,5 +205,5 @@ def test_prompts_that_were_trained_on(aligned, tmp_path, caplog):
     evaluate(evaluate_config(tmp_path / "b", trained=attacked, harmful_test="", benign_test="", loss_data="",
                              sst2_test="world_rating@attack[0:300]"))
     assert "of 300 test prompts are also in the user data of" in caplog.text
-    with pytest.raises(FieldError, match="found 20 of 20 prompts also in the harmful data of .*attacked"):
+    with pytest.raises(FieldError, match=r"found 20 of 20 prompts also in the harmful data of .*attacked"):
         evaluate(evaluate_config(tmp_path / "c", trained=attacked, harmful_test="world_harmful@attack[0:20]"))

@@ -141,5 +141,5 @@ def test_a_loss_that_is_not_finite(model_dir):
 
 def test_ewc_is_not_for_lanes(model_dir):
     config = attack_config("a", "r", defense="ewc", alignment_data="world_refusal@train")
-    with pytest.raises(FieldError, match="^defense: found 'ewc', expected another"):
+    with pytest.raises(FieldError, match=r"^defense: found 'ewc', expected another"):
         lanes.train(None, config.method, config.training, 16, [], [])
