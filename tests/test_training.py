@@ -386,7 +386,7 @@ def test_a_state_of_other_shapes_is_refused(tmp_path):
 
 
 def test_active_layers_that_nobody_freezes_are_an_error():
-    """A defense that keeps them in its state says so to the optimizer; otherwise all layers would move without a word."""
+    """A defense that keeps them in its state says so to the optimizer; otherwise all layers would move unnoticed."""
     class State(NamedTuple):
         active_layers: jax.Array
 
