@@ -5,7 +5,7 @@ attention block's output, zero unless a defense writes them). Layers are stacked
 ``nn.scan`` and rematerialised by ``nn.remat``. Where Mistral, Qwen2 and Gemma2 differ, `LlamaConfig.family` says so.
 Flax is known in this file alone; everything else calls the functions at its end.
 
-Shapes in names: B batch, T sequence, S cached positions, D hidden size, N query heads, K key-value heads, H head_dim,
+Shapes in names: B batch, T sequence, S slots of keys, D hidden size, N query heads, K key-value heads, H head_dim,
 V vocabulary, L layers, r LoRA rank.
 """
 
@@ -19,14 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvaccine.attention import (
-    KeyValues,
-    Segment,
     attend,
     attend_to_cache,
     attention_masks,
     slot_positions,
     soft_cap,
 )
+from jaxvaccine.cache import Cache, KeyValues, Stacked, Unrolled
 from jaxvaccine.conventions import at_least_float32
 from jaxvaccine.llama_config import LlamaConfig, LoraConfig
 
@@ -43,12 +42,6 @@ class Activations(NamedTuple):
     inputs: jax.Array  # [L, B, T, D], of every layer: the embeddings, then the residual stream, not normed
     mlp: jax.Array  # [L, B, T, D], of every MLP: its output, before the residual add (and before Gemma2's norm of it)
     final: jax.Array  # [B, T, D], after the last norm
-
-
-def as_segment(new: KeyValues, lengths_B) -> Segment:
-    """New keys and values as a segment."""
-    return Segment(jax.tree.map(lambda k: jnp.moveaxis(k, -3, -1), new.k),
-                   jax.tree.map(lambda v: jnp.moveaxis(v, -3, -2), new.v), lengths_B)
 
 
 class LoraDense(nn.Module):
@@ -152,11 +145,13 @@ class Attention(nn.Module):
             return projected.reshape(batch, length, count, config.head_dim)
 
         q_BxTxNxH = _rotate(heads("q_proj", config.num_heads), rope)
-        new = KeyValues(_rotate(heads("k_proj", config.num_kv_heads), rope), heads("v_proj", config.num_kv_heads))
+        k_BxTxKxH = _rotate(heads("k_proj", config.num_kv_heads), rope)
+        v_BxTxKxH = heads("v_proj", config.num_kv_heads)
+        new = KeyValues(k_BxTxKxH.transpose(0, 2, 3, 1), v_BxTxKxH.transpose(0, 2, 1, 3))
         if cached:
             out = attend_to_cache(config, q_BxTxNxH, new, cached, mask_BxTxS)
         else:
-            out = attend(config, q_BxTxNxH, *new, mask_BxTxS)
+            out = attend(config, q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, mask_BxTxS)
         out = dense(config.hidden_size, name="o_proj")(out.reshape(batch, length, config.num_heads * config.head_dim))
         return self.perturb("output", out), new
 
@@ -191,7 +186,7 @@ class Layer(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, rope, masks, local, cached):
+    def __call__(self, x, rope, masks, cache, layer, local):
         self.sow("intermediates", "input", x)
         norm = _norm_of(self.config, self.dtype)
 
@@ -200,7 +195,7 @@ class Layer(nn.Module):
 
         mask = jnp.where(local, masks[1], masks[0]) if len(masks) == 2 else masks[0]
         attention, new = Attention(self.config, self.lora, self.dtype, name="attention")(
-            norm(name="attention_norm")(x), rope, mask, cached)
+            norm(name="attention_norm")(x), rope, mask, [part.read(layer) for part in cache])
         x = x + post_norm("attention_post_norm", attention)
         mlp = MLP(self.config, self.lora, self.dtype, name="mlp")(norm(name="mlp_norm")(x))
         return x + post_norm("mlp_post_norm", mlp), new
@@ -232,31 +227,30 @@ class Llama(nn.Module):
         layer = Layer if self.remat == "none" else nn.remat(
             Layer, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
         self.layers = nn.scan(
-            layer, length=config.num_layers, in_axes=(nn.broadcast, nn.broadcast, 0, 0),
+            layer, length=config.num_layers, in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
             variable_axes={"params": 0, "lora": 0, "perturbations": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
         )(config, self.lora, self.dtype)
 
-    def __call__(self, input_ids_BxT, attention_mask_BxT, cache: Sequence[Segment] = ()):
-        """Final hidden states [B, T, D], after the last norm, and the new keys and values [L, B, T, K, H]."""
+    def __call__(self, input_ids_BxT, attention_mask_BxT, cache: Sequence[Cache] = ()):
+        """Final hidden states [B, T, D], after the last norm, and the new keys and values of all layers."""
         positions = slot_positions(cache, *input_ids_BxT.shape)
         rope = _rope_table(self.config, positions[-1], self.dtype)
         masks = attention_masks(self.config, attention_mask_BxT, cache, positions)
-        # Which of two masks a layer takes is a value that the scan hands it: one program for all layers.
-        local_L = jnp.asarray(self.config.local_layers) if len(masks) == 2 else None
         x_BxTxD = self.embed_tokens[input_ids_BxT]
         if self.config.family.scaled_embeddings:
             x_BxTxD = x_BxTxD * jnp.asarray(self.config.hidden_size**0.5, self.dtype)
         if self.unroll:
             news = []
             for i, layer in enumerate(self.layers):
-                cached = tuple(KeyValues(segment.k[i], segment.v[i]) for segment in cache)
-                x_BxTxD, new = layer(x_BxTxD, rope, masks, self.config.local_layers[i], cached)
+                x_BxTxD, new = layer(x_BxTxD, rope, masks, cache, i, self.config.local_layers[i])
                 news.append(new)
             return self.norm(x_BxTxD), KeyValues(*zip(*news, strict=True))
-        x_BxTxD, entries = self.layers(
-            x_BxTxD, rope, masks, local_L, tuple(KeyValues(segment.k, segment.v) for segment in cache))
-        return self.norm(x_BxTxD), entries
+        # What the scan hands a layer are values: its number, to read the cache, and which of two masks it takes.
+        layers_L = jnp.arange(self.config.num_layers) if cache else None
+        local_L = jnp.asarray(self.config.local_layers) if len(masks) == 2 else None
+        x_BxTxD, new = self.layers(x_BxTxD, rope, masks, cache, layers_L, local_L)
+        return self.norm(x_BxTxD), new
 
     def logits(self, hidden):
         kernel_DxV = self.embed_tokens.T if self.config.tie_word_embeddings else self.lm_head
@@ -303,10 +297,15 @@ def layer_activations(model: Llama, adapter, frozen, input_ids_BxT, attention_ma
     return Activations(layers["input"][0], layers["mlp"]["output"][0], final_BxTxD)
 
 
-def extend_cache(model: Llama, adapter, frozen, input_ids_BxT, attention_mask_BxT, cache: Sequence[Segment] = ()):
-    """Reads T more tokens of each row, which follow those of the cache's segments, one behind the other.
+def cache_type(model: Llama) -> type[Cache]:
+    """What this model remembers its tokens in."""
+    return Unrolled if model.unroll else Stacked
 
-    Returns final hidden states [B, T, D] and the new tokens' KeyValues [L, B, T, K, H].
+
+def extend_cache(model: Llama, adapter, frozen, input_ids_BxT, attention_mask_BxT, cache: Sequence[Cache] = ()):
+    """Reads T more tokens of each row, which follow those of the caches, one behind the other.
+
+    Returns final hidden states [B, T, D] and the new tokens' `KeyValues` of all layers.
     """
     model, variables = _bind(model, adapter, frozen)
     return model.apply(variables, input_ids_BxT, attention_mask_BxT, cache)

@@ -34,9 +34,17 @@ TrainStep = Callable[[TrainState, Any, Mapping[str, Any], jax.Array], tuple[Trai
 
 
 def init_train_state(adapter, defense: Defense, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step. The adapter is copied: the step donates its state, the caller keeps its own."""
+    """The state before the first step. The adapter is copied: the step donates its state, the caller keeps its own.
+
+    Raises:
+      ValueError: the defense has active layers in its state and does not say that they alone train.
+    """
     adapter = jax.tree.map(jnp.copy, adapter)
-    return TrainState(jnp.zeros((), jnp.int32), adapter, optimizer.init(adapter), defense.init(adapter))
+    state = defense.init(adapter)
+    if hasattr(state, "active_layers") and defense.trainable(state, adapter) is None:
+        raise ValueError("defense: found active_layers in its state and no trainable, expected it to say what trains: "
+                         "Defense(init, gradient, trainable=lambda state, adapter: state.active_layers)")
+    return TrainState(jnp.zeros((), jnp.int32), adapter, optimizer.init(adapter), state)
 
 
 def step_key(key: jax.Array, step) -> jax.Array:

@@ -4,6 +4,7 @@ import gc
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +20,21 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory):
+    """A module's programs are kept on disk until the session ends: the same one, as that of a training step that every
+    run builds anew, is not compiled again, in this module and in the next that asks for this."""
+    settings = {"jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+                "jax_persistent_cache_min_compile_time_secs": 0.1}
+    before = {name: getattr(jax.config, name) for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -29,7 +29,7 @@ def test_nothing_heavy_is_imported():
     assert [name for name in PUBLIC if name not in names] == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_takes_two_seconds_at_most():
     """The best of three, since the machine may be busy; generously."""
     program = "import time; start = time.perf_counter(); import jaxvaccine; print(time.perf_counter() - start)"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -382,3 +383,16 @@ def test_a_state_of_other_shapes_is_refused(tmp_path):
     with open_checkpoints(tmp_path) as checkpoints, pytest.raises(
             ValueError, match=rf"{tmp_path}: checkpoint 3: adapter.b: found shape \(4, 5\), expected \(4, 6\)"):
         checkpoints.restore(wide)
+
+
+def test_active_layers_that_nobody_freezes_are_an_error():
+    """A defense that keeps them in its state says so to the optimizer; otherwise all layers would move without a word."""
+    class State(NamedTuple):
+        active_layers: jax.Array
+
+    adapter = {"layers": {"a": jnp.ones((3, 2))}}
+    defense = defenses.Defense(lambda adapter: State(jnp.array([True, False, True])), lambda *args: None)
+    with pytest.raises(ValueError, match=r"found active_layers in its state and no trainable"):
+        training.init_train_state(adapter, defense, optim.layer_masked_adamw(optim.OptimizerConfig(), 2))
+    training.init_train_state(adapter, defense._replace(trainable=lambda state, adapter: state.active_layers),
+                              optim.layer_masked_adamw(optim.OptimizerConfig(), 2))

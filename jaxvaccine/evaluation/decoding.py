@@ -1,7 +1,7 @@
 """What `generate` runs on the device: pure jitted steps over rows, each an answer under way, and their cache.
 
-Shapes in names: B rows decoded together, G prompts that join them, T padded prompt length, S cached positions, N
-max_new_tokens, P tokens that all prompts begin with, E number of EOS ids.
+Shapes in names: B rows decoded together, G prompts that join them, T padded prompt length, N max_new_tokens, P tokens
+that all prompts begin with, E number of EOS ids.
 """
 
 import functools
@@ -10,8 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxvaccine.cache import Cache, Stacked
 from jaxvaccine.evaluation.sampling import Sampling, choose
-from jaxvaccine.llama import Llama, Segment, as_segment, extend_cache, token_logits, unroll_layers
+from jaxvaccine.llama import Llama, cache_type, extend_cache, token_logits, unroll_layers
 
 
 class Rows(NamedTuple):
@@ -41,99 +42,67 @@ def _record(model: Llama, frozen, rows: Rows, hidden_BxD, eos_ids_E, sampling: S
     return Rows(rows.prompt, token_B, tokens_BxN, counts_B, ended_B | (counts_B == tokens_BxN.shape[1]), finite_B)
 
 
-def _empty_segment(model: Llama, batch: int, capacity: int) -> Segment:
-    config = model.config
-    heads = (batch, config.num_kv_heads)
-    k, v = (*heads, config.head_dim, capacity), (*heads, capacity, config.head_dim)
-
-    def zeros(shape):
-        if model.unroll:
-            return tuple(jnp.zeros(shape, model.dtype) for _ in range(config.num_layers))
-        return jnp.zeros((config.num_layers, *shape), model.dtype)
-
-    return Segment(zeros(k), zeros(v), jnp.zeros(batch, jnp.int32))
-
-
 @functools.partial(jax.jit, static_argnames="model")
-def read_shared(model: Llama, adapter, frozen, input_ids_P) -> Segment:
+def read_shared(model: Llama, adapter, frozen, input_ids_P) -> Stacked:
     """The cache of what all prompts begin with: read once, for one row."""
     input_ids_1xP = input_ids_P[None]
-    _, entries = extend_cache(model, adapter, frozen, input_ids_1xP, jnp.ones_like(input_ids_1xP))
-    return as_segment(entries, jnp.full(1, len(input_ids_P), jnp.int32))
+    _, new = extend_cache(model, adapter, frozen, input_ids_1xP, jnp.ones_like(input_ids_1xP))
+    return Stacked.of(new, jnp.full(1, len(input_ids_P), jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "batch", "capacity", "max_new_tokens"))
-def empty(model: Llama, *, batch: int, capacity: int, max_new_tokens: int) -> tuple[Rows, Segment]:
-    """Rows that have all ended, and their cache."""
+def empty(model: Llama, *, batch: int, capacity: int, max_new_tokens: int) -> tuple[Rows, Cache]:
+    """Rows that have all ended, and their cache, as `model` reads it."""
     rows = _fresh_rows(jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool), max_new_tokens)
-    return rows, _empty_segment(model, batch, capacity)
+    return rows, cache_type(model).empty(model.config, batch, capacity, model.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames=("rows", "cache"))
-def admit(model: Llama, adapter, frozen, shared: tuple[Segment, ...], eos_ids_E, rows: Rows, cache: Segment,
-          input_ids_GxT, lengths_G, prompts_G, slots_G, *, sampling: Sampling) -> tuple[Rows, Segment]:
+def admit(model: Llama, adapter, frozen, shared: tuple[Stacked, ...], eos_ids_E, rows: Rows, cache: Cache,
+          input_ids_GxT, lengths_G, prompts_G, slots_G, *, sampling: Sampling) -> tuple[Rows, Cache]:
     """Prompts take over the rows `slots`, each with its first token. Slots beyond the last row hold filler.
 
-    What `shared` holds, if anything, comes before each prompt.
+    What `shared` holds, if anything, comes before each prompt. `model`'s layers are stacked, whatever the cache's.
     """
-    length = input_ids_GxT.shape[1]
     lengths_G = jnp.maximum(lengths_G, 1)
-    mask_GxT = (jnp.arange(length) < lengths_G[:, None]).astype(jnp.int32)
-    hidden_GxTxD, entries = extend_cache(model, adapter, frozen, input_ids_GxT, mask_GxT, shared)
+    mask_GxT = (jnp.arange(input_ids_GxT.shape[1]) < lengths_G[:, None]).astype(jnp.int32)
+    hidden_GxTxD, new = extend_cache(model, adapter, frozen, input_ids_GxT, mask_GxT, shared)
     joining = _record(model, frozen, _fresh_rows(prompts_G, jnp.zeros(len(prompts_G), bool), rows.tokens.shape[1]),
                       hidden_GxTxD[jnp.arange(len(lengths_G)), lengths_G - 1], eos_ids_E, sampling)
-    new = as_segment(entries, lengths_G)
-    if isinstance(cache.k, tuple):
-        new = unrolled_segment(new)
-    return jax.tree.map(lambda old, new: old.at[slots_G].set(new, mode="drop"), rows, joining), Segment(
-        jax.tree.map(lambda old, new: old.at[..., slots_G, :, :, :length].set(new, mode="drop"), cache.k, new.k),
-        jax.tree.map(lambda old, new: old.at[..., slots_G, :, :length, :].set(new, mode="drop"), cache.v, new.v),
-        cache.lengths.at[slots_G].set(new.lengths, mode="drop"))
+    return (jax.tree.map(lambda old, new: old.at[slots_G].set(new, mode="drop"), rows, joining),
+            cache.replace(slots_G, type(cache).of(new, lengths_G)))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "steps", "sampling"), donate_argnames=("rows", "cache"))
-def decode(model: Llama, adapter, frozen, shared: tuple[Segment, ...], eos_ids_E, rows: Rows, cache: Segment, *,
-           steps: int, sampling: Sampling) -> tuple[Rows, Segment]:
+def decode(model: Llama, adapter, frozen, shared: tuple[Cache, ...], eos_ids_E, rows: Rows, cache: Cache, *,
+           steps: int, sampling: Sampling) -> tuple[Rows, Cache]:
     """Up to `steps` more tokens for every row; fewer when all have ended.
 
-    The cache itself is only read until the end. What is new lies in a short segment of its own, in the same slots for
-    all rows: to write every token where it belongs would take about as long as all of attention.
+    The cache itself is only read until the end. What is new lies in a short one of its own, in the same slots for all
+    rows: to write every token where it belongs would take about as long as all of attention.
     """
-    ones_Bx1 = jnp.ones((len(rows.last), 1), jnp.int32)
+    kind, ones_B = type(cache), jnp.ones(len(rows.last), jnp.int32)
 
-    def put(old, new, at, axis):
-        return jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis), old, new)
-
-    def advance(state: tuple[jax.Array, Rows, Segment]):
+    def advance(state: tuple[jax.Array, Rows, Cache]):
         step, rows, recent = state
-        hidden_Bx1xD, entries = extend_cache(model, adapter, frozen, rows.last[:, None], ones_Bx1,
-                                           (*shared, cache, recent))
-        new = as_segment(entries, recent.lengths + 1)
-        recent = Segment(put(recent.k, new.k, step, -1), put(recent.v, new.v, step, -2), new.lengths)
-        return step + 1, _record(model, frozen, rows, hidden_Bx1xD[:, 0], eos_ids_E, sampling), recent
+        hidden_Bx1xD, new = extend_cache(model, adapter, frozen, rows.last[:, None], ones_B[:, None],
+                                         (*shared, cache, recent))
+        return (step + 1, _record(model, frozen, rows, hidden_Bx1xD[:, 0], eos_ids_E, sampling),
+                recent.append(kind.of(new, ones_B), at=step))
 
-    start = jnp.zeros((), jnp.int32), rows, _empty_segment(model, len(rows.last), steps)
+    start = jnp.zeros((), jnp.int32), rows, kind.empty(model.config, len(rows.last), steps, model.dtype)
     _, rows, recent = jax.lax.while_loop(lambda state: (state[0] < steps) & ~jnp.all(state[1].ended), advance, start)
-    append_k, append_v = (jax.vmap(functools.partial(put, axis=axis), in_axes=(-4, -4, 0), out_axes=-4)
-                          for axis in (-1, -2))
-    return rows, Segment(append_k(cache.k, recent.k, cache.lengths), append_v(cache.v, recent.v, cache.lengths),
-                         cache.lengths + recent.lengths)
+    return rows, cache.append(recent)
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
-def keep(rows: Rows, cache: Segment, slots_B, *, capacity: int) -> tuple[Rows, Segment]:
+def keep(rows: Rows, cache: Cache, slots_B, *, capacity: int) -> tuple[Rows, Cache]:
     """The rows `slots` alone, with room for `capacity` positions."""
-    return jax.tree.map(lambda x: x[slots_B], rows), Segment(
-        jax.tree.map(lambda x: x[..., slots_B, :, :, :capacity], cache.k),
-        jax.tree.map(lambda x: x[..., slots_B, :, :capacity, :], cache.v), cache.lengths[slots_B])
-
-
-def unrolled_segment(segment: Segment) -> Segment:
-    return segment._replace(k=tuple(segment.k), v=tuple(segment.v))
+    return jax.tree.map(lambda x: x[slots_B], rows), cache.keep(slots_B, capacity)
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def unrolled(model: Llama, adapter, frozen, shared: tuple[Segment, ...]):
-    """The trees and segments as an unrolled model takes them."""
+def unrolled(model: Llama, adapter, frozen, shared: tuple[Stacked, ...]):
+    """The trees and caches as an unrolled model takes them."""
     return (adapter and unroll_layers(model, adapter), unroll_layers(model, frozen),
-            tuple(unrolled_segment(segment) for segment in shared))
+            tuple(part.unrolled() for part in shared))

@@ -17,11 +17,12 @@ from jaxvaccine.checkpoints import hugging_face
 from jaxvaccine.checkpoints.peft import load_adapter, save_adapter
 from jaxvaccine.evaluation import ALPACA_EVAL, evaluate_prompts, mean_loss
 from jaxvaccine.experiment import lanes, results, runs, stage
-from jaxvaccine.experiment.align import AlignConfig, align, batch_sources, check_layers, load_data, tokenize
+from jaxvaccine.experiment.align import AlignConfig, Examples, align, batch_sources, check_layers, load_data, tokenize
 from jaxvaccine.experiment.attack import AttackConfig, attack, load_attack
-from jaxvaccine.experiment.config import FieldError, flat
-from jaxvaccine.experiment.evaluate import LOSS, TESTS, EvaluateConfig, evaluate, summary
+from jaxvaccine.experiment.config import flat, require
+from jaxvaccine.experiment.evaluate import LOSS, TESTS, EvaluateConfig, check_unseen, evaluate, summary
 from jaxvaccine.experiment.judging import make_judge
+from jaxvaccine.experiment.methods import Ewc
 from jaxvaccine.experiment.plans import (
     ALIGNED,
     Plan,
@@ -103,10 +104,17 @@ def carry_out(plan: Plan, settings: Settings, root: Path, *, as_lanes: bool = Fa
         check_layers(aligned.method, architecture)
         if attacked:
             attacked.adapter.layer_mask(architecture.num_layers)
+            require(not (as_lanes and isinstance(attacked.method, Ewc)), "defenses", cell.method,
+                    "no EWC where many seeds are trained at once")
         probes.check(aligned, attacked)
-    fixed = {"align": settings.align, "attack": settings.attack, "as_lanes": as_lanes,
-             "scores": stage.split_operational(flat(settings.scores))[0]}
-    runs.open_run(root, "run", fixed, {}, {"plan": dataclasses.asdict(plan)}, overwrite)
+    require(not (as_lanes and settings.scores.tests.alpaca_eval_test), "alpaca_eval_test",
+            settings.scores.tests.alpaca_eval_test, "none where many seeds are trained at once")
+    # The backbones are in the cells' paths.
+    fixed = {"align": _fixed(settings.align), "attack": _fixed(settings.attack), "as_lanes": as_lanes,
+             "scores": {**stage.split_operational(flat(settings.scores))[0], "model": ""}}
+    runs.open_run(root, "run", fixed, {}, overwrite=overwrite)
+    # Of this call, whatever an earlier one recorded.
+    write_json(root / runs.CONFIG, {**runs.read_config(root), "operational": {"plan": dataclasses.asdict(plan)}})
     context = Context(plan, settings, root, probes, written, say)
     collect(root, plan)
     for backbone in plan.backbones:
@@ -114,6 +122,11 @@ def carry_out(plan: Plan, settings: Settings, root: Path, *, as_lanes: bool = Fa
             _score_backbone(context, backbone)
         carry = _lanes if as_lanes else _one_by_one
         carry(context, backbone)
+
+
+def _fixed(by_defense: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What may not differ from one call to the next."""
+    return {defense: stage.split_operational(values)[0] for defense, values in by_defense.items()}
 
 
 def collect(root: Path, plan: Plan) -> None:
@@ -205,18 +218,17 @@ class Scorer:
     """Scores lanes on the tests of an evaluation's config."""
 
     def __init__(self, config: EvaluateConfig, tokenizer: Any):
-        if config.tests.alpaca_eval_test:
-            raise FieldError("alpaca_eval_test", "found data, expected none where many seeds are trained at once")
         self.config, self.tokenizer, self.examples = config, tokenizer, config.tests.load()
         self.judge = make_judge(config.judge, config.run.progress)
         self.lengths = {test.task: getattr(config.generation, test.length) for test in TESTS.values()
                         if test.task != ALPACA_EVAL}
 
-    def __call__(self, of: lanes.Lanes) -> tuple[list[dict[str, Any]], dict[str, list[list[str]]]]:
+    def __call__(self, of: lanes.Lanes, seeds: Sequence[int]
+                 ) -> tuple[list[dict[str, Any]], dict[str, list[list[str]]]]:
         """(what `evaluate` returns, of every lane; {task: [prompt, answer] of the first lane's first prompts})."""
         found, answers = [], {}
         generation = self.config.generation
-        for i in range(of.count):
+        for i, seed in enumerate(seeds):
             adapter, frozen = of.lane(i)
             scores: dict[str, Any] = {}
             for task, rows in self.examples.items():
@@ -228,16 +240,21 @@ class Scorer:
                 result = evaluate_prompts(
                     of.model, adapter, frozen, self.tokenizer, rows, task=task, judge=self.judge,
                     max_new_tokens=self.lengths[task], batch_size=generation.eval_batch_size,
-                    bucket=generation.eval_bucket, sampling=generation.sampling(self.config.run.seed))
+                    bucket=generation.eval_bucket, sampling=generation.sampling(seed))
                 scores[task] = summary(result)
                 answers.setdefault(task, [[p.prompt, p.answer] for p in result.predictions[:SHOWN]])
             found.append(scores)
         return found, answers
 
+    def check_unseen(self, of: str, examples: Examples) -> None:
+        """As `evaluate` does, before lanes are trained on the examples."""
+        check_unseen({task: rows for task, rows in self.examples.items() if task != LOSS},
+                     {f"{name} data {of}": stage.prompts_of(rows) for name, rows in examples.items()})
+
 
 def _lanes(context: Context, backbone: str) -> None:
     """All seeds of a method at once, and then of every attack on it."""
-    tokenizer = base = scorer = None
+    tokenizer = scorer = None
     for method in context.plan.methods:
         of_method = [Cell(backbone, method, text, seed) for text in ("", *context.plan.of_method(method))
                      for seed in context.plan.seeds]
@@ -249,7 +266,7 @@ def _lanes(context: Context, backbone: str) -> None:
             scorer = Scorer(context.settings.scores, tokenizer)
         seeds = list(dict.fromkeys(cell.seed for cell in missing))
         config, _ = cell_configs(context.settings, context.root, missing[0])
-        base = base or stage.load_base(backbone, config.model.dtype)
+        base = stage.load_base(backbone, config.model.dtype)  # the same again, unless a method has another dtype
         aligned = _align_lanes(context, config, base, tokenizer, scorer, backbone, method, seeds)
         for text in dict.fromkeys(cell.attack for cell in missing):
             cells = [cell for cell in missing if cell.attack == text]
@@ -282,7 +299,9 @@ def _align_lanes(context: Context, config: AlignConfig, base: stage.Base, tokeni
 def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, tokenizer, scorer: Scorer,
                    cells: Sequence[Cell]) -> None:
     seeds = [cell.seed for cell in cells]
-    tokenized = tokenize(tokenizer, load_data(config.data, config.method), config.data.max_length)
+    examples = load_data(config.data, config.method)
+    scorer.check_unseen(f"of {cells[0].method}", examples)
+    tokenized = tokenize(tokenizer, examples, config.data.max_length)
     sources = batch_sources(config.method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
     last = stage.count_steps(config.training, sources)
     probe = context.probes.alignment and context.probes.alignment(config, tokenizer, seeds)
@@ -300,7 +319,7 @@ def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, to
                                    seeds, observe=observe if probe else None)
     for step in range(0, last, METRICS_EVERY):
         add(step, {measure: metrics[name][step].astype(float) for measure, name in METRICS.items() if name in metrics})
-    scores, answers = scorer(aligned)
+    scores, answers = scorer(aligned, seeds)
     for i, cell in enumerate(cells):
         folder = stage.adapter_dir(align_folder(context.root, cell))
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -318,6 +337,8 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
     if "alignment" in config.method.batches:
         rows = data.load_examples(config.data.alignment_data)
         read = [{**of, "alignment": rows} for of in read]
+    for of in read:
+        scorer.check_unseen(f"of {cells[0].attack}", of)
     sources = [{name: (rows, config.training.batch_size) for name, rows in
                 tokenize(tokenizer, of, config.data.max_length).items()} for of in read]
     seeds = [cell.seed for cell in cells]
@@ -333,7 +354,7 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
             found[i].extend(results.measured_rows(cell, "attack", step, {k: v[i] for k, v in measured.items()}))
         # Before the first step it is the aligned model, which has been scored.
         if step and (step in context.plan.score_steps or step == last):
-            scores, answers[str(step)] = scorer(of)
+            scores, answers[str(step)] = scorer(of, seeds)
             for i, cell in enumerate(cells):
                 found[i].extend(results.score_rows(cell, "attack", step, scores[i]))
 

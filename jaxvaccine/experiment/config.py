@@ -132,14 +132,18 @@ def make(config_class: type[Config], given: Mapping[str, Any], defaults: Mapping
         if name not in names(config_class):
             raise FieldError(name, f"found {value!r}, expected no such field")
         if name not in read:
-            chosen = ", ".join(f"{name}={read[name]}" for name in _chosen(config_class) if name in read)
+            chosen = ", ".join(f"{name}={read[name]}" for name in _choices(config_class) if name in read)
             raise FieldError(name, f"found {value!r}, expected nothing: {chosen} does not read it")
     return config
 
 
-def _chosen(config_class: type) -> list[str]:
-    return list(dict.fromkeys(s.name for s in settings(config_class) if typing.get_origin(s.hint) is typing.Literal
-                              and s.group == "Method"))
+def _choices(config_class: type) -> Iterator[str]:
+    """The flat names that choose a method, and what the method builds on."""
+    for f in dataclasses.fields(config_class):
+        if "choice" in f.metadata:
+            yield f.metadata["choice"]
+            for option in f.metadata["options"].values():
+                yield from _choices(option)
 
 
 def _make(config_class: type, values: Mapping[str, Any]) -> Any:
@@ -161,14 +165,21 @@ def _make(config_class: type, values: Mapping[str, Any]) -> Any:
 
 def flat(config: Any) -> dict[str, Any]:
     """{name: value} of all that the config reads; `make` gives the config back."""
+    return _flat(config, {})
+
+
+def _flat(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`flat`, without the settings of a method in whose place `given` chooses another."""
     values: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if "choice" in f.metadata:
-            options = {part: name for name, part in f.metadata["options"].items()}
-            values |= {f.metadata["choice"]: options[type(value)], **flat(value)}
+            name, options = f.metadata["choice"], {part: name for name, part in f.metadata["options"].items()}
+            values[name] = options[type(value)]
+            if given.get(name, values[name]) == values[name]:
+                values |= _flat(value, given)
         elif dataclasses.is_dataclass(value):
-            values |= flat(value)
+            values |= _flat(value, given)
         else:
             values[flat_name(f)] = value
     return values
@@ -180,7 +191,7 @@ def change(config: Config, **given: Any) -> Config:
     Raises:
       FieldError: as of `make`.
     """
-    return make(type(config), given, flat(config))
+    return make(type(config), given, _flat(config, given))
 
 
 def parse(config_class: type, texts: Mapping[str, str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ the settings of an attack: `poison_ratio=0.1:adapter=new`. + also separates the 
 `targets=q_proj+v_proj`.
 """
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -133,23 +134,29 @@ def cell_configs(settings: Settings, root: Path, cell: Cell) -> tuple[AlignConfi
     shared = {"seed": cell.seed, "overwrite": False, "progress": settings.scores.run.progress}
     folder = align_folder(root, cell)
 
-    def configure(config_class, name, text, given, defaults):
+    @contextlib.contextmanager
+    def named(name, text, given, prefix=""):
+        """Errors name the text that they come from, or the flag, if what is wrong is what all cells start from."""
         try:
-            return make(config_class, given, {**defaults, **shared})
+            yield
         except ValueError as error:
+            if isinstance(error, FieldError) and error.name not in given:
+                raise FieldError(prefix + error.name, error.message) from error
             raise FieldError(name, f"found {text!r}: {error}") from error
 
-    aligned = configure(AlignConfig, "defenses", cell.method, method, {
-        **settings.align[defense], "model": cell.backbone, "run_dir": str(folder), "defense": defense})
+    with named("defenses", cell.method, method):
+        aligned = make(AlignConfig, method, {
+            **settings.align[defense], **shared, "model": cell.backbone, "run_dir": str(folder), "defense": defense})
     if not cell.attack:
         return aligned, None
-    attacked = configure(AttackConfig, "attacks", cell.attack, changed, {
-        **settings.attack[defense], "aligned": str(folder), "run_dir": str(attack_folder(root, cell)),
-        "test_data": settings.scores.tests.harmful_test, "save_every": aligned.run.save_every,
-        "alignment_data": aligned.data.alignment_data if tuning else "",
-        **{name: getattr(aligned.model, name) for name in ("dtype", "remat")}, "bucket": aligned.data.bucket})
-    # Found here what a continued adapter can't have.
-    attacked.adapter.resolve(flat(aligned), attacked.method)
+    with named("attacks", cell.attack, changed, "attack_"):
+        attacked = make(AttackConfig, changed, {
+            **settings.attack[defense], **shared, "aligned": str(folder), "run_dir": str(attack_folder(root, cell)),
+            "test_data": settings.scores.tests.harmful_test, "save_every": aligned.run.save_every,
+            "alignment_data": aligned.data.alignment_data if "defense" in changed else "",
+            **{name: getattr(aligned.model, name) for name in ("dtype", "remat")}, "bucket": aligned.data.bucket})
+        # Found here what a continued adapter can't have.
+        attacked.adapter.resolve(flat(aligned), attacked.method)
     return aligned, attacked
 
 

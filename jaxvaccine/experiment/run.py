@@ -50,7 +50,7 @@ class PlanConfig(Part):
         super().__post_init__()
         require(bool(self.run_dir), "run_dir", self.run_dir, "a folder")
         require(bool(self.model), "model", self.model, "at least one")
-        for name in ("defenses", "poison_ratios", "seeds", "model"):
+        for name in ("defenses", "poison_ratios", "attacks", "seeds", "model"):
             values = getattr(self, name)
             require(len(set(values)) == len(values), name, values, "each once")
         for name in ("seeds", "score_steps"):

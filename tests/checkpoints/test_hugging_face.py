@@ -355,7 +355,7 @@ print(peak() - before, size(frozen), size(frozen["layers"]) // 12)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_host_memory(tmp_path, dtype):

@@ -12,6 +12,7 @@ from jaxvaccine.checkpoints.hugging_face import load_model, save_model
 from jaxvaccine.checkpoints.peft import load_adapter, read_lora_config, save_adapter
 from jaxvaccine.llama import Llama, hidden_states, merge_adapter, token_logits, tree_shapes
 from jaxvaccine.llama_config import TARGETS, LoraConfig
+from tests import rounding
 from tests.checkpoints.tiny import CONFIG, assert_trees_equal, edit_json, edit_tensors, random_model
 
 SUBSETS = [TARGETS, ("q_proj", "k_proj", "v_proj"), ("down_proj",), ("o_proj", "up_proj", "gate_proj")]
@@ -59,9 +60,10 @@ def test_peft_loads_ours(tmp_path, targets):
         expected = theirs(torch.from_numpy(ids)).logits.numpy()
     mask, merged = np.ones_like(ids), merge_adapter(model, adapter, frozen)
     unmerged = token_logits(model, frozen, hidden_states(model, adapter, frozen, ids, mask))
+    tolerance = rounding.forward(CONFIG, expected)
     np.testing.assert_allclose(token_logits(model, merged, hidden_states(base, None, merged, ids, mask)), expected,
-                               atol=2e-5)
-    np.testing.assert_allclose(unmerged, expected, atol=2e-5)
+                               rtol=0, atol=tolerance)
+    np.testing.assert_allclose(unmerged, expected, rtol=0, atol=tolerance)
     bare = token_logits(model, frozen, hidden_states(base, None, frozen, ids, mask))
     assert np.abs(bare - expected).max() > 1e-2  # the adapter does something
 
@@ -91,7 +93,7 @@ def test_we_load_what_peft_wrote(tmp_path, targets, stored):
     adapter = load_adapter(tmp_path / "adapter", model)
     assert {leaf.dtype for leaf in jax.tree.leaves(adapter)} == {jnp.dtype("float32")}
     ours = token_logits(model, frozen, hidden_states(model, adapter, frozen, ids, np.ones_like(ids)))
-    np.testing.assert_allclose(ours, expected, atol=2e-5)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=rounding.forward(CONFIG, expected))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

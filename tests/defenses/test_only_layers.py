@@ -31,7 +31,7 @@ def test_it_is_the_training_of_a_model_with_only_these_adapters():
     expected, expected_metrics = train(defenses.sft(loss_of_two), jax.tree.map(lambda x: x[LAYERS], adapter))
     found, metrics = train(defenses.only_layers(defenses.sft(toy.no_dropout), LAYERS), adapter)
     for name in found:
-        np.testing.assert_allclose(found[name][LAYERS], expected[name], rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(found[name][LAYERS], expected[name], rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(found[name][~LAYERS], adapter[name][~LAYERS])
     # Clipping sees the norm of what trains.
     np.testing.assert_allclose(metrics["gradient_norm"], expected_metrics["gradient_norm"], rtol=1e-5)

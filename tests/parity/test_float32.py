@@ -27,7 +27,7 @@ def test_steps(method, tiny_dir):
         assert not active[:, 0].all(), "the first layer was always active"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("method", parity.METHODS)
 def test_with_rematerialisation(method, tiny_dir):
     suite.check(suite.tiny_problem(tiny_dir, method, remat="full", steps=10), suite.FLOAT32)

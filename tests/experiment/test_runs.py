@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from jaxvaccine import runs
 from jaxvaccine.data.prompts import Example
+from jaxvaccine.experiment import runs
 
 FLAGS = {"lam": 5.0, "targets": ("q_proj", "v_proj"), "model": "a/b"}
 DATA = {"hashes": {"alignment": "1" * 64, "harmful": "2" * 64}, "dropped": {"alignment": 0}}

@@ -1,0 +1,140 @@
+"""Alignments of a tiny model: what they write, how they go on, and what is said to bad input."""
+
+import shutil
+
+import pytest
+
+import jaxvaccine.training as training
+from jaxvaccine.experiment.align import AlignConfig, align
+from jaxvaccine.experiment.config import FieldError, change, flat, make
+from jaxvaccine.experiment.methods import Sft
+from jaxvaccine.experiment.parts import OPERATIONAL
+from jaxvaccine.json_files import read_json, write_json
+from tests.experiment.small_world import align_config, metrics, recorded, weights
+
+pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
+
+
+def test_a_run(aligned):
+    folder = aligned.run.run_dir
+    assert [entry["step"] for entry in metrics(folder)] == [0, 1, 2]
+    found = recorded(folder)
+    assert found["script"] == "align"
+    assert {**found["flags"], **found["operational"]} == {
+        name: list(value) if isinstance(value, tuple) else value for name, value in flat(aligned).items()}
+    assert found["operational"].keys() == flat(aligned).keys() & OPERATIONAL
+    assert set(found["data"]["hashes"]) == set(found["data"]["prompts"]) == {"alignment"}
+    assert len(found["data"]["prompts"]["alignment"]) == 24
+
+
+@pytest.mark.parametrize("defense", ["repnoise", "tar"])
+def test_alignment_with_more_data(aligned, tmp_path, defense):
+    """RepNoise's harmless answers and TAR's adversary; a run records what its method reads and nothing else."""
+    given = {"harmless_data": "world_refusal@harmful[0:12]"} if defense == "repnoise" else {"inner_steps": 2}
+    config = align_config(aligned.model.model, tmp_path / "run", defense=defense, steps=2, **given)
+    align(config)
+    found, steps = recorded(tmp_path / "run"), metrics(tmp_path / "run")
+    if defense == "repnoise":
+        assert steps[0]["ascent"] > 0 and steps[0]["noise"] > 0
+        assert set(found["data"]["hashes"]) == {"alignment", "harmful", "harmless"}
+        assert found["flags"]["noise_weight"] == 0.001 and "inner_steps" not in found["flags"]
+    else:
+        assert steps[0]["tamper_loss"] < 0 and steps[1]["hidden_distance"] > 0
+        assert found["flags"]["adversary"] == "adamw" and "ascent_weight" not in found["flags"]
+    assert weights(config.run.run_dir) != weights(aligned.run.run_dir)
+    other = recorded(aligned.run.run_dir)["flags"]
+    assert not {"ascent_weight", "inner_steps", "rho", "lam", "alpha", "layers", "base_defense", "freeze"} & set(other)
+
+
+def test_interrupted_run_continues(aligned, tmp_path, monkeypatch):
+    """A run whose fourth step fails goes on from its checkpoint to the weights of a run that was never interrupted."""
+    def config(name):
+        return align_config(aligned.model.model, tmp_path / name, steps=5, save_every=2, defense="booster")
+
+    align(config("through"))
+    made = training.make_train_step
+
+    def failing(*arguments):
+        step_fn, calls = made(*arguments), []
+
+        def step(*args):
+            calls.append(None)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return step_fn(*args)
+        return step
+
+    monkeypatch.setattr(training, "make_train_step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        align(config("run"))
+    monkeypatch.setattr(training, "make_train_step", made)
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert align(config("run")) == tmp_path / "run"
+    assert weights(tmp_path / "run") == weights(tmp_path / "through")
+    assert [entry["step"] for entry in metrics(tmp_path / "run")] == list(range(5))
+
+
+def refused(**changes):
+    values = {"model": "m", "run_dir": "r", "alignment_data": "world_refusal@train",
+              "harmful_data": "world_harmful@harmful", **changes}
+    with pytest.raises(ValueError) as error:
+        make(AlignConfig, values)
+    return str(error.value)
+
+
+def test_values_are_checked_before_anything_loads():
+    assert refused(alignment_data="").startswith("alignment_data: found ''")
+    assert "harmful_data: found '', expected a data source, which booster needs" in refused(
+        defense="booster", harmful_data="")
+    assert "harmful_data: found ''" in refused(defense="t_vaccine", harmful_data="")
+    assert "alignment_data: data source" in refused(alignment_data="nonsense:file.jsonl")
+    assert "base_defense: found 'vaccine'" in refused(base_defense="vaccine")
+    assert "layers: found 0" in refused(defense="t_vaccine", layers=0)
+    assert "targets" in refused(targets=("q_proj", "w_proj"))
+    assert "learning_rate" in refused(learning_rate=float("nan"))
+    assert "batch_size: found 0" in refused(batch_size=0)
+    assert "run_dir: found ''" in refused(run_dir="")
+    assert "harmful_batch_size: found 0" in refused(harmful_batch_size=0)
+    assert "inner_learning_rate: found -0.1" in refused(defense="tar", inner_learning_rate=-0.1)
+    # Without harmful data where none is read.
+    values = {"model": "m", "run_dir": "r", "alignment_data": "world_refusal@train"}
+    assert make(AlignConfig, values).method == Sft()
+    assert make(AlignConfig, {**values, "defense": "t_vaccine", "importance": "uniform"}).method.layers == 8
+
+
+@pytest.mark.parametrize("given", [{"defense": "t_vaccine"}, {"defense": "booster", "base_defense": "t_vaccine"}])
+def test_too_many_active_layers(model_dir, tmp_path, given):
+    config = align_config(model_dir, tmp_path / "r", layers=5, **given)
+    with pytest.raises(FieldError, match=r"^layers: found 5, expected at most the model's 3 layers"):
+        align(config)
+    assert not (tmp_path / "r").exists()
+
+
+def test_vocabulary_mismatch(model_dir, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(model_dir, other)
+    write_json(other / "config.json", {**read_json(other / "config.json"), "vocab_size": 97})
+    with pytest.raises(ValueError, match="expected ids below 97"):
+        align(align_config(str(other), tmp_path / "r"))
+    assert not (tmp_path / "r").exists()
+
+
+def test_other_settings_in_the_same_folder(aligned):
+    before = weights(aligned.run.run_dir)
+    with pytest.raises(FileExistsError, match=r"learning_rate: found 0.01, expected 0.1"):
+        align(change(aligned, learning_rate=0.1))
+    with pytest.raises(FileExistsError, match=r"data\.hashes\.alignment"):
+        align(change(aligned, alignment_data="world_refusal@train[0:25]"))
+    with pytest.raises(FileExistsError, match=r'found "sft", expected "vaccine"; .*rho: found null, expected 5'):
+        align(change(aligned, defense="vaccine", rho=5.0))
+    align(change(aligned, save_every=7))  # changes nothing that counts
+    assert weights(aligned.run.run_dir) == before
+
+
+def test_starting_again(aligned, tmp_path):
+    config = align_config(aligned.model.model, tmp_path / "run")
+    align(config)
+    before = weights(tmp_path / "run")
+    align(change(config, seed=1, overwrite=True))
+    assert recorded(tmp_path / "run")["flags"]["seed"] == 1 and len(metrics(tmp_path / "run")) == 3
+    assert weights(tmp_path / "run") != before == weights(aligned.run.run_dir), "the same settings, the same weights"

@@ -1,0 +1,193 @@
+"""Attacks on an aligned tiny model: defended or not, on a continued or a new adapter; and what is said to bad input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxvaccine.checkpoints.peft import read_lora_config
+from jaxvaccine.experiment.align import align
+from jaxvaccine.experiment.attack import AttackConfig, attack
+from jaxvaccine.experiment.config import FieldError, change, flat, make
+from jaxvaccine.experiment.evaluate import evaluate
+from jaxvaccine.experiment.methods import FINE_TUNING
+from tests.experiment.small_world import ALIGN, align_config, attack_config, evaluate_config, metrics, recorded, weights
+
+pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
+
+
+def test_attack_and_scores(aligned, tmp_path):
+    """A continued and a new adapter; the merged start of a new one is what evaluation sees too."""
+    for adapter, rank in (("continue", None), ("new", 3)):
+        config = attack_config(aligned.run.run_dir, tmp_path / adapter, adapter=adapter, rank=rank)
+        assert attack(config) == tmp_path / adapter
+        assert read_lora_config(tmp_path / adapter / "adapter").rank == (rank or ALIGN["rank"])
+        assert weights(tmp_path / adapter) != weights(aligned.run.run_dir)
+        scores = evaluate_config(tmp_path / f"{adapter}-scores", trained=tmp_path / adapter, sst2_test="", loss_data="")
+        results = evaluate(scores)
+        assert set(results) == {"harmful_score", "over_refusal"}
+        assert results == evaluate(scores)
+        merged = change(scores, run_dir=str(tmp_path / f"{adapter}-merged"), merge_adapter=True)
+        assert evaluate(merged) == results
+        answers = [json.loads((Path(run) / "answers_harmful_score.json").read_text())
+                   for run in (scores.run.run_dir, merged.run.run_dir)]
+        assert answers[0] == answers[1]
+        assert recorded(tmp_path / f"{adapter}-merged")["flags"]["merge_adapter"]
+    found = recorded(tmp_path / "new")
+    assert found["script"] == "finetune" and found["flags"]["poison_ratio"] == 0.25
+    assert found["flags"]["model"] == aligned.model.model and found["flags"]["aligned"] == aligned.run.run_dir
+    assert len(found["data"]["prompts"]["user"]) == 16
+
+
+@pytest.mark.parametrize("defense", ["lisa", "ewc", "kl"])
+def test_a_defended_attack(aligned, tmp_path, defense):
+    data = {} if defense == "kl" else {"alignment_data": "world_refusal@train[0:8]"}
+    config = attack_config(aligned.run.run_dir, tmp_path / "run", defense=defense, adapter="auto", learning_rate=0.05,
+                           steps=3, **data)
+    attack(config)
+    found, steps = recorded(tmp_path / "run"), metrics(tmp_path / "run")
+    assert found["flags"]["adapter"] == ("continue" if defense == "ewc" else "new")
+    assert found["flags"]["defense"] == defense
+    assert set(found["data"]["prompts"]) == {"harmful", "user"} | ({"alignment"} if defense != "kl" else set())
+    names = {name: set(flat(part())) for name, part in FINE_TUNING.items()}
+    assert {name for other in names.values() for name in other} & set(found["flags"]) == names[defense]
+    if defense == "lisa":
+        assert [m["aligning"] for m in steps] == [True, False, True]
+    else:
+        values = [m["penalty" if defense == "ewc" else "kl"] for m in steps]
+        assert abs(values[0]) < 1e-6 < min(values[1:])
+    name = "lisa_rho" if defense == "lisa" else f"{defense}_lam"
+    old = found["flags"][name]
+    with pytest.raises(FileExistsError, match=rf"{name}: found {old}, expected 0\.25"):
+        attack(change(config, **{name: 0.25}))
+
+
+def test_lisa_after_other_defenses(aligned, tmp_path):
+    """It starts from what Booster on T-Vaccine left, and pulls to it: with a huge rho the model hardly moves."""
+    align(align_config(aligned.model.model, tmp_path / "first", defense="booster", base_defense="t_vaccine", layers=1))
+    start = load_file(tmp_path / "first" / "adapter" / "adapter_model.safetensors")
+
+    def distance(rho):
+        attack(attack_config(
+            tmp_path / "first", tmp_path / f"lisa{rho}", defense="lisa", alignment_data="world_refusal@train[0:8]",
+            lisa_alignment_steps=2, lisa_user_steps=2, lisa_rho=rho, learning_rate=1e-3, steps=10))
+        end = load_file(tmp_path / f"lisa{rho}" / "adapter" / "adapter_model.safetensors")
+        return np.sqrt(sum(np.sum((end[name] - start[name]) ** 2) for name in start))
+
+    assert 0 < distance(1e6) < 0.5 * distance(0.0)
+
+
+def refused(**changes):
+    values = {"aligned": "a", "run_dir": "r", "user_data": "world_rating@attack",
+              "harmful_data": "world_harmful@attack", **changes}
+    with pytest.raises(ValueError) as error:
+        make(AttackConfig, values)
+    return str(error.value)
+
+
+def test_values_are_checked_before_anything_loads():
+    assert "alignment_data: found '', expected a data source, which lisa needs" in refused(defense="lisa")
+    assert "alignment_data: found '', expected a data source, which ewc needs" in refused(defense="ewc")
+    data = {"alignment_data": "world_refusal@train"}
+    assert "lisa: user_steps: found 0, expected at least 1" in refused(defense="lisa", lisa_user_steps=0, **data)
+    assert "ewc: lam: found -1.0" in refused(defense="ewc", ewc_lam=-1.0, **data)
+    assert "alignment_data: data source" in refused(defense="kl", alignment_data="nonsense:file")
+    assert "test_data: data source" in refused(test_data="nonsense:file")
+    assert "aligned: found ''" in refused(aligned="") and "n: found 0" in refused(n=0)
+    assert "user_data: found ''" in refused(user_data="") and "harmful_data: found ''" in refused(harmful_data="")
+    # What no example is drawn from may be missing.
+    for ratio, missing in ((0.0, "harmful_data"), (1.0, "user_data")):
+        values = {"user_data": "world_rating@attack", "harmful_data": "world_harmful@attack", missing: ""}
+        make(AttackConfig, {"aligned": "a", "run_dir": "r", "poison_ratio": ratio, **values})
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.5, float("nan")])
+def test_poison_ratio(ratio):
+    assert f"poison_ratio: found {ratio}, expected 0 <= poison_ratio <= 1" in refused(poison_ratio=ratio)
+
+
+def test_an_attack_without_a_defense_records_none_of_their_settings(aligned, tmp_path):
+    attack(attack_config(aligned.run.run_dir, tmp_path / "run", steps=1))
+    found = recorded(tmp_path / "run")["flags"]
+    of_defenses = {name for part in FINE_TUNING.values() for name in flat(part())}
+    assert len(of_defenses) == 5 and not of_defenses & set(found)
+    assert found["defense"] == "none" and not {"lam", "rho", "layers"} & set(found)
+
+
+def test_layers_to_train(aligned, tmp_path):
+    config = attack_config(aligned.run.run_dir, tmp_path / "r")
+    assert config.adapter.layer_mask(4) is None
+    assert change(config, only_layers=("3", "0", "3")).adapter.layer_mask(4).tolist() == [True, False, False, True]
+    for layers in ((), ("a",), ("-1",)):
+        with pytest.raises(FieldError, match=r"^only_layers: found .*expected numbers of at least 0"):
+            change(config, only_layers=layers)
+    with pytest.raises(FieldError, match=r"^only_layers: found \('3',\), expected numbers below 3"):
+        attack(change(config, only_layers=("3",)))
+    assert not (tmp_path / "r").exists()
+    attack(change(config, only_layers=("1",)))
+    start, end = (load_file(Path(run) / "adapter" / "adapter_model.safetensors")
+                  for run in (aligned.run.run_dir, tmp_path / "r"))
+    moved = {name for name in start if (start[name] != end[name]).any()}
+    assert moved == {name for name in start if ".layers.1." in name}
+
+
+def test_overlaps_are_errors(aligned, tmp_path):
+    # SFT's alignment reads no harmful data.
+    booster = align_config(aligned.model.model, tmp_path / "booster", defense="booster")
+    align(booster)
+    config = attack_config(booster.run.run_dir, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"also in the alignment's harmful data"):
+        attack(change(config, harmful_data="world_harmful@harmful[5:30]"))
+    with pytest.raises(ValueError, match=r"also in the test prompts"):
+        attack(change(config, test_data="world_harmful@attack[10:12]"))
+    with pytest.raises(FieldError, match=r"^harmful_test: found 12 of 12 prompts also in the harmful data of"):
+        evaluate(evaluate_config(tmp_path / "s", trained=booster.run.run_dir,
+                                 harmful_test="world_harmful@harmful[0:12]"))
+    assert not (tmp_path / "a").exists() and not (tmp_path / "s").exists()
+    # With SFT nothing of theirs was seen.
+    attack(attack_config(aligned.run.run_dir, tmp_path / "b", harmful_data="world_harmful@harmful[5:30]"))
+
+
+@pytest.mark.parametrize("given, message", [
+    ({"rank": 4}, "^rank: found 4, expected 2, as the continued adapter was aligned, or --adapter=new"),
+    ({"lora_alpha": 1.0}, "^lora_alpha: found 1.0, expected 16.0"),
+    ({"targets": ("q_proj",)}, "^targets: found .* expected "),
+])
+def test_continued_adapter_keeps_its_shape(aligned, tmp_path, given, message):
+    with pytest.raises(FieldError, match=message):
+        attack(attack_config(aligned.run.run_dir, tmp_path / "a", adapter="continue", **given))
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("defense, tuning, expected", [
+    ("sft", "none", "new"), ("vaccine", "none", "new"), ("t_vaccine", "kl", "new"), ("repnoise", "lisa", "new"),
+    ("booster", "none", "continue"), ("tar", "none", "continue"), ("sft", "ewc", "continue"),
+    ("booster", "lisa", "continue")])
+def test_which_adapter_auto_is(defense, tuning, expected):
+    aligned = flat(align_config("m", "r", defense=defense, dropout=0.1))
+    data = {} if tuning in ("none", "kl") else {"alignment_data": "world_refusal@train"}
+    config = attack_config("a", "r", adapter="auto", defense=tuning, **data)
+    found = config.adapter.resolve(aligned, config.method)
+    assert found.adapter == expected
+    assert (found.rank, found.lora_alpha, found.dropout, found.targets) == (
+        2, 16.0, 0.1, aligned["targets"]), "as aligned unless given"
+    assert found.sites().lora().dropout == 0.1
+    # Dropout has no weights, and so a continued adapter may have another.
+    assert change(config, dropout=0.2).adapter.resolve(aligned, config.method).dropout == 0.2
+
+
+def test_unfinished_or_missing_runs(aligned, tmp_path):
+    def refuse(folder, error, message):
+        with pytest.raises(error, match=message):
+            attack(attack_config(folder, tmp_path / "a"))
+        assert not (tmp_path / "a").exists()
+
+    refuse(tmp_path / "nowhere", FileNotFoundError, r"nowhere/config.json: not found")
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "config.json").write_text((Path(aligned.run.run_dir) / "config.json").read_text())
+    refuse(unfinished, ValueError, "aligned: found '.*unfinished', a run that has not finished")
+    attacked = attack(attack_config(aligned.run.run_dir, tmp_path / "attacked", steps=1))
+    refuse(attacked, FieldError, "^aligned: found '.*attacked', a run of finetune, expected align's")

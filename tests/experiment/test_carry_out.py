@@ -1,0 +1,320 @@
+"""Plans carried out, cell by cell and as lanes: one folder layout, one table; what is there stays as it is."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from jaxvaccine.experiment import carry_out as module
+from jaxvaccine.experiment import results, runs
+from jaxvaccine.experiment.carry_out import Probes, carry_out, collect, result_path
+from jaxvaccine.experiment.config import FieldError
+from jaxvaccine.experiment.plans import Plan, Settings, folder_name
+from jaxvaccine.experiment.results import Cell
+from jaxvaccine.json_files import read_json
+from jaxvaccine.report import runs as reports
+from jaxvaccine.report.results import read_results
+from tests.experiment import small_world
+
+pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
+
+P = "poison_ratio=0.25"
+SEEDS = (0, 5)
+SCORES = ["harmful_loss", "harmful_score", "over_refusal", "sst2"]
+KEY = ["method", "attack", "seed", "stage", "step", "measure"]
+
+
+def quiet(*args):
+    """In the place of print."""
+
+
+def go(plan, settings, root, **more):
+    carry_out(plan, settings, root, **{"say": quiet, **more})
+    return read_results(root)
+
+
+def files_of(root):
+    """{path: (when it was written, its bytes)} of what the cells of a plan left."""
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in root.rglob("*")
+            if path.is_file() and path.parent != root}
+
+
+def names_in(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def settings(model_dir):
+    return small_world.settings(model_dir)
+
+
+@pytest.fixture(scope="module")
+def both(model_dir, settings, tmp_path_factory):
+    """{as lanes?: (folder, table)} of the same plan."""
+    pairs = (("sft", P), ("sft", "poison_ratio=0.5:adapter=new"), ("sft:steps=2", ""), ("sft+lisa", P))
+    plan = Plan((model_dir,), pairs, SEEDS)
+    found = {}
+    for as_lanes in (False, True):
+        root = tmp_path_factory.mktemp("plan") / "run"
+        found[as_lanes] = root, go(plan, settings, root, as_lanes=as_lanes, score_backbones=True)
+    return found
+
+
+def test_both_ways_give_the_same_table(both):
+    one, lanes = (table[table["measure"].isin(SCORES)].sort_values(KEY, ignore_index=True)
+                  for _, table in (both[False], both[True]))
+    assert len(one) == 4 * (1 + 2 * (3 + 3))  # the backbone; and of both seeds three methods' alignments, three attacks
+    assert set(one["measure"]) == set(SCORES)
+    numbers = ["value", "n", "low", "high"]
+    pd.testing.assert_frame_equal(one.drop(columns=numbers), lanes.drop(columns=numbers))
+    loss = one["measure"] == "harmful_loss"
+    np.testing.assert_allclose(lanes.loc[loss, "value"], one.loc[loss, "value"], rtol=1e-4)
+    assert one.loc[loss, "value"].nunique() == 1 + 2 * 2 + 2 * 3, "runs that are alike would show nothing"
+    pd.testing.assert_frame_equal(one.loc[~loss, numbers], lanes.loc[~loss, numbers])
+
+
+def test_the_table_is_that_of_the_cells(both, model_dir):
+    for root, table in both.values():
+        rows = [row for path in root.rglob("*.json") if path.name.startswith(("poison", "aligned.json", "none.json"))
+                for row in read_json(path)["rows"] if path.parent.name != "none-scores"]
+        pd.testing.assert_frame_equal(
+            results.table(rows).sort_values([*KEY, "layer"], ignore_index=True),
+            table.sort_values([*KEY, "layer"], ignore_index=True), check_dtype=False)
+        assert set(table["backbone"]) == {model_dir}
+        backbone = table[table["stage"] == "backbone"]
+        assert set(backbone["method"]) == {"none"} and set(backbone["measure"]) == set(SCORES)
+        attacked = table[table["stage"] == "attack"]
+        assert set(attacked["step"]) == {2} and not (attacked["method"] == "sft:steps=2").any()
+
+
+def test_folders(both, model_dir):
+    """<backbone>/<method>/seed<k>/aligned with an adapter, and beside it a file of every cell's rows."""
+    cells = {"aligned.json", f"{P}.json", "poison_ratio=0.5_adapter=new.json"}
+    for as_lanes, (root, _) in both.items():
+        backbone = root / folder_name(model_dir)
+        assert {"config.json", results.TABLE, folder_name(model_dir)} == names_in(root)
+        scores = set() if as_lanes else {f"{name}-scores" for name in ("aligned", P, "poison_ratio=0.5_adapter=new")}
+        runs_there = set() if as_lanes else {P, "poison_ratio=0.5_adapter=new"}
+        for seed in SEEDS:
+            assert names_in(backbone / "sft" / f"seed{seed}") == {"aligned", *cells, *scores, *runs_there}
+            adapter = backbone / "sft_steps=2" / f"seed{seed}" / "aligned" / "adapter" / "adapter_model.safetensors"
+            assert adapter.stat().st_size > 100
+            # Lisa's model was aligned as SFT's.
+            assert not (backbone / "sft+lisa" / f"seed{seed}" / "aligned").exists()
+            assert {"aligned.json", f"{P}.json"} <= names_in(backbone / "sft+lisa" / f"seed{seed}")
+        assert {"none.json", "none-scores", "sft", "sft+lisa", "sft_steps=2"} == names_in(backbone)
+    run = both[False][0] / folder_name(model_dir) / "sft" / "seed5" / P
+    assert {"config.json", "metrics.jsonl", "adapter", "checkpoints"} <= names_in(run)
+    assert runs.read_config(run)["script"] == "finetune"
+    assert len((run.with_name(f"{P}-scores") / "predictions_sst2.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_defense_of_the_fine_tuning_shares_the_alignment(both):
+    for _, table in both.values():
+        aligned = table[(table["stage"] == "alignment") & table["measure"].isin(SCORES)]
+        sft, lisa = (aligned[aligned["method"] == name].drop(columns="method").reset_index(drop=True)
+                     for name in ("sft", "sft+lisa"))
+        pd.testing.assert_frame_equal(sft, lisa)
+        attacked = table[(table["stage"] == "attack") & (table["measure"] == "harmful_loss") & (table["attack"] == P)]
+        values = {name: rows["value"].tolist() for name, rows in attacked.groupby("method")}
+        assert set(values) == {"sft", "sft+lisa"} and not np.isclose(values["sft"], values["sft+lisa"]).any()
+
+
+@pytest.mark.parametrize("as_lanes", [False, True])
+def test_a_plan_grows(model_dir, settings, tmp_path, as_lanes):
+    """Other methods, attacks and seeds; what is there is not touched, and a cell that is gone is made again alike."""
+    def plan(*pairs, seeds=(0,)):
+        return Plan((model_dir,), pairs, seeds, (1, 2) if as_lanes else ())
+
+    root, said, written = tmp_path / "plan", [], []
+
+    def again(*pairs, **more):
+        said.clear()
+        written.clear()
+        return go(plan(*pairs, **more), settings, root, as_lanes=as_lanes, say=said.append, written=written.append)
+
+    again(("sft", P))
+    before = files_of(root)
+    cell = Cell(model_dir, "sft", P, 0)
+    found = read_json(result_path(root, cell))
+    steps = {row["step"] for row in found["rows"]}
+    assert steps == ({1, 2} if as_lanes else {2})
+    assert len(said) == 1 and said[0].startswith(f"{model_dir} sft {P}, seed 0: harmful_loss ") and root in written
+    if as_lanes:
+        assert len(found["answers"]["1"]["sst2"]) == module.SHOWN and written == [root]
+    else:
+        assert set(written) == {root, *(root / folder_name(model_dir) / "sft" / "seed0" / name for name in (
+            "aligned", "aligned-scores", P, f"{P}-scores"))}
+    again(("sft", P))
+    assert files_of(root) == before and not said and not written
+
+    result_path(root, cell).unlink()
+    again(("sft", P))
+    after = files_of(root)
+    assert after.pop(result_path(root, cell))[1] == before[result_path(root, cell)][1]
+    assert after.items() <= before.items()
+    before = files_of(root)
+    table = again(("sft", P), ("sft", "poison_ratio=0.5"), ("sft:steps=2", ""), seeds=SEEDS)
+    after = files_of(root)
+    assert before.items() <= after.items()
+    keys = set(zip(*(table[name] for name in ("method", "attack", "seed")), strict=True))
+    assert keys == {(method, attack, seed) for seed in SEEDS for method, attack in (
+        ("sft", ""), ("sft", P), ("sft", "poison_ratio=0.5"), ("sft:steps=2", ""))}
+    # The table and the report are of the plan as it is now.
+    reports.write(root)
+    assert "| SFT (steps = 2) | aligned | " in reports.read(root) and "p = 0.5" in reports.read(root)
+    assert len(again(("sft:steps=2", ""))["method"].unique()) == 1
+    assert files_of(root) == after
+
+
+def test_an_interrupted_plan_goes_on(model_dir, settings, tmp_path):
+    """Whatever it was doing, what it has is in the table, and it ends as one that was not interrupted."""
+    plan = Plan((model_dir,), (("sft", P), ("sft", "poison_ratio=0")), (0,))
+    whole = go(plan, settings, tmp_path / "whole")
+
+    class PowerCutError(Exception):
+        pass
+
+    seen = []
+
+    def stop(folder):
+        state = folder, len(read_results(tmp_path / "cut"))
+        if state not in seen:
+            seen.append(state)
+            raise PowerCutError
+
+    for count in range(9):
+        try:
+            carry_out(plan, settings, tmp_path / "cut", say=quiet, written=stop)
+        except PowerCutError:
+            found = read_results(tmp_path / "cut")
+            assert (found.merge(whole, how="left", indicator=True)["_merge"] == "both").all()
+            assert len(found) == 4 * (count >= 2) + 4 * (count >= 4) + 4 * (count >= 7)
+    # Three models and their scores, and the table after both attacks.
+    assert len(seen) == 8
+    pd.testing.assert_frame_equal(read_results(tmp_path / "cut"), whole)
+
+
+def test_other_settings_need_another_folder(model_dir, settings, tmp_path):
+    plan, root = Plan((model_dir,), (("sft", ""),)), tmp_path / "plan"
+    go(plan, settings, root)
+
+    def changed(align=None, attack=None, **scores):
+        base = small_world.settings(model_dir, **scores)
+        return Settings.same({**small_world.ALIGN, **(align or {})}, {**small_world.ATTACK, **(attack or {})},
+                             base.scores)
+
+    for other, message in ((changed({"lam": 7.0}), r"align\.booster\.lam: found 0\.2, expected 7\.0"),
+                           (changed(None, {"n": 17}), r"attack\.sft\.n: found 16, expected 17"),
+                           (changed(max_new_tokens=5), r"scores\.max_new_tokens: found 4, expected 5")):
+        with pytest.raises(FileExistsError, match=message):
+            carry_out(plan, other, root)
+    with pytest.raises(FileExistsError, match="as_lanes: found false, expected true"):
+        carry_out(plan, settings, root, as_lanes=True)
+    # What changes no result may differ, and so may the backbone that comes first.
+    before = files_of(root)
+    go(plan, changed({"save_every": 7, "remat": "full", "progress": True}, {"remat": "full"}, judge_workers=2), root)
+    scores = dataclasses.replace(settings.scores, model=dataclasses.replace(settings.scores.model, model="another"))
+    go(plan, settings._replace(scores=scores), root)
+    assert files_of(root) == before
+    go(plan, changed({"learning_rate": 0.02}), root, overwrite=True)
+    aligned = root / folder_name(model_dir) / "sft" / "seed0" / "aligned"
+    assert runs.read_config(aligned)["flags"]["learning_rate"] == 0.02
+
+
+@pytest.mark.parametrize("pairs, as_lanes, scores, name, message", [
+    ((("sft", P), ("booster:lam=-1", P)), False, {}, "defenses", "found 'booster:lam=-1': booster: lam: found -1.0"),
+    ((("sft", P), ("sft", "poison_ratio=2")), False, {}, "attacks", "found 'poison_ratio=2': poison_ratio: found 2.0"),
+    ((("sft", P), ("t_vaccine:layers=9", "")), True, {}, "layers", "found 9, expected at most the model's 3 layers"),
+    ((("sft", f"{P}:only_layers=3"),), False, {}, "only_layers", "found ('3',), expected numbers below 3"),
+    ((("sft", P), ("sft+ewc", P)), True, {}, "defenses", "found 'sft+ewc', expected no EWC"),
+    ((("sft", f"{P}:defense=ewc"),), True, {}, "defenses", "found 'sft', expected no EWC"),
+    ((("sft", ""),), True, {"alpaca_eval_test": "alpaca_eval:a.json", "judge": "chat_api", "judge_model": "m",
+                            "judge_url": "http://localhost/v1"}, "alpaca_eval_test", "found 'alpaca_eval:a.json'"),
+])  # fmt: skip
+def test_what_is_not_valid_is_found_before_the_first_cell(model_dir, tmp_path, pairs, as_lanes, scores, name, message):
+    with pytest.raises(FieldError) as error:
+        carry_out(Plan((model_dir,), pairs), small_world.settings(model_dir, **scores), tmp_path / "plan",
+                  as_lanes=as_lanes)
+    assert error.value.name == name and error.value.message.startswith(message)
+    assert not (tmp_path / "plan").exists()
+
+
+def test_lanes_are_not_scored_on_what_they_were_trained_on(model_dir, tmp_path, caplog, monkeypatch):
+    settings = small_world.settings(model_dir, harmful_test="world_refusal@train[0:4]")
+    with pytest.raises(FieldError, match=r"^harmful_test: found 4 of 4 prompts also in the alignment data of sft"):
+        carry_out(Plan((model_dir,), (("sft", ""),)), settings, tmp_path / "a", as_lanes=True)
+    settings = small_world.settings(model_dir, harmful_test="world_harmful@attack[0:4]")
+    with pytest.raises(ValueError, match="also in the test prompts"):
+        carry_out(Plan((model_dir,), (("sft", P),)), settings, tmp_path / "b", as_lanes=True)
+    settings = small_world.settings(model_dir, sst2_test="world_rating@attack[0:1300]", harmful_test="", loss_data="",
+                                    benign_test="")
+    monkeypatch.setattr(module.Scorer, "__call__", lambda self, of, seeds: (
+        [{"harmful_loss": {"loss": 1.0, "n": 1}} for _ in seeds], {}))
+    carry_out(Plan((model_dir,), (("sft", P),)), settings, tmp_path / "c", as_lanes=True, say=quiet)
+    assert f"test prompts are also in the user data of {P}" in caplog.text
+
+
+def test_methods_of_other_types_on_one_backbone(model_dir, settings, tmp_path):
+    """The weights are read again as the second has them."""
+    plan = Plan((model_dir,), (("sft", ""), ("sft:dtype=bfloat16", "")))
+    table = go(plan, settings, tmp_path / "plan", as_lanes=True)
+    losses = table[table["measure"] == "harmful_loss"].groupby("method")["value"].first()
+    assert losses["sft"] != losses["sft:dtype=bfloat16"]
+    np.testing.assert_allclose(losses["sft"], losses["sft:dtype=bfloat16"], rtol=0.2)
+
+
+def test_answers_are_drawn_with_the_cells_seed(model_dir, tmp_path, monkeypatch):
+    """In lanes as one by one."""
+    drawn = []
+    evaluate_prompts = module.evaluate_prompts
+
+    def watch(*args, sampling, **more):
+        drawn.append((sampling.temperature, sampling.seed))
+        return evaluate_prompts(*args, sampling=sampling, **more)
+
+    monkeypatch.setattr(module, "evaluate_prompts", watch)
+    settings = small_world.settings(model_dir, temperature=1.5, harmful_test="", benign_test="", loss_data="")
+    go(Plan((model_dir,), (("sft", ""),), SEEDS), settings, tmp_path / "plan", as_lanes=True)
+    assert drawn == [(1.5, 0), (1.5, 5)]
+
+
+def test_probes(model_dir, settings, tmp_path):
+    """What a study measures on the way, of every lane, is in the table; and the metrics of training."""
+    def of_alignment(config, tokenizer, seeds):
+        assert config.method.rho == 5.0 and tokenizer.eos_token_id == 0 and tuple(seeds) == SEEDS
+        return lambda step, lanes: {"twice_step": np.array([2 * step] * lanes.count),
+                                    "by_layer": np.arange(6.0).reshape(2, 3) + step}
+
+    def of_attack(aligned, config, tokenizer, seeds):
+        assert config.data.poison_ratio == 0.25 and aligned.method.rho == 5.0
+        return lambda step, lanes: {"seed_measured": np.array(seeds) + 0.5}
+
+    checked = []
+    probes = Probes(of_alignment, of_attack, 2, lambda aligned, attacked: checked.append((aligned, attacked)))
+    plan = Plan((model_dir,), (("t_vaccine", P),), SEEDS, (1,))
+    table = go(plan, settings, tmp_path / "plan", as_lanes=True, probes=probes)
+    assert len(checked) == 2 and checked[0][1].data.poison_ratio == 0.25
+    values = {name: rows for name, rows in table[table["seed"] == 5].groupby("measure")}
+    assert values["twice_step"][["stage", "step", "value"]].values.tolist() == [
+        ["alignment", 0, 0], ["alignment", 2, 4], ["alignment", 3, 6]]
+    assert values["by_layer"]["value"].tolist() == [3, 4, 5, 5, 6, 7, 6, 7, 8]
+    assert values["by_layer"]["layer"].tolist() == [0, 1, 2] * 3
+    assert values["seed_measured"][["stage", "step", "value"]].values.tolist() == [
+        ["attack", 1, 5.5], ["attack", 2, 5.5]]
+    assert values["batch_loss"]["step"].tolist() == [0] and values["batch_loss"]["value"].min() > 0
+    assert values["active_layers"]["value"].sum() == 2 and values["probabilities"]["value"].sum() == pytest.approx(1)
+
+
+def test_a_table_of_what_is_there(both, model_dir, tmp_path):
+    """A plan that goes over less has less in its table, and one over more what there is."""
+    root, table = both[True]
+    for method in ("sft", "vaccine"):
+        plan = Plan((model_dir,), ((method, P),), (5, 6))
+        (tmp_path / method).symlink_to(root)
+        collect(tmp_path / method, plan)
+        found = read_results(root)
+        assert set(found["method"]) == ({"none", "sft"} if method == "sft" else {"none"})
+        assert set(found[found["method"] == method]["seed"]) <= {5}
+    results.write(root / results.TABLE, table)

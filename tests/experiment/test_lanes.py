@@ -1,0 +1,145 @@
+"""A lane computes what `align` and `attack` compute for its seed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxvaccine import data, defenses
+from jaxvaccine.checkpoints.peft import load_adapter
+from jaxvaccine.experiment import lanes, stage
+from jaxvaccine.experiment.align import align, batch_sources, load_data, tokenize
+from jaxvaccine.experiment.attack import attack
+from jaxvaccine.experiment.config import FieldError, change, flat
+from jaxvaccine.experiment.methods import TVaccine
+from tests import jaxprs
+from tests.experiment.small_world import align_config, attack_config
+
+pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
+
+SEEDS = (3, 1)
+METHODS = {
+    "sft": {"defense": "sft"},
+    "t_vaccine_released": {"defense": "t_vaccine", "freeze": "released"},
+    "booster": {"defense": "booster", "base_defense": "t_vaccine"},
+}
+
+
+def config_of(model_dir, run_dir="-", **given):
+    return align_config(model_dir, run_dir, **{"steps": 6, "alignment_data": "world_refusal@train[0:40]", **given})
+
+
+def aligned_lanes(config, method=None):
+    """The config's run with both seeds; with another method, if one is given."""
+    model = config.model.model
+    tokenized = tokenize(data.load_tokenizer(model), load_data(config.data, config.method), config.data.max_length)
+    sources = batch_sources(config.method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
+    start = lanes.fresh(stage.load_base(model, "checkpoint"), config.adapter.lora(), config.model.remat, SEEDS)
+    return lanes.train(start, method or config.method, config.training, config.data.bucket, [sources] * len(SEEDS),
+                       SEEDS)
+
+
+def assert_same_adapter(found, run_dir, model, atol=2e-5):
+    expected = load_adapter(stage.adapter_dir(run_dir), model)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-3), found, expected)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_lanes_are_the_runs_of_align(model_dir, tmp_path, name):
+    config = config_of(model_dir, **METHODS[name])
+    found, metrics = aligned_lanes(config)
+    align(change(config, run_dir=str(tmp_path / "run"), seed=SEEDS[1]))
+    assert_same_adapter(lanes.take(found.adapters, 1), tmp_path / "run", found.model)
+    assert metrics["loss"].shape == (6, 2)
+    assert not np.allclose(metrics["loss"][:, 0], metrics["loss"][:, 1])
+
+
+@pytest.mark.parametrize("adapter, layers, defense", [
+    ("continue", None, "none"), ("new", None, "none"), ("continue", ("2", "0"), "none"), ("new", None, "lisa")])
+def test_lanes_are_the_runs_of_attack(model_dir, tmp_path, adapter, layers, defense):
+    aligned = config_of(model_dir)
+    align(change(aligned, run_dir=str(tmp_path / "aligned"), seed=SEEDS[1]))
+    rows = {"alignment_data": "world_refusal@train[0:8]"} if defense == "lisa" else {}
+    config = attack_config(tmp_path / "aligned", tmp_path / "attacked", adapter=adapter, only_layers=layers,
+                           seed=SEEDS[1], steps=3, defense=defense, **rows)
+    attack(config)
+    # After it: a new adapter donates the base that it finds loaded.
+    start, _ = aligned_lanes(aligned)
+    resolved = config.adapter.resolve(flat(aligned), config.method)
+    tokenizer = data.load_tokenizer(model_dir)
+    more = {name: data.load_examples(source) for name, source in (("alignment", rows.get("alignment_data")),) if source}
+    sources = [{name: (of, 4) for name, of in tokenize(tokenizer, {"user": data.poison(
+        data.load_examples(config.data.user_data), data.load_examples(config.data.harmful_data), 16, 0.25, seed),
+        **more}, 16).items()} for seed in SEEDS]
+    seen = []
+    found, _ = lanes.train(
+        lanes.merged(start, resolved.sites().lora(), SEEDS) if adapter == "new" else start, config.method,
+        config.training, config.data.bucket, sources, SEEDS, resolved.layer_mask(3),
+        lambda step, of: seen.append((step, of.lane(1)[0])))
+    assert_same_adapter(found.lane(1)[0], tmp_path / "attacked", found.model)
+    if layers:  # the others are those of the aligned run, in both
+        trees = [load_adapter(stage.adapter_dir(tmp_path / name), found.model) for name in ("aligned", "attacked")]
+        for (path, before), after in zip(*map(jax.tree_util.tree_leaves_with_path, trees), strict=True):
+            moved = [bool((x != y).any()) for x, y in zip(before, after[1], strict=True)]
+            assert moved == [True, False, True], path
+    assert [step for step, _ in seen] == [0, 1, 2, 3]
+    merged = stage.load_base(model_dir, "checkpoint", tmp_path / "attacked").frozen
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5, rtol=1e-3), found.lane(1)[1], merged)
+
+
+def first_step(config, method):
+    """The lanes' state before the first step, and how many branches the step has that all lanes take together."""
+    start = lanes.fresh(stage.load_base(config.model.model, "checkpoint"), config.adapter.lora(), "none", SEEDS)
+    init, step = lanes._compiled(start.model, method, config.training.optimizer(), 6, False)
+    state = jax.eval_shape(init, start.adapters)
+    row = {name: jnp.ones((2, 2, 16), jnp.int32) for name in ("input_ids", "labels", "attention_mask")}
+    keys = jax.random.split(jax.random.key(0))
+    jaxpr = jax.make_jaxpr(step)(state, start.frozen, {"alignment": row, "harmful": row}, keys, None)
+    conditions = [eqn for eqn in jaxprs.equations(jaxpr) if eqn.primitive.name == "cond"]
+    return state, sum(eqn.invars[0].aval.shape == () for eqn in conditions)
+
+
+@pytest.mark.parametrize("given", [{"defense": "t_vaccine"}, {"defense": "booster", "base_defense": "t_vaccine"}])
+def test_t_vaccine_probes_only_when_due(model_dir, given):
+    """The step number is common to all lanes, so that the schedule's branches stay branches."""
+    config = config_of(model_dir, **given)
+    state, branches = first_step(config, config.method)
+    assert state.step.shape == state.defense.step.shape == ()
+    assert state.defense.probabilities.shape == (2, 3)
+    assert branches >= 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgetful(TVaccine):
+    """T-Vaccine that does not say what counts steps."""
+
+    def make(self, model):
+        return defenses.Defense(*super().make(model)[:3])
+
+
+def test_a_defense_that_does_not_say_what_counts_steps(model_dir):
+    """It loses its branches, and computes the same."""
+    config = config_of(model_dir, defense="t_vaccine")
+    forgetful = Forgetful(**vars(config.method))
+    _, branches = first_step(config, config.method)
+    state, without = first_step(config, forgetful)
+    assert state.defense.step.shape == (2,) and state.step.shape == ()
+    assert without == branches - 2
+    expected, expected_metrics = aligned_lanes(config)
+    found, metrics = aligned_lanes(config, forgetful)
+    for name in ("active_layers", "loss", "probabilities"):
+        np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5, atol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5, rtol=1e-3), found.adapters, expected.adapters)
+
+
+def test_a_loss_that_is_not_finite(model_dir):
+    with pytest.raises(FloatingPointError, match="loss: found values that are not finite"):
+        aligned_lanes(config_of(model_dir, learning_rate=1e30, clip_norm=0.0, steps=4))
+
+
+def test_ewc_is_not_for_lanes(model_dir):
+    config = attack_config("a", "r", defense="ewc", alignment_data="world_refusal@train")
+    with pytest.raises(FieldError, match=r"^defense: found 'ewc', expected another"):
+        lanes.train(None, config.method, config.training, 16, [], [])
