@@ -51,7 +51,9 @@ def transformers_answers(directory: str, dtype: str, eos: int, max_new_tokens: i
     """(prompts, batch size) -> transformers' greedy answers, without EOS and what follows."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
 

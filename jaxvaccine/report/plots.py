@@ -49,7 +49,7 @@ def panels(count: int, columns: int = 3, size: tuple[float, float] = PANEL, shar
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["bottom", "left"]].set_color(INK)
-        axis.tick_params(labelsize=TICK_SIZE, color=INK)
+        axis.tick_params(which="both", labelsize=TICK_SIZE, color=INK)  # a short log axis names minor ticks
         axis.grid(color=PALE, linewidth=0.6)
         axis.set_axisbelow(True)
     for axis in axes[count:]:

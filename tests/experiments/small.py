@@ -1,15 +1,12 @@
-"""The small world at its smallest: random weights, settings of a few steps, and commands in this process."""
+"""Studies at their smallest: settings of a few steps, and commands in this process."""
 
 import jax
 
-from jaxvaccine import cli, data, llama, save_model
-from jaxvaccine.data import world
+from jaxvaccine import cli, data
 from jaxvaccine.experiment import lanes, recipes, stage
 from jaxvaccine.experiment.align import AlignConfig
 from jaxvaccine.experiment.attack import AttackConfig
 from jaxvaccine.experiment.config import make
-from jaxvaccine.json_files import write_json
-from jaxvaccine.llama_config import LlamaConfig
 
 SEEDS = (0, 5)
 # Fewer sites compile faster.
@@ -21,18 +18,6 @@ TESTS = {"harmful_test": "world_harmful@test[0:4]", "sst2_test": "world_rating@t
 FLAGS = ("--recipe=world", "--seeds=0,5", "--noprogress", "--steps=6", "--batch_size=4", "--harmful_batch_size=4",
          "--targets=q_proj,down_proj", f"--harmful_test={TESTS['harmful_test']}")
 ATTACK_FLAGS = ("--attack_n=20", "--attack_batch_size=4", "--attack_steps=2")
-
-
-def world_model(directory, layers=3):
-    """A model directory with the world's tokenizer and random weights large enough to matter."""
-    source = directory / "source"
-    source.mkdir()
-    vocab_size = world.write_tokenizer(source)
-    write_json(source / "config.json", {"eos_token_id": 0})
-    model = llama.Llama(LlamaConfig(vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_layers=layers,
-                                    num_heads=4, num_kv_heads=2, head_dim=8, max_position_embeddings=64))
-    frozen = jax.tree.map(lambda x: x * 8 if x.ndim == 3 else x, llama.init_frozen(model, jax.random.key(0)))
-    return str(save_model(model, frozen, directory / "model", tokenizer_from=source))
 
 
 def align_config(model="-", **changes):
