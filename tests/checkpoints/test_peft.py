@@ -204,7 +204,7 @@ def test_damaged_files(saved):
     with pytest.raises(FileNotFoundError, match=r"safetensors: found no such file \(adapter_model.bin instead\)"):
         load_adapter(directory, model)
     config.write_text('{"r": 4,\n"lora_alpha" 3}')
-    with pytest.raises(ValueError, match=r"adapter_config.json: line 2"):
+    with pytest.raises(ValueError, match=r"adapter_config.json, line 2: found malformed JSON"):
         load_adapter(directory, model)
     config.unlink()
     with pytest.raises(FileNotFoundError, match=r"adapter_config.json: found no such file"):
