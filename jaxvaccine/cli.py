@@ -277,4 +277,5 @@ def _shown(value: Any) -> str:
 
 
 def _wrapped(name: str, text: str, width: int) -> str:
-    return f"  {name}\n" + textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6) + "\n"
+    filled = textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
+    return f"  {name}\n{filled}\n"

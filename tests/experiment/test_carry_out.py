@@ -2,12 +2,16 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
 
+from jaxvaccine.checkpoints.peft import save_adapter
+from jaxvaccine.evaluation import score_answers
 from jaxvaccine.experiment import carry_out as module
-from jaxvaccine.experiment import results, runs
+from jaxvaccine.experiment import lanes, results, runs, stage
 from jaxvaccine.experiment.carry_out import Probes, carry_out, collect, result_path
 from jaxvaccine.experiment.config import FieldError
 from jaxvaccine.experiment.plans import Plan, Settings, folder_name
@@ -62,16 +66,16 @@ def both(model_dir, settings, tmp_path_factory):
 
 
 def test_both_ways_give_the_same_table(both):
-    one, lanes = (table[table["measure"].isin(SCORES)].sort_values(KEY, ignore_index=True)
+    one, many = (table[table["measure"].isin(SCORES)].sort_values(KEY, ignore_index=True)
                   for _, table in (both[False], both[True]))
     assert len(one) == 4 * (1 + 2 * (3 + 3))  # the backbone; and of both seeds three methods' alignments, three attacks
     assert set(one["measure"]) == set(SCORES)
     numbers = ["value", "n", "low", "high"]
-    pd.testing.assert_frame_equal(one.drop(columns=numbers), lanes.drop(columns=numbers))
+    pd.testing.assert_frame_equal(one.drop(columns=numbers), many.drop(columns=numbers))
     loss = one["measure"] == "harmful_loss"
-    np.testing.assert_allclose(lanes.loc[loss, "value"], one.loc[loss, "value"], rtol=1e-4)
+    np.testing.assert_allclose(many.loc[loss, "value"], one.loc[loss, "value"], rtol=1e-4)
     assert one.loc[loss, "value"].nunique() == 1 + 2 * 2 + 2 * 3, "runs that are alike would show nothing"
-    pd.testing.assert_frame_equal(one.loc[~loss, numbers], lanes.loc[~loss, numbers])
+    pd.testing.assert_frame_equal(one.loc[~loss, numbers], many.loc[~loss, numbers])
 
 
 def test_the_table_is_that_of_the_cells(both, model_dir):
@@ -256,40 +260,45 @@ def test_lanes_are_not_scored_on_what_they_were_trained_on(model_dir, tmp_path, 
     assert f"test prompts are also in the user data of {P}" in caplog.text
 
 
-def test_methods_of_other_types_on_one_backbone(model_dir, settings, tmp_path):
+def test_methods_of_other_types_on_one_backbone(model_dir, settings, tmp_path, monkeypatch):
     """The weights are read again as the second has them."""
-    plan = Plan((model_dir,), (("sft", ""), ("sft:dtype=bfloat16", "")))
-    table = go(plan, settings, tmp_path / "plan", as_lanes=True)
-    losses = table[table["measure"] == "harmful_loss"].groupby("method")["value"].first()
-    assert losses["sft"] != losses["sft:dtype=bfloat16"]
-    np.testing.assert_allclose(losses["sft"], losses["sft:dtype=bfloat16"], rtol=0.2)
+    seen = {}
+
+    def train(context, config, start, tokenizer, scorer, cells):
+        seen[config.model.dtype] = start.model.dtype, jax.tree.leaves(start.frozen)[0].dtype
+        save_adapter(lanes.take(start.adapters, 0), start.model, stage.adapter_dir(config.run.run_dir))
+        module._finish(context, cells[0], [])
+
+    monkeypatch.setattr(module, "_train_aligned", train)
+    plan = Plan((model_dir,), (("sft:dtype=float32", ""), ("sft:dtype=bfloat16", "")))
+    go(plan, settings, tmp_path / "plan", as_lanes=True)
+    assert seen == {name: (jnp.dtype(name), jnp.dtype(name)) for name in ("float32", "bfloat16")}
 
 
 def test_answers_are_drawn_with_the_cells_seed(model_dir, tmp_path, monkeypatch):
     """In lanes as one by one."""
     drawn = []
-    evaluate_prompts = module.evaluate_prompts
 
-    def watch(*args, sampling, **more):
+    def evaluate_prompts(model, adapter, frozen, tokenizer, examples, *, task, judge, sampling, **more):
         drawn.append((sampling.temperature, sampling.seed))
-        return evaluate_prompts(*args, sampling=sampling, **more)
+        return score_answers(task, examples, ["positive"] * len(examples), judge)
 
-    monkeypatch.setattr(module, "evaluate_prompts", watch)
+    monkeypatch.setattr(module, "evaluate_prompts", evaluate_prompts)
     settings = small_world.settings(model_dir, temperature=1.5, harmful_test="", benign_test="", loss_data="")
-    go(Plan((model_dir,), (("sft", ""),), SEEDS), settings, tmp_path / "plan", as_lanes=True)
-    assert drawn == [(1.5, 0), (1.5, 5)]
+    table = go(Plan((model_dir,), (("sft", ""),), SEEDS), settings, tmp_path / "plan", as_lanes=True)
+    assert drawn == [(1.5, 0), (1.5, 5)] and table.query("measure == 'sst2'")["value"].between(1, 99).all()
 
 
 def test_probes(model_dir, settings, tmp_path):
     """What a study measures on the way, of every lane, is in the table; and the metrics of training."""
     def of_alignment(config, tokenizer, seeds):
         assert config.method.rho == 5.0 and tokenizer.eos_token_id == 0 and tuple(seeds) == SEEDS
-        return lambda step, lanes: {"twice_step": np.array([2 * step] * lanes.count),
-                                    "by_layer": np.arange(6.0).reshape(2, 3) + step}
+        return lambda step, of: {"twice_step": np.array([2 * step] * of.count),
+                                 "by_layer": np.arange(6.0).reshape(2, 3) + step}
 
     def of_attack(aligned, config, tokenizer, seeds):
         assert config.data.poison_ratio == 0.25 and aligned.method.rho == 5.0
-        return lambda step, lanes: {"seed_measured": np.array(seeds) + 0.5}
+        return lambda step, of: {"seed_measured": np.array(seeds) + 0.5}
 
     checked = []
     probes = Probes(of_alignment, of_attack, 2, lambda aligned, attacked: checked.append((aligned, attacked)))
