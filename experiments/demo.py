@@ -1,7 +1,7 @@
 """`make demo`: what harmful fine-tuning does and what four defenses change, on the small world in five minutes.
 
 A LLaMA of a million parameters, which comes with the package, is aligned, attacked and scored along the way: a plan as
-of `run --lanes`, and a report. All requests and answers are made up and mean nothing. """
+of `run --lanes`, and a report. All requests and answers are made up and mean nothing."""
 
 import itertools
 import time

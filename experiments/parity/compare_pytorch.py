@@ -6,7 +6,7 @@
 Takes an alignment's flags; dropout is 0. Both sides start from the same weights and adapter and see the same batches;
 T-Vaccine's layers are drawn by jaxvaccine for both, with probabilities that are compared. Each side runs in a process
 of its own, PyTorch on the CPU. --dtype=bfloat16 adds what may be expected at that precision: PyTorch against itself
-with another number of threads, and how far either side is from PyTorch in float32. """
+with another number of threads, and how far either side is from PyTorch in float32."""
 
 import dataclasses
 import multiprocessing

@@ -6,7 +6,7 @@ against the real one.
 Booster's regularizer is R(w) = h(w) − h(w − alpha g / ‖g‖), g = ∇h(w). Its paper (arXiv 2409.01586, eq. 3-4) takes
 ∇h(w) − ∇h(w') for ∇R, which leaves out how the step's direction depends on w. Measured on a fixed harmful batch and a
 fixed alignment batch: the angle between the two gradients and the ratio of their norms, of the regularizer alone and of
-the whole gradient ∇f + lam ∇R; and R beside alpha ‖g‖, what the step would take off a linear h. """
+the whole gradient ∇f + lam ∇R; and R beside alpha ‖g‖, what the step would take off a linear h."""
 
 import dataclasses
 import functools

@@ -4,7 +4,7 @@
 
 Along the alignment the norms ‖∇_{a_l} h‖ of T-Vaccine's probe are taken, by layer. Then the aligned model is attacked
 on one layer alone (only) or on all layers but one (all_but), every layer in turn; what such an attack reaches is the
-layer's effect, and the report has its rank correlation with the norms. """
+layer's effect, and the report has its rank correlation with the norms."""
 
 import dataclasses
 import functools

@@ -5,7 +5,7 @@ figure of model statistics (arXiv 2409.01586).
 
 Along the alignment: the harmful loss h(w) and what Booster's simulated step takes off it, h(w) − h(w'), for every
 method. Along an attack: the loss on the attack's own harmful examples and on unseen ones, the norm of the harmful
-gradient, and HS. """
+gradient, and HS."""
 
 import dataclasses
 import functools

@@ -10,7 +10,7 @@
 
 The first is on the small world that comes with the package, at a reduced list. A plan that is carried out cell by cell:
 re-running continues where it stopped. The user's task is that of the data; the papers' other tasks and models are a
-command each. """
+command each."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

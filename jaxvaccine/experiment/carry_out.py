@@ -3,7 +3,7 @@
 Both write the same folder: <backbone>/<method>/seed<k>/aligned/ with the aligned adapter, beside it aligned.json and a
 file <attack>.json a cell with its rows of the table of results, and at the top results.csv with all rows. Cell by cell,
 aligned/ and <attack>/ are run folders of `align` and `attack`, with their scores beside them. Re-running carries out
-what is not there yet. """
+what is not there yet."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

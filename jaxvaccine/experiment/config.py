@@ -3,7 +3,7 @@
 A stage's config is made of parts (model, data, training, …). A part's fields say in one place what a command line
 shows: default, help, bounds. A field made by `choice` holds one of several dataclasses, by name: a method's own
 settings. Names are unique within a stage, so that a config is also a flat mapping {name: value}: `make` builds one from
-it, `flat` gives it back. """
+it, `flat` gives it back."""
 
 import dataclasses
 import functools

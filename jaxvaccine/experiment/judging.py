@@ -1,7 +1,7 @@
 """Which judge reads the answers, and the judge itself.
 
 To add a judge: its module in jaxvaccine/evaluation/, then a line in JUDGES (and its settings, if it has any, in
-`JudgePart`). """
+`JudgePart`)."""
 
 import dataclasses
 import json

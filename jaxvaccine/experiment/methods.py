@@ -1,7 +1,7 @@
 """One config per method, with what that method reads and nothing else, and how it becomes a `Defense`.
 
 To add a defense: its paper's file in jaxvaccine/defenses/, then a dataclass here and a line in ALIGNMENT or
-FINE_TUNING. """
+FINE_TUNING."""
 
 import dataclasses
 from typing import Any, ClassVar, Literal
@@ -158,7 +158,7 @@ class TuningMethod(Part):
     """A provider's method while a user fine-tunes.
 
     `make(model, steps, fisher)` is its `Defense` in a run of so many steps; fisher are EWC's weights. `batches` is what
-    it reads, `continues` whether it holds the aligned adapter, which then has to train on. """
+    it reads, `continues` whether it holds the aligned adapter, which then has to train on."""
 
     batches: ClassVar[tuple[str, ...]] = ("user",)
     continues: ClassVar[bool] = False

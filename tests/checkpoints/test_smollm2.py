@@ -88,7 +88,7 @@ def product_errors(rows, size, features):
             mean_error(torch.nn.functional.linear(torch.from_numpy(x), torch.from_numpy(w.T.copy())), exact))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smollm2_equals_transformers():
     """The real model: logits, and greedy continuations token by token (5 prompts, 20 tokens each).
 

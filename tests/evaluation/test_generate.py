@@ -345,7 +345,7 @@ def test_stacked_layers_as_on_accelerators(monkeypatch, next_token):
     assert as_lists(answers) == [continue_without_cache(next_token, ADAPTER, p, 12, (7,)) for p in PROMPTS]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, top_p=0.95, seed=1)], ids=["greedy", "sampled"])
 def test_smollm2_alone_and_in_a_batch(sampling):
     directory = smollm2.fetch()
