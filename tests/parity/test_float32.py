@@ -12,7 +12,13 @@ from tests.parity import suite
 pytestmark = pytest.mark.usefixtures("quick_compile", "one_torch_thread")
 
 
-@pytest.mark.parametrize("method", parity.METHODS)
+# What stands on another method is compared in float64 in any case (test_float64.py).
+ON_ANOTHER = [pytest.param(name, marks=pytest.mark.long) for name, values in parity.METHODS.items()
+              if "base_defense" in values]
+
+
+@pytest.mark.parametrize("method", [
+    *(name for name, values in parity.METHODS.items() if "base_defense" not in values), *ON_ANOTHER])
 def test_steps(method, tiny_dir):
     """Clipping, decay, warm-up and cosine; T-Vaccine's layers freeze and come back among its fifty."""
     records = suite.check(suite.tiny_problem(tiny_dir, method), suite.FLOAT32)
