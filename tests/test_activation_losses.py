@@ -53,7 +53,7 @@ def unnormed(module, ids, mask):
     length = ids.shape[1]
     rope = llama._rope_table(module.config, jnp.zeros((len(ids), 1), int) + jnp.arange(length), module.dtype)
     causal = jnp.tril(jnp.ones((length, length), bool)) & mask[:, None].astype(bool)
-    return module.layers(module.embed_tokens[ids], rope, (causal,), None, ())
+    return module.layers(module.embed_tokens[ids], rope, (causal,), (), None, None)
 
 
 def test_activations(trees, pair):
