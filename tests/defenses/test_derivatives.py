@@ -54,6 +54,8 @@ def test_sft(problem):
     np.testing.assert_allclose(metrics["loss"], compiled(adapter), rtol=1e-12)
 
 
+# Of a language model, second derivatives take half a minute to compile.
+@pytest.mark.parametrize("problem", ["toy", pytest.param("llama", marks=pytest.mark.long)], indirect=True)
 def test_exact_booster(problem):
     """The regularizer h(w) − h(w − alpha ∇h / (‖∇h‖ + 1e-7)), written from the equation."""
     loss_fn, adapter, frozen, batches = problem

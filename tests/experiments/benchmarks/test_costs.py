@@ -65,6 +65,7 @@ def test_loops_branches_and_what_nothing_needs():
     assert (always, due) == (costs.Cost(2 * 2 * 9), costs.Cost())
 
 
+@pytest.mark.long
 def test_passes_of_every_method():
     """TAR: four steps of the attack, the tampered model, the retained one, and the reference forward alone."""
     model = tiny.model()
