@@ -69,7 +69,7 @@ def test_news_and_mathematics(text_dir, tmp_path):
     assert all({"interval", "lenient_accuracy"} <= set(result) for result in results.values())
     report = report_of(tmp_path / "scores")
     assert report.count("lenient accuracy ") == 2 and len(results["agnews"]["lenient_interval"]) == 2
-    assert "| FA AGNEWS | " in report and "| FA GSM8K | " in report
+    assert "| FA AG News | " in report and "| FA GSM8K | " in report
     assert [line["expected"] for line in lines_of(tmp_path / "scores" / "predictions_gsm8k.jsonl")] == ["10", "11"]
 
 
