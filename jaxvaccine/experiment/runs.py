@@ -30,7 +30,7 @@ def read_config(run_dir: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(run_dir) / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found, expected the folder of a run (written by align.py or finetune.py)")
+        raise FileNotFoundError(f"{path}: not found, expected the folder of a run (written by align or finetune)")
     config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path}: found a JSON {type(config).__name__}, expected an object")

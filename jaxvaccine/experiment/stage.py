@@ -16,7 +16,7 @@ from jaxvaccine.checkpoints.orbax_state import open_checkpoints
 from jaxvaccine.checkpoints.peft import load_adapter, read_lora_config, save_adapter
 from jaxvaccine.data.batching import stream_seed
 from jaxvaccine.experiment import runs
-from jaxvaccine.experiment.config import flat
+from jaxvaccine.experiment.config import FieldError, flat
 from jaxvaccine.experiment.parts import OPERATIONAL, RunPart, TrainingPart, TrainingRunPart
 from jaxvaccine.json_files import read_json_object
 from jaxvaccine.llama import Llama, merge_adapter
@@ -92,11 +92,11 @@ def require_finished(name: str, run_dir: str) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: there is no such run.
-      ValueError: it has not finished.
+      FieldError: it has not finished.
     """
     config = runs.read_config(run_dir)
     if not is_finished(run_dir):
-        raise ValueError(f"--{name}: found {run_dir!r}, a run that has not finished; re-run its command first")
+        raise FieldError(name, f"found {run_dir!r}, a run that has not finished; re-run its command first")
     return config
 
 

@@ -188,6 +188,6 @@ def test_unfinished_or_missing_runs(aligned, tmp_path):
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     (unfinished / "config.json").write_text((Path(aligned.run.run_dir) / "config.json").read_text())
-    refuse(unfinished, ValueError, "aligned: found '.*unfinished', a run that has not finished")
+    refuse(unfinished, FieldError, "^aligned: found '.*unfinished', a run that has not finished")
     attacked = attack(attack_config(aligned.run.run_dir, tmp_path / "attacked", steps=1))
     refuse(attacked, FieldError, "^aligned: found '.*attacked', a run of finetune, expected align's")
