@@ -29,7 +29,8 @@ def made_up(found):
             place = {"backbone": backbone, "seed": seed}
             for method in dict.fromkeys(method for method, _ in found):
                 rows += [rate(measure, rng.integers(0, 100), method=method, **place) for measure in MEASURES]
-            rows += [rate(measure, rng.integers(0, 100), method=method, attack=attack, stage="attack", step=step, **place)
+            rows += [rate(measure, rng.integers(0, 100), method=method, attack=attack, stage="attack", step=step,
+                          **place)
                      for method, attack in found for step in (20, last_step(attack)) for measure in MEASURES]
     return frame(rows)
 
@@ -56,4 +57,5 @@ def test_report(name, tmp_path, figures):
     low, high = stats.t.interval(0.95, 3, values.mean(), stats.sem(values))
     expected = f"{values.mean():.1f} ± {values.std(ddof=1):.1f} ({max(low, 0):.0f}–{min(high, 100):.0f})"
     assert len(values) == 4
-    assert any(expected in row and point.x in row and (names.method(label) in row or not shown[0].xlabel) for row in rows)
+    assert any(expected in row and point.x in row and (names.method(label) in row or not shown[0].xlabel)
+               for row in rows)
