@@ -25,6 +25,7 @@ from jaxvaccine.experiment import recipes, runs, stage
 from jaxvaccine.experiment.align import AlignConfig, batch_sources, check_layers, load_data, tokenize
 from jaxvaccine.experiment.config import Part, field, flat, make, require
 from jaxvaccine.experiment.methods import RepNoise, Tar
+from jaxvaccine.experiment.parts import split_operational
 from jaxvaccine.json_files import read_json, write_json
 from jaxvaccine.report import runs as reports
 from jaxvaccine.report.divergence import method_text, summary, write_comparison_report
@@ -147,9 +148,9 @@ def compare(config: CompareConfig, methods: Mapping[str, AlignConfig]) -> None:
     architecture = parity.TINY if config.model == "tiny" else stage.read_architecture(config.model)
     for of in methods.values():
         check_layers(of.method, architecture)
-    result, operational = stage.split_operational(flat(config))
+    result, operational = split_operational(flat(config))
     settings = {f"{name}.{key}": value for name, of in methods.items()
-                for key, value in stage.split_operational(flat(of))[0].items()}
+                for key, value in split_operational(flat(of))[0].items()}
     some = next(iter(methods.values()))
     hashes = {} if config.model == "tiny" else {
         name: runs.examples_hash(rows) for name, rows in load_data(some.data, RepNoise()).items()}

@@ -6,7 +6,6 @@ features, Hugging Face's rotates halves: Q and K are stored permuted, and the pe
 
 import contextlib
 import functools
-import hashlib
 import math
 import os
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvaccine.checkpoints import files, gguf_tokenizer
+from jaxvaccine.checkpoints.content_hash import content_hash
 from jaxvaccine.checkpoints.tensor_names import tensor_sites
 from jaxvaccine.json_files import write_json
 from jaxvaccine.llama import rope_frequencies
@@ -46,8 +46,7 @@ KNOWN_KEYS = frozenset((
 
 def convert_cached(path: Path) -> Path:
     """The Hugging Face directory of a GGUF file, converted on first use; the cache is keyed by the file's content."""
-    with open(path, "rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+    digest = content_hash(path)[:16]
     directory = files.cache_directory() / "gguf" / f"{path.stem}-{digest}-{CONVERSION}"
     if (directory / "config.json").is_file():
         return directory

@@ -31,7 +31,7 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 BLOCK_BYTES = 4 * 2**20
 
 
-def _tensor_files(directory: Path) -> list[Path]:
+def tensor_files(directory: Path) -> list[Path]:
     """The safetensors files of a model, all present and holding what the index says."""
     single, index = directory / "model.safetensors", directory / INDEX
     if single.is_file():
@@ -162,7 +162,7 @@ def load_classifier(path_or_hub_id: str | os.PathLike, *, dtype: Any = None) -> 
 def _find_tensors(directory: Path, config: LlamaConfig, sites: dict[str, Site], dtype: Any
                   ) -> tuple[Any, dict[tuple[str, ...], list[tuple[Site, files.StoredTensor]]]]:
     """The dtype to load in, and what each leaf of the tree is made of; all names, shapes and dtypes checked."""
-    paths = _tensor_files(directory)
+    paths = tensor_files(directory)
     found = {name: tensor for name, tensor in files.read_headers(paths).items()
              if not name.endswith("rotary_emb.inv_freq")
              and not (config.tie_word_embeddings and name == "lm_head.weight")}

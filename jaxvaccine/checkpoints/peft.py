@@ -175,7 +175,41 @@ def load_adapter(peft_dir: str | os.PathLike, model: Llama) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(load, tree_shapes(model)["lora"])
 
 
-def save_adapter(adapter, model: Llama, peft_dir: str | os.PathLike, base_model: str | os.PathLike = "") -> Path:
+def sum_adapters(first: LoraConfig, a: dict[str, Any], second: LoraConfig, b: dict[str, Any]
+                 ) -> tuple[LoraConfig, dict[str, Any]]:
+    """One adapter whose update is the sum of two, of rank r1 + r2: [A1 A2] [s1 B1; s2 B2] = s1 A1 B1 + s2 A2 B2.
+
+    A projection that one of them lacks has zeros there. The scale is the first's; B2 is scaled by s2 / s1, so that
+    with equal scales nothing is rounded.
+
+    Args:
+      first, second: the adapters' configs; the sum's dropout is the second's.
+      a, b: LoRA trees, leaves [L, ...], of one model.
+    """
+    rank, ratio = first.rank + second.rank, second.scale / first.scale
+
+    def leaf(one, two):
+        one, two = one or _zeros(two, first.rank), two or _zeros(one, second.rank)
+        return {"a": jnp.concatenate([one["a"], two["a"]], axis=-1),
+                "b": jnp.concatenate([one["b"], (ratio * two["b"]).astype(two["b"].dtype)], axis=-2)}
+
+    def add(one, two):
+        if "a" in (one or two):
+            return leaf(one, two)
+        return {name: add((one or {}).get(name), (two or {}).get(name)) for name in {**(one or {}), **(two or {})}}
+
+    targets = tuple(target for target in TARGETS if target in (*first.targets, *second.targets))
+    return LoraConfig(rank, first.scale * rank, second.dropout, targets), add(a, b)
+
+
+def _zeros(site: dict[str, jax.Array], rank: int) -> dict[str, jax.Array]:
+    """An adapter of zeros where another has this A [L, in, r] and B [L, r, out]."""
+    return {"a": jnp.zeros((*site["a"].shape[:-1], rank), site["a"].dtype),
+            "b": jnp.zeros((site["b"].shape[0], rank, site["b"].shape[-1]), site["b"].dtype)}
+
+
+def save_adapter(adapter, model: Llama, peft_dir: str | os.PathLike, base_model: str | os.PathLike = "",
+                 revision: str = "") -> Path:
     """Writes an adapter so that `peft` reads it. An adapter that is already there is replaced, other files stay.
 
     A new directory appears whole, by a rename; in an existing one the config, without which nothing is read, goes away
@@ -186,6 +220,7 @@ def save_adapter(adapter, model: Llama, peft_dir: str | os.PathLike, base_model:
       model: the architecture with its LoraConfig.
       peft_dir: directory to write.
       base_model: path or hub id of the base, which PEFT keeps as base_model_name_or_path.
+      revision: of a hub id.
 
     Raises:
       ValueError: the adapter's leaves are not those of the model.
@@ -205,15 +240,16 @@ def save_adapter(adapter, model: Llama, peft_dir: str | os.PathLike, base_model:
     with files.staging(directory) as temporary:
         files.write_shards(temporary, tensors)
         os.replace(temporary / "model.safetensors", temporary / WEIGHTS)
-        write_json(temporary / CONFIG, _config_fields(model.lora, os.fspath(base_model)))
+        write_json(temporary / CONFIG, _config_fields(model.lora, os.fspath(base_model), revision))
         files.publish(temporary, directory, CONFIG)
     return directory
 
 
-def _config_fields(lora: LoraConfig, base_model: str) -> Mapping[str, Any]:
+def _config_fields(lora: LoraConfig, base_model: str, revision: str) -> Mapping[str, Any]:
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model or None,
+        "revision": revision or None,
         "r": lora.rank, "lora_alpha": alpha, "lora_dropout": lora.dropout, "target_modules": list(lora.targets),
         "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
         "modules_to_save": None, "layers_to_transform": None, "layers_pattern": None, "rank_pattern": {},

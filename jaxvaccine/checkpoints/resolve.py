@@ -10,15 +10,36 @@ from jaxvaccine.checkpoints.gguf import convert_cached
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
 
 
-def resolve_model(path_or_hub_id: str | os.PathLike) -> Path:
+def resolve_model(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> Path:
     """The directory of a model: a local one, a GGUF file's conversion (made once, cached by content), or a download.
 
     "world" is the small model that comes with the package, unless there is a folder of that name.
 
+    Args:
+      path_or_hub_id: of the model.
+      revision: branch, tag or commit of a model on the hub; its main branch unless given.
+
     Raises:
       FileNotFoundError: something that looks like a path is not there; the hub is not asked.
-      ValueError: a directory without config.json, another kind of file, or a hub id that cannot be downloaded.
+      ValueError: a directory without config.json, another kind of file, a hub id that cannot be downloaded, or a
+        revision of what is not on the hub.
     """
+    directory = _local(path_or_hub_id)
+    if directory is None:
+        return _download(os.fspath(path_or_hub_id), revision)
+    if revision:
+        raise ValueError(f"{path_or_hub_id}: found revision {revision!r}, expected none: it is no model of the hub")
+    return directory
+
+
+def loadable_name(path_or_hub_id: str | os.PathLike) -> str:
+    """What transformers and PEFT load the same model by: its hub id, or the absolute path of its directory."""
+    directory = _local(path_or_hub_id)
+    return os.fspath(path_or_hub_id) if directory is None else str(directory.resolve())
+
+
+def _local(path_or_hub_id: str | os.PathLike) -> Path | None:
+    """The directory, or None for what can only be a hub id."""
     path_or_hub_id = world.replace_name(path_or_hub_id)
     name = os.fspath(path_or_hub_id)
     path = Path(name).expanduser()
@@ -36,11 +57,16 @@ def resolve_model(path_or_hub_id: str | os.PathLike) -> Path:
             or path.suffix.lower() in (".gguf", ".safetensors", ".bin") or ("/" in name and path.parent.is_dir())):
         raise FileNotFoundError(f"{path}: found no such file or directory, expected a model directory, a .gguf file "
                                 "or a hub id (owner/name)")
+    return None
+
+
+def _download(name: str, revision: str | None) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_FILES),
-                                                      ignore_patterns=["original/*", "consolidated*"]))
+        return Path(huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=["original/*", "consolidated*"]))
     except Exception as e:  # the client raises a dozen unrelated types, for the network, the hub and the repository
-        raise ValueError(f"{name}: found neither a local directory nor a model that the hub gives out "
+        of = f" (revision {revision!r})" if revision else ""
+        raise ValueError(f"{name}{of}: found neither a local directory nor a model that the hub gives out "
                          f"({type(e).__name__}: {e})") from e

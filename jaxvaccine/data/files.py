@@ -66,7 +66,7 @@ def read_rows(path_or_hub_id: str | os.PathLike, split: str | None = None) -> li
     - .tsv: a header, cells between tabs; quotes are text, as in GLUE's files.
     - .parquet: through pyarrow.
     - a directory laid out as a hub data set, or a hub id "owner/name", or "owner/name:configuration", each with its
-      split; it must not need code of its own.
+      split; behind a hub id "#" and a branch, tag or commit. It must not need code of its own.
 
     Text is UTF-8, with or without a byte order mark, with LF or CRLF. CSV and TSV values are all text. Rows remember
     their place (`row.where`), which the errors of the data sets' modules then name.
@@ -93,11 +93,12 @@ def read_rows(path_or_hub_id: str | os.PathLike, split: str | None = None) -> li
         return rows
     if path.is_dir():
         return _read_hub(str(path), None, split)
-    possible_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?", name)
+    possible_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?(#[\w./-]+)?", name)
     if not possible_id or path.suffix.lower() in READERS:
         raise FileNotFoundError(f"{name}: found no such file, expected a data file or a hub id")
-    hub_id, _, configuration = name.partition(":")
-    return _read_hub(hub_id, configuration or None, split)
+    hub_id, _, revision = name.partition("#")
+    hub_id, _, configuration = hub_id.partition(":")
+    return _read_hub(hub_id, configuration or None, split, revision or None)
 
 
 def _url_extension(url: str) -> str:
@@ -232,11 +233,11 @@ READERS: dict[str, Callable[[str, bytes], list[Row]]] = {
 }
 
 
-def _read_hub(name: str, configuration: str | None, split: str | None) -> list[Row]:
+def _read_hub(name: str, configuration: str | None, split: str | None, revision: str | None = None) -> list[Row]:
     import datasets
 
     try:
-        data = datasets.load_dataset(name, configuration, split=split)
+        data = datasets.load_dataset(name, configuration, split=split, revision=revision)
     except Exception as e:  # datasets, huggingface_hub and requests each have their own
         if isinstance(e, FileNotFoundError):
             raise FileNotFoundError(f"{name}: found neither such a file nor such a data set on the hub: {e}") from e

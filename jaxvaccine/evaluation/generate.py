@@ -6,7 +6,7 @@ Here is which prompt is where and when; `decoding` has what runs on the device.
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
@@ -146,7 +146,8 @@ def _answer(steps: _Steps, prompts: Sequence[np.ndarray], waiting: list[int], ba
 
 def generate(model: Llama, adapter, frozen, prompts: Sequence[np.ndarray], *, max_new_tokens: int,
              eos_ids: Sequence[int], batch_size: int = 32, bucket: int = 64, sampling: Sampling = GREEDY,
-             progress: bool = False) -> list[np.ndarray]:
+             progress: bool = False, answered: Collection[int] = (),
+             keep: Callable[[Mapping[int, np.ndarray]], None] = lambda ended: None) -> list[np.ndarray]:
     """The most likely next token, or a drawn one, again and again, for every prompt.
 
     What all prompts begin with is read once. Prompts are taken longest first, right-padded to a multiple of ``bucket``.
@@ -168,9 +169,13 @@ def generate(model: Llama, adapter, frozen, prompts: Sequence[np.ndarray], *, ma
       sampling: how a token is chosen. Draws derive from its seed, the prompt's place in ``prompts`` and the token's
         place in the answer.
       progress: shows a bar with prompts done, time left and generated tokens per second.
+      answered: numbers of prompts, from 0, that are left out: what an interrupted call has kept. The others' answers do
+        not depend on it.
+      keep: called with {number: answer} of the prompts that have ended, as they do; by one thread at a time.
 
     Returns:
-      For each prompt, in the given order, its new tokens, int32 [at most max_new_tokens], without EOS.
+      For each prompt, in the given order, its new tokens, int32 [at most max_new_tokens], without EOS; none for those
+      that were answered before.
 
     Raises:
       ValueError: before anything runs, for a prompt that is empty, does not fit the model's positions together with
@@ -190,13 +195,17 @@ def generate(model: Llama, adapter, frozen, prompts: Sequence[np.ndarray], *, ma
         return []
     from tqdm import tqdm
 
+    # The longest is taken first, from the end.
+    done = frozenset(answered)
+    order = sorted((i for i in range(len(prompts)) if i not in done), key=lambda i: prompts[i].size)
+    answers: list[np.ndarray] = [np.empty(0, np.int32)] * len(prompts)
+    if not order:
+        return answers
     common, lock, stopped = _shared_length(prompts), threading.Lock(), threading.Event()
     steps = _bind(model, adapter, frozen, prompts[0][:common], np.asarray(tuple(eos_ids), np.int32), sampling, lock)
     prompts = [prompt[common:] for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: prompts[i].size)  # the longest is taken first, from the end
-    batch_size = min(batch_size, len(prompts))
+    batch_size = min(batch_size, len(order))
     workers = _num_workers(batch_size)
-    answers: list[np.ndarray] = [np.empty(0, np.int32)] * len(prompts)
     tokens = [0] * workers
 
     def work(worker: int, bar: tqdm) -> None:
@@ -209,12 +218,15 @@ def generate(model: Llama, adapter, frozen, prompts: Sequence[np.ndarray], *, ma
             with lock:
                 for i, answer in ended.items():
                     answers[i] = answer
+                if ended:
+                    keep(ended)
                 tokens[worker] = finished + under_way
                 bar.update(len(ended))
                 speed = sum(tokens) / max(bar.format_dict["elapsed"], 1e-9)
                 bar.set_postfix_str(f"{speed:.1f} tokens/s")
 
-    with tqdm(total=len(prompts), desc="generate", unit="prompt", disable=not progress) as bar:
+    with tqdm(total=len(prompts), initial=len(prompts) - len(order), desc="generate", unit="prompt",
+              disable=not progress) as bar:
         if workers == 1:
             work(0, bar)
             return answers

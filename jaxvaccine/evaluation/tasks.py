@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from jaxvaccine.data.poisoning import fingerprint
 from jaxvaccine.data.prompts import Example
 from jaxvaccine.data.tokenizing import encode_prompts
@@ -188,8 +190,9 @@ def score_answers(task: str, examples: Sequence[Example], answers: Sequence[str]
 
 def answer_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example],
                    *, task: str, max_new_tokens: int = 200, eos_ids: Sequence[int] | None = None,
-                   batch_size: int = 32, bucket: int = 64, sampling: Sampling = GREEDY, progress: bool = False
-                   ) -> list[str]:
+                   batch_size: int = 32, bucket: int = 64, sampling: Sampling = GREEDY, progress: bool = False,
+                   answered: Mapping[int, str] = MappingProxyType({}),
+                   keep: Callable[[Mapping[int, str]], None] = lambda ended: None) -> list[str]:
     """Answers every example in the papers' prompt, greedily unless told; what `score_answers` scores.
 
     Args:
@@ -201,6 +204,8 @@ def answer_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenize
         that an answer goes on behind the label.
       eos_ids: tokens that end an answer; None: the tokenizer's EOS.
       batch_size, bucket, sampling, progress: as of `generate`.
+      answered: answers that are there already, by the example's number: those that an earlier call gave to keep.
+      keep: called with {number: answer} as answers end.
 
     Raises:
       ValueError: before anything is generated, as of `score_answers` for the examples, of `encode_prompts` and
@@ -211,9 +216,17 @@ def answer_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenize
         if tokenizer.eos_token_id is None:
             raise ValueError("tokenizer: found no eos_token, expected one, or eos_ids")
         eos_ids = (tokenizer.eos_token_id,)
-    tokens = generate(model, adapter, frozen, encode_prompts(tokenizer, examples), max_new_tokens=max_new_tokens,
-                      eos_ids=eos_ids, batch_size=batch_size, bucket=bucket, sampling=sampling, progress=progress)
-    return [tokenizer.decode(answer.tolist(), skip_special_tokens=True).strip() for answer in tokens]
+    texts = dict(answered)
+
+    def take(ended: Mapping[int, np.ndarray]) -> None:
+        found = {i: tokenizer.decode(answer.tolist(), skip_special_tokens=True).strip() for i, answer in ended.items()}
+        texts.update(found)
+        keep(found)
+
+    generate(model, adapter, frozen, encode_prompts(tokenizer, examples), max_new_tokens=max_new_tokens,
+             eos_ids=eos_ids, batch_size=batch_size, bucket=bucket, sampling=sampling, progress=progress,
+             answered=answered, keep=take)
+    return [texts[i] for i in range(len(examples))]
 
 
 def evaluate_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example],

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxvaccine import data
-from jaxvaccine.checkpoints import hugging_face
-from jaxvaccine.experiment import stage
+from jaxvaccine.experiment import inputs, stage
 from jaxvaccine.experiment.config import choice, field, flat, require
 from jaxvaccine.experiment.methods import ALIGNMENT, AlignmentMethod, Tar, TVaccine, uses
 from jaxvaccine.experiment.parts import (
@@ -104,18 +103,18 @@ def align(config: AlignConfig) -> Path:
     """
     model, method = config.model, config.method
     examples = load_data(config.data, method)
-    architecture = stage.read_architecture(model.model)
-    check_layers(method, architecture)
-    tokenizer = data.load_tokenizer(hugging_face.resolve_model(model.model))
-    data.check_vocabulary(tokenizer, architecture.vocab_size)
+    check_layers(method, stage.read_architecture(model.model, model.revision))
+    tokenizer = stage.load_tokenizer(model.model, model.revision)
     tokenized = tokenize(tokenizer, examples, config.data.max_length)
-    run_dir = stage.open_run(config, config.run, "align", examples, stage.training_record(examples, tokenized))
-    if stage.is_finished(run_dir):
+    run_dir = stage.open_run(
+        config, config.run, "align", examples, {"model": inputs.of_model(model.model, model.revision)},
+        stage.training_record(examples, tokenized))
+    if inputs.is_finished(run_dir):
         return run_dir
     lora = config.adapter.lora()
-    base = stage.load_base(model.model, model.dtype)
+    base = stage.load_base(model.model, model.dtype, revision=model.revision)
     adapter = init_adapter(base.model.clone(lora=lora), stage.fresh_key(config.run.seed))
     sources = batch_sources(method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
     stage.train(run_dir, base, base.model.clone(lora=lora, remat=model.remat), adapter, method.make, sources,
-                config.training, config.run, config.data.bucket, base_model=model.model)
+                config.training, config.run, config.data.bucket, stage.Origin(model.model, model.revision))
     return run_dir

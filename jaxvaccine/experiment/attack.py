@@ -8,8 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxvaccine import data, defenses
-from jaxvaccine.checkpoints import hugging_face
-from jaxvaccine.experiment import stage
+from jaxvaccine.experiment import inputs, stage
 from jaxvaccine.experiment.align import Examples, tokenize
 from jaxvaccine.experiment.config import FieldError, Part, choice, field, flat, require
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING, Ewc, TuningMethod
@@ -165,25 +164,27 @@ def attack(config: AttackConfig) -> Path:
       FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
       FileExistsError: the folder holds another run.
     """
-    aligned = stage.require_finished("aligned", config.model.aligned)
+    aligned = inputs.require_finished("aligned", config.model.aligned)
     if aligned["script"] != "align":
         raise FieldError("aligned", f"found {config.model.aligned!r}, a run of {aligned['script']}, expected align's")
     method = config.method
     config = dataclasses.replace(config, adapter=config.adapter.resolve(aligned["flags"], method))
     examples, harmful = load_attack(config.data, config.run.seed, aligned["data"]["prompts"].get("harmful", []))
-    model_path = aligned["flags"]["model"]
-    layers = config.adapter.layer_mask(stage.read_architecture(model_path).num_layers)
+    model_path, revision = aligned["flags"]["model"], aligned["flags"]["revision"]
+    layers = config.adapter.layer_mask(stage.read_architecture(model_path, revision).num_layers)
     read: Examples = {"user": examples}
     if "alignment" in method.batches:
         read["alignment"] = data.load_examples(config.data.alignment_data)
-    tokenizer = data.load_tokenizer(hugging_face.resolve_model(model_path))
+    tokenizer = stage.load_tokenizer(model_path, revision)
     tokenized = tokenize(tokenizer, read, config.data.max_length)
-    run_dir = stage.open_run(config, config.run, "finetune", {**read, "harmful": harmful},
-                             stage.training_record({**read, "harmful": harmful}, tokenized), {"model": model_path})
-    if stage.is_finished(run_dir):
+    run_dir = stage.open_run(
+        config, config.run, "finetune", {**read, "harmful": harmful},
+        {"model": inputs.of_model(model_path, revision), "aligned": inputs.of_run(config.model.aligned)},
+        stage.training_record({**read, "harmful": harmful}, tokenized), {"model": model_path, "revision": revision})
+    if inputs.is_finished(run_dir):
         return run_dir
-    lora = config.adapter.sites().lora()
-    base = stage.load_base(model_path, config.model.dtype, config.model.aligned, merge=config.adapter.adapter == "new")
+    lora, new = config.adapter.sites().lora(), config.adapter.adapter == "new"
+    base = stage.load_base(model_path, config.model.dtype, config.model.aligned, merge=new, revision=revision)
     model = base.model.clone(lora=lora, remat=config.model.remat)
     adapter = init_adapter(model, stage.fresh_key(config.run.seed)) if base.adapter is None else base.adapter
     sources = {name: (rows, config.training.batch_size) for name, rows in tokenized.items()
@@ -193,5 +194,6 @@ def attack(config: AttackConfig) -> Path:
         config.run.seed) if isinstance(method, Ewc) else None
     steps = stage.count_steps(config.training, sources)
     stage.train(run_dir, base, model, adapter, lambda model: masked(method.make(model, steps, fisher), layers), sources,
-                config.training, config.run, config.data.bucket, base_model=model_path)
+                config.training, config.run, config.data.bucket,
+                stage.Origin(model_path, revision, config.model.aligned if new else ""))
     return run_dir

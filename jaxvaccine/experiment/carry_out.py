@@ -13,18 +13,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxvaccine import data
-from jaxvaccine.checkpoints import hugging_face
+from jaxvaccine.checkpoints.identity import adapter_identity
 from jaxvaccine.checkpoints.peft import load_adapter, save_adapter
+from jaxvaccine.checkpoints.resolve import loadable_name
 from jaxvaccine.evaluation import ALPACA_EVAL, evaluate_prompts, mean_loss
-from jaxvaccine.experiment import lanes, results, runs, stage
-from jaxvaccine.experiment.align import AlignConfig, Examples, align, batch_sources, check_layers, load_data, tokenize
+from jaxvaccine.experiment import inputs, lanes, results, runs, stage
+from jaxvaccine.experiment.align import AlignConfig, Examples, align, batch_sources, load_data, tokenize
 from jaxvaccine.experiment.attack import AttackConfig, attack, load_attack
-from jaxvaccine.experiment.config import flat, require
+from jaxvaccine.experiment.checks import MadeOf, check_plan
+from jaxvaccine.experiment.config import flat, names
 from jaxvaccine.experiment.evaluate import LOSS, TESTS, EvaluateConfig, check_unseen, evaluate, summary
-from jaxvaccine.experiment.judging import make_judge
-from jaxvaccine.experiment.methods import Ewc
+from jaxvaccine.experiment.judging import JudgePart, make_judge
+from jaxvaccine.experiment.parts import split_operational
 from jaxvaccine.experiment.plans import (
     ALIGNED,
+    AS_IT_COMES,
     Plan,
     Settings,
     align_folder,
@@ -34,9 +37,8 @@ from jaxvaccine.experiment.plans import (
     split_method,
 )
 from jaxvaccine.experiment.results import Cell, Row
-from jaxvaccine.json_files import read_json, write_json
+from jaxvaccine.json_files import read_json, read_json_object, write_json
 
-AS_IT_COMES = "none"  # the method of a backbone that nothing was done to
 # Metrics of an alignment that are kept where seeds are trained at once, {measure in the table: metric}, and at every
 # how many steps. What is of a step's own batch has another name than what is measured on data for it.
 METRICS = {"batch_loss": "loss", "batch_harmful_loss": "harmful_loss",
@@ -69,6 +71,7 @@ class Context(NamedTuple):
     plan: Plan
     settings: Settings
     root: Path
+    made_of: Mapping[Cell, MadeOf]
     probes: Probes
     written: Callable[[Path], None]  # called with every folder that has something new to report
     say: Callable[[str], None]
@@ -96,26 +99,17 @@ def carry_out(plan: Plan, settings: Settings, root: Path, *, as_lanes: bool = Fa
       FieldError, ValueError: a cell that is not valid, before the first is carried out.
       FileExistsError: the folder holds a plan with other settings.
     """
-    cells = [Cell(backbone, method, attack_text, seed) for backbone in plan.backbones
-             for method, attack_text in plan.pairs for seed in plan.seeds]
-    for cell in cells:
-        aligned, attacked = cell_configs(settings, root, cell)
-        architecture = stage.read_architecture(cell.backbone)
-        check_layers(aligned.method, architecture)
-        if attacked:
-            attacked.adapter.layer_mask(architecture.num_layers)
-            require(not (as_lanes and isinstance(attacked.method, Ewc)), "defenses", cell.method,
-                    "no EWC where many seeds are trained at once")
-        probes.check(aligned, attacked)
-    require(not (as_lanes and settings.scores.tests.alpaca_eval_test), "alpaca_eval_test",
-            settings.scores.tests.alpaca_eval_test, "none where many seeds are trained at once")
-    # The backbones are in the cells' paths.
+    made_of = check_plan(plan, settings, root, as_lanes, probes.check)
+    # The backbones are in the cells' paths. Judging again takes the answers, which lanes do not keep.
+    scores = {**split_operational(flat(settings.scores))[0], "model": ""}
     fixed = {"align": _fixed(settings.align), "attack": _fixed(settings.attack), "as_lanes": as_lanes,
-             "scores": {**stage.split_operational(flat(settings.scores))[0], "model": ""}}
+             "scores": {name: value for name, value in scores.items() if as_lanes or name not in names(JudgePart)}}
     runs.open_run(root, "run", fixed, {}, overwrite=overwrite)
+    for cell, inputs_now in made_of.items():
+        check_same(root, cell, inputs_now)
     # Of this call, whatever an earlier one recorded.
     write_json(root / runs.CONFIG, {**runs.read_config(root), "operational": {"plan": dataclasses.asdict(plan)}})
-    context = Context(plan, settings, root, probes, written, say)
+    context = Context(plan, settings, root, made_of, probes, written, say)
     collect(root, plan)
     for backbone in plan.backbones:
         if score_backbones:
@@ -126,14 +120,14 @@ def carry_out(plan: Plan, settings: Settings, root: Path, *, as_lanes: bool = Fa
 
 def _fixed(by_defense: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """What may not differ from one call to the next."""
-    return {defense: stage.split_operational(values)[0] for defense, values in by_defense.items()}
+    return {defense: split_operational(values)[0] for defense, values in by_defense.items()}
 
 
 def collect(root: Path, plan: Plan) -> None:
     """Writes the table of all cells of the plan that are there."""
     rows: list[Row] = []
     for backbone in plan.backbones:
-        paths = [root / folder_name(backbone) / f"{AS_IT_COMES}.json"]
+        paths = [result_path(root, Cell(backbone, AS_IT_COMES, "", 0))]
         for method in plan.methods:
             for seed in plan.seeds:
                 cells = [Cell(backbone, method, text, seed) for text in ("", *plan.of_method(method))]
@@ -145,59 +139,72 @@ def collect(root: Path, plan: Plan) -> None:
 def result_path(root: Path, cell: Cell) -> Path:
     """Of a cell's rows; of the aligned model's, if the cell's attack is ""."""
     folder = attack_folder(root, cell)
+    if cell.method == AS_IT_COMES:
+        return root / folder_name(cell.backbone) / f"{AS_IT_COMES}.json"
     return folder / f"{ALIGNED}.json" if not cell.attack else folder.with_name(f"{folder.name}.json")
 
 
-def _finish(context: Context, cell: Cell, rows: Sequence[Row], answers: Mapping[str, Any] | None = None) -> None:
+def check_same(root: Path, cell: Cell, made_of: MadeOf) -> None:
+    """Raises FileExistsError if a cell's result, if it is there, is that of other inputs, or its adapter another."""
+    path = result_path(root, cell)
+    if not path.exists():
+        return
+    found, now = read_json_object(path), {"inputs": made_of}
+    if "adapter" in found:
+        now["adapter"] = adapter_identity(inputs.adapter_dir(align_folder(root, cell)))
+    if changed := runs.differences({name: found.get(name) for name in now}, now, "found", "expected"):
+        raise FileExistsError(f"{path}: holds a result of other inputs than there are now; choose another folder, or "
+                              "--overwrite to delete it. " + "; ".join(changed))
+
+
+def _finish(context: Context, cell: Cell, rows: Sequence[Row], answers: Mapping[str, Any] | None = None,
+            **more: Any) -> None:
     path = result_path(context.root, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"rows": list(rows), "answers": answers or {}})
+    write_json(path, {"rows": list(rows), "answers": answers or {}, "inputs": context.made_of[cell], **more})
     collect(context.root, context.plan)
 
 
 def _score_backbone(context: Context, backbone: str) -> None:
-    folder = context.root / folder_name(backbone)
-    path = folder / f"{AS_IT_COMES}.json"
-    if not path.exists():
-        found = _evaluate(context, folder / AS_IT_COMES, 0, model=backbone)
-        rows = results.score_rows(Cell(backbone, AS_IT_COMES, "", 0), "backbone", 0, found)
-        write_json(path, {"rows": rows, "answers": {}})
-        collect(context.root, context.plan)
+    cell = Cell(backbone, AS_IT_COMES, "", 0)
+    _score(context, cell, "backbone", 0, context.root / folder_name(backbone) / AS_IT_COMES, model=backbone)
 
 
-def _evaluate(context: Context, run_dir: Path, seed: int, model: str = "", trained: str = "") -> dict[str, Any]:
-    scores = context.settings.scores
-    folder = run_dir.with_name(run_dir.name + "-scores")
+def _score(context: Context, cell: Cell, stage_name: str, step: int, folder: Path, model: str = "", trained: str = ""
+           ) -> bool:
+    """Scores what is in a folder; whether that has changed the cell's result."""
+    scores, scored = context.settings.scores, folder.with_name(folder.name + "-scores")
+    revision = scores.model.revision if model else ""
     found = evaluate(dataclasses.replace(
-        scores, model=dataclasses.replace(scores.model, model=model, trained=trained),
-        run=dataclasses.replace(scores.run, run_dir=str(folder), seed=seed, overwrite=False)))
-    context.written(folder)
-    return found
+        scores, model=dataclasses.replace(scores.model, model=model, revision=revision, trained=trained),
+        run=dataclasses.replace(scores.run, run_dir=str(scored), seed=cell.seed, overwrite=False)))
+    rows, path = results.score_rows(cell, stage_name, step, found), result_path(context.root, cell)
+    new = not path.exists() or read_json(path)["rows"] != rows
+    if new:
+        for each in (folder, scored) if trained else (scored,):
+            context.written(each)
+        _finish(context, cell, rows)
+    return new
 
 
 def _one_by_one(context: Context, backbone: str) -> None:
-    """A seed's runs together, so that a plan that is interrupted has whole seeds."""
+    """A seed's runs together, so that a plan that is interrupted has whole seeds.
+
+    What has finished is gone through too: its run folders compare what they were made of, and take nothing else."""
     for seed in context.plan.seeds:
         for method, attack_text in context.plan.pairs:
             cell = Cell(backbone, method, attack_text, seed)
             aligned, attacked = cell_configs(context.settings, context.root, cell)
-            before = cell._replace(attack="")
-            if not result_path(context.root, before).exists():
-                folder = align(aligned)
-                context.written(folder)
-                found = _evaluate(context, folder, seed, trained=str(folder))
-                _finish(context, before, results.score_rows(before, "alignment", _steps_done(folder), found))
-            if attacked and not result_path(context.root, cell).exists():
+            folder = align(aligned)
+            _score(context, cell._replace(attack=""), "alignment", _steps_done(folder), folder, trained=str(folder))
+            if attacked:
                 folder = attack(attacked)
-                context.written(folder)
-                found = _evaluate(context, folder, seed, trained=str(folder))
-                _finish(context, cell, results.score_rows(cell, "attack", _steps_done(folder), found))
-                _say(context, [cell])
+                if _score(context, cell, "attack", _steps_done(folder), folder, trained=str(folder)):
+                    _say(context, [cell])
 
 
 def _steps_done(folder: Path) -> int:
-    with open(folder / "metrics.jsonl", encoding="utf-8") as lines:
-        return sum(1 for _ in lines)
+    return runs.read_config(folder)["steps"]
 
 
 def _say(context: Context, cells: Sequence[Cell]) -> None:
@@ -262,11 +269,12 @@ def _lanes(context: Context, backbone: str) -> None:
         if not missing:
             continue
         if scorer is None:
-            tokenizer = data.load_tokenizer(hugging_face.resolve_model(backbone))
+            tokenizer = stage.load_tokenizer(backbone, context.settings.scores.model.revision)
             scorer = Scorer(context.settings.scores, tokenizer)
         seeds = list(dict.fromkeys(cell.seed for cell in missing))
         config, _ = cell_configs(context.settings, context.root, missing[0])
-        base = stage.load_base(backbone, config.model.dtype)  # the same again, unless a method has another dtype
+        # The same again, unless a method has another dtype.
+        base = stage.load_base(backbone, config.model.dtype, revision=config.model.revision)
         aligned = _align_lanes(context, config, base, tokenizer, scorer, backbone, method, seeds)
         for text in dict.fromkeys(cell.attack for cell in missing):
             cells = [cell for cell in missing if cell.attack == text]
@@ -287,13 +295,14 @@ def _align_lanes(context: Context, config: AlignConfig, base: stage.Base, tokeni
         _align_lanes(context, config, base, tokenizer, scorer, backbone, shared, [seeds[i] for i in new])
         for i in new:
             found = read_json(result_path(context.root, cells[i]._replace(method=shared)))
-            _finish(context, cells[i], [{**row, "method": method} for row in found["rows"]], found["answers"])
+            _finish(context, cells[i], [{**row, "method": method} for row in found["rows"]], found["answers"],
+                    adapter=found["adapter"])
         new = []
     if new:
         taken = start._replace(adapters=lanes.stack([lanes.take(start.adapters, i) for i in new]))
         _train_aligned(context, config, taken, tokenizer, scorer, [cells[i] for i in new])
     return start._replace(adapters=lanes.stack([
-        load_adapter(stage.adapter_dir(align_folder(context.root, cell)), start.model) for cell in cells]))
+        load_adapter(inputs.adapter_dir(align_folder(context.root, cell)), start.model) for cell in cells]))
 
 
 def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, tokenizer, scorer: Scorer,
@@ -321,11 +330,12 @@ def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, to
         add(step, {measure: metrics[name][step].astype(float) for measure, name in METRICS.items() if name in metrics})
     scores, answers = scorer(aligned, seeds)
     for i, cell in enumerate(cells):
-        folder = stage.adapter_dir(align_folder(context.root, cell))
+        folder = inputs.adapter_dir(align_folder(context.root, cell))
         folder.parent.mkdir(parents=True, exist_ok=True)
-        save_adapter(lanes.take(aligned.adapters, i), aligned.model, folder, base_model=config.model.model)
+        save_adapter(lanes.take(aligned.adapters, i), aligned.model, folder, loadable_name(config.model.model),
+                     config.model.revision)
         _finish(context, cell, rows[i] + results.score_rows(cell, "alignment", last, scores[i]),
-                {str(last): answers} if i == 0 else None)
+                {str(last): answers} if i == 0 else None, adapter=adapter_identity(folder))
 
 
 def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell], tokenizer, scorer: Scorer) -> None:

@@ -11,7 +11,7 @@ from jaxvaccine.evaluation.agreement import WORDS, agreement
 from jaxvaccine.experiment import runs
 from jaxvaccine.experiment.config import FieldError, Part, field, flat, require
 from jaxvaccine.experiment.judging import JUDGES, JudgePart, make_judge
-from jaxvaccine.experiment.stage import split_operational
+from jaxvaccine.experiment.parts import split_operational
 from jaxvaccine.json_files import read_json, write_json
 
 RESULTS = "agreement.json"

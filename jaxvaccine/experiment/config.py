@@ -23,11 +23,11 @@ class FieldError(ValueError):
         self.name, self.message = name, message
 
 
-def field(default: Any, help: str, *, at_least: float | None = None, above: float | None = None, name: str | None = None
-          ) -> Any:
+def field(default: Any, help: str, *, at_least: float | None = None, above: float | None = None,
+          below: float | None = None, name: str | None = None) -> Any:
     """A field with its help text and bounds; `name` is its flat name, where that is not the field's own."""
     return dataclasses.field(default=default, metadata={
-        "help": help, "at_least": at_least, "above": above, **({"name": name} if name else {})})
+        "help": help, "at_least": at_least, "above": above, "below": below, **({"name": name} if name else {})})
 
 
 def choice(name: str, options: Mapping[str, type], default: str, help: str) -> Any:
@@ -55,9 +55,10 @@ def check_bounds(part: Any) -> None:
             continue
         options = typing.get_args(hints[f.name]) if typing.get_origin(hints[f.name]) is typing.Literal else ()
         require(not options or value in options, flat_name(f), value, "one of " + ", ".join(map(str, options)))
-        least, above = bounds["at_least"], bounds["above"]
+        least, above, below = bounds["at_least"], bounds["above"], bounds["below"]
         require(least is None or value >= least, flat_name(f), value, f"at least {least}")
         require(above is None or value > above, flat_name(f), value, f"more than {above}")
+        require(below is None or value < below, flat_name(f), value, f"less than {below}")
 
 
 class Part:

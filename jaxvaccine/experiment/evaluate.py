@@ -1,13 +1,15 @@
 """The evaluation stage: harmful score, fine-tune accuracy, over-refusal and the loss on harmful answers of a model."""
 
 import dataclasses
+import hashlib
+import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxvaccine import data
-from jaxvaccine.checkpoints import hugging_face
 from jaxvaccine.evaluation import (
     ALPACA_EVAL,
     Sampling,
@@ -19,14 +21,18 @@ from jaxvaccine.evaluation import (
     score_answers,
     write_predictions,
 )
-from jaxvaccine.experiment import stage
+from jaxvaccine.experiment import inputs, stage
 from jaxvaccine.experiment.align import Examples
-from jaxvaccine.experiment.config import FieldError, Part, field, require
-from jaxvaccine.experiment.judging import JudgePart, make_comparer, make_judge
+from jaxvaccine.experiment.answers import answer_log, read_answers
+from jaxvaccine.experiment.config import FieldError, Part, field, names, require
+from jaxvaccine.experiment.judging import JudgePart, judge_record, make_comparer, make_judge
 from jaxvaccine.experiment.parts import SOURCE, Dtype, RunPart, check_sources
 from jaxvaccine.json_files import read_json, write_json
 
 RESULTS = "results.json"
+MEAN_LOSS = "mean_loss.json"
+# By whom results.json was judged, and where results by others are.
+JUDGE, EARLIER = "judge.json", "judged"
 LOSS = "harmful_loss"  # beside the tasks in the results: h(w), no rate
 
 
@@ -49,6 +55,7 @@ class EvaluatedModel(Part):
     """Model."""
 
     model: str = field("", "Model: a Hugging Face directory, a hub id or a .gguf file; --trained has its own.")
+    revision: str = field("", "Branch, tag or commit of --model on the hub; its main branch unless given.")
     trained: str = field("", "Folder of a finished alignment or attack to score; none scores --model itself.")
     dtype: Dtype = field("checkpoint", "Type of the computation.")
     merge_adapter: bool = field(
@@ -133,15 +140,21 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
       FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
       FileExistsError: the folder holds another evaluation.
     """
-    model_path, seen = config.model.model, {}
-    if config.model.trained:
-        model_path, seen = trained_on(config.model.trained)
+    model_path, revision, seen = config.model.model, config.model.revision, {}
+    made_of: dict[str, Any] = {}
+    if trained := config.model.trained:
+        model_path, revision, seen = trained_on(trained)
+        made_of["trained"] = inputs.of_run(trained)
     examples = config.tests.load()
     check_unseen({task: rows for task, rows in examples.items() if task != LOSS}, seen)
-    run_dir = stage.open_run(config, config.run, "evaluate", examples)
+    judged_by = judge_record(config.judge)
+    run_dir = stage.open_run(
+        config, config.run, "evaluate", examples, {"model": inputs.of_model(model_path, revision), **made_of},
+        {"categories": _categories_hash(config.tests)}, changeable=names(JudgePart))
+    _give_way(run_dir, judged_by)
     if (run_dir / RESULTS).exists():
         return read_json(run_dir / RESULTS)
-    answers = _measure(config, run_dir, model_path, examples)
+    answers = _measure(config, run_dir, model_path, revision, examples)
     if config.judge.judge == "beaver_dam":
         # There is not room for two 7B models.
         stage.forget_backbone()
@@ -162,36 +175,75 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return results
 
 
-def _measure(config: EvaluateConfig, run_dir: Path, model_path: str, examples: Examples) -> dict[str, Any]:
+def _measure(config: EvaluateConfig, run_dir: Path, model_path: str, revision: str, examples: Examples
+             ) -> dict[str, Any]:
     """All that needs the model: {task: answers}, and the loss.
 
     What an interrupted evaluation has generated is read, not repeated.
     """
-    done = {task: path for task in examples if (path := run_dir / f"answers_{task}.json").exists()}
-    answers = {task: read_json(path) for task, path in done.items()}
-    if len(done) == len(examples):
-        return answers
+    paths = {task: run_dir / f"answers_{task}.jsonl" for task in examples if task != LOSS}
+    found = {task: read_answers(path) for task, path in paths.items()}
+    loss = read_json(run_dir / MEAN_LOSS) if (run_dir / MEAN_LOSS).exists() else None
+    if (loss is not None or LOSS not in examples) and all(len(found[task]) == len(examples[task]) for task in found):
+        return _in_order(found, loss)
     generation, lengths = config.generation, {test.task: test.length for test in TESTS.values()}
-    architecture = stage.read_architecture(model_path)
-    tokenizer = data.load_tokenizer(hugging_face.resolve_model(model_path))
-    data.check_vocabulary(tokenizer, architecture.vocab_size)
-    base = stage.load_base(
-        model_path, config.model.dtype, config.model.trained or None, merge=config.model.merge_adapter)
+    tokenizer = stage.load_tokenizer(model_path, revision)
+    base = stage.load_base(model_path, config.model.dtype, config.model.trained or None,
+                           merge=config.model.merge_adapter, revision=revision)
     model = base.model.clone(lora=base.lora)
-    for task in [task for task in examples if task not in done]:
-        if task == LOSS:
-            answers[task] = mean_loss(
-                model, base.adapter, base.frozen,
-                data.tokenize_examples(tokenizer, examples[task], config.tests.max_length), generation.eval_batch_size,
-                generation.eval_bucket)._asdict()
-        else:
-            answers[task] = answer_prompts(
+    if LOSS in examples and loss is None:
+        loss = mean_loss(
+            model, base.adapter, base.frozen,
+            data.tokenize_examples(tokenizer, examples[LOSS], config.tests.max_length), generation.eval_batch_size,
+            generation.eval_bucket)._asdict()
+        write_json(run_dir / MEAN_LOSS, loss)
+    for task, path in paths.items():
+        with answer_log(path, found[task]) as keep:
+            found[task] = dict(enumerate(answer_prompts(
                 model, base.adapter, base.frozen, tokenizer, examples[task], task=task,
                 max_new_tokens=getattr(generation, lengths[task]), batch_size=generation.eval_batch_size,
                 bucket=generation.eval_bucket, sampling=generation.sampling(config.run.seed),
-                progress=config.run.progress)
-        write_json(run_dir / f"answers_{task}.json", answers[task])
-    return answers
+                progress=config.run.progress, answered=found[task], keep=keep)))
+    return _in_order(found, loss)
+
+
+def _in_order(found: Mapping[str, Mapping[int, str]], loss: Any) -> dict[str, Any]:
+    answers: dict[str, Any] = {task: [answers[i] for i in range(len(answers))] for task, answers in found.items()}
+    return answers if loss is None else {LOSS: loss, **answers}
+
+
+def _categories_hash(tests: TestsPart) -> str:
+    """Of the kinds of harm that scores are told apart by."""
+    found = data.load_categories(tests.harmful_test) if tests.harmful_test else {}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def _give_way(run_dir: Path, judged_by: Mapping[str, Any]) -> None:
+    """Results by another judge leave the folder's top for one of their own, and those by this judge come back.
+
+    Answers stay: they do not depend on who judges them."""
+    def folder(record: Mapping[str, Any]) -> Path:
+        name = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
+        return run_dir / EARLIER / f"{record['flags']['judge']}-{name}"
+
+    def move(source: Path, target: Path) -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        # The results last: what has them is whole.
+        for path in [*source.glob("predictions_*.jsonl"), source / "report.md", source / JUDGE, source / RESULTS]:
+            if path.exists():
+                os.replace(path, target / path.name)
+
+    record = run_dir / JUDGE
+    if record.exists() and read_json(record) != judged_by:
+        if (run_dir / RESULTS).exists():
+            earlier = folder(read_json(record))
+            logging.warning("%s: results by another judge go to %s", run_dir, earlier)
+            move(run_dir, earlier)
+        record.unlink(missing_ok=True)
+    if not record.exists():
+        if folder(judged_by).is_dir():
+            move(folder(judged_by), run_dir)
+        write_json(record, judged_by)
 
 
 def summary(result: TaskResult) -> dict[str, Any]:
@@ -209,13 +261,13 @@ def summary(result: TaskResult) -> dict[str, Any]:
     return found
 
 
-def trained_on(run_dir: str) -> tuple[str, dict[str, Sequence[str]]]:
-    """The model of a finished run, and the prompts {where: fingerprints} it has been trained on."""
-    config = stage.require_finished("trained", run_dir)
+def trained_on(run_dir: str) -> tuple[str, str, dict[str, Sequence[str]]]:
+    """The model of a finished run, its revision, and the prompts {where: fingerprints} it has been trained on."""
+    config = inputs.require_finished("trained", run_dir)
     seen = {f"{name} data of {run_dir}": prompts for name, prompts in config["data"]["prompts"].items()}
     if aligned := config["flags"].get("aligned"):
-        seen |= trained_on(aligned)[1]
-    return config["flags"]["model"], seen
+        seen |= trained_on(aligned)[2]
+    return config["flags"]["model"], config["flags"]["revision"], seen
 
 
 def check_unseen(examples: Mapping[str, Sequence[data.Example]], seen: Mapping[str, Sequence[str]]) -> None:

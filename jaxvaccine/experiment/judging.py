@@ -16,8 +16,9 @@ from jaxvaccine.evaluation.chat_api import Endpoint, chat_judge, key_from_enviro
 from jaxvaccine.evaluation.judges import Judge
 from jaxvaccine.evaluation.pairwise import Comparer, chat_comparer
 from jaxvaccine.evaluation.rubrics import RUBRICS
-from jaxvaccine.experiment.config import Part, field, require
-from jaxvaccine.experiment.parts import Dtype
+from jaxvaccine.experiment import inputs
+from jaxvaccine.experiment.config import Part, field, flat, require
+from jaxvaccine.experiment.parts import Dtype, split_operational
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,17 @@ def _chat_api(part: JudgePart, progress: bool) -> Judge:
 
 JUDGES: dict[str, Callable[[JudgePart, bool], Judge]] = {
     "keyword": _keyword, "beaver_dam": _beaver_dam, "chat_api": _chat_api}
+
+
+def judge_record(part: JudgePart) -> dict[str, Any]:
+    """Who judges: the settings that a verdict depends on, and the hashes of a judge that is a model here.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no such model.
+    """
+    flags, _ = split_operational(flat(part))
+    model = {"model": inputs.of_model(part.judge_model or MODEL)} if part.judge == "beaver_dam" else {}
+    return {"flags": flags, "inputs": model}
 
 
 def make_judge(part: JudgePart, progress: bool = True) -> Judge:

@@ -1,14 +1,15 @@
 """The parts that the configs of several stages have in common."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from jaxvaccine import data, optim
 from jaxvaccine.experiment.config import FieldError, Part, field, require
 from jaxvaccine.llama_config import TARGETS, LoraConfig
 
 Dtype = Literal["checkpoint", "float32", "bfloat16", "float16"]
-SOURCE = "kind:path-or-hub-id@split[start:stop], several separated by commas"
+SOURCE = "kind:path-or-hub-id@split[start:stop], several separated by commas; hub-id#revision has one"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class ModelPart(ComputationPart):
     """Model."""
 
     model: str = field("", "Model to align: a Hugging Face directory, a hub id or a .gguf file.")
+    revision: str = field("", "Branch, tag or commit of a model on the hub; its main branch unless given.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -87,7 +89,7 @@ class RunPart(Part):
     """Run."""
 
     run_dir: str = field("", "Folder of this run, such as runs/booster. Re-running the same command continues it.")
-    seed: int = field(0, "Everything random derives from it.", at_least=0)
+    seed: int = field(0, "Everything random derives from it.", at_least=0, below=2**32)
     progress: bool = field(True, "Draw progress bars.")
     overwrite: bool = field(False, "Delete an earlier run in --run_dir and start again.")
 
@@ -107,6 +109,12 @@ class TrainingRunPart(RunPart):
 OPERATIONAL = frozenset((
     "run_dir", "overwrite", "save_every", "progress", "remat", "judge_key_variable", "judge_timeout", "judge_attempts",
     "judge_workers", "judge_cache"))
+
+
+def split_operational(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Flat values as (those that determine the result, the operational ones)."""
+    return ({name: value for name, value in values.items() if name not in OPERATIONAL},
+            {name: value for name, value in values.items() if name in OPERATIONAL})
 
 
 def check_sources(part: Part, *names: str) -> None:

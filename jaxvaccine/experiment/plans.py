@@ -22,6 +22,7 @@ from jaxvaccine.experiment.recipes import WORLD_ALIGN, WORLD_ATTACK
 from jaxvaccine.experiment.results import Cell
 
 ALIGNED = "aligned"
+AS_IT_COMES = "none"  # the method of a backbone that nothing was done to
 METHODS = ("sft", "vaccine", "t_vaccine", "booster")
 ATTACK = "poison_ratio=0.1"
 WORLD_EPOCHS = WORLD_ATTACK["steps"] * WORLD_ATTACK["batch_size"] / WORLD_ATTACK["n"]

@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def open_run(
     data: Mapping[str, Any],
     operational: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    changeable: Collection[str] = (),
 ) -> Path:
     """Makes the folder and its config.json, or returns to it if it was made with the same flags and data.
 
@@ -60,6 +61,7 @@ def open_run(
       data: hashes and fingerprints of what it reads; JSON values.
       operational: flags that do not change the result, recorded and not compared.
       overwrite: deletes an earlier run in that folder first.
+      changeable: flags that may differ from those of the run in the folder, and are then recorded anew.
 
     Raises:
       FileExistsError: the folder holds a run with other flags or data (each named, found and expected), or holds files
@@ -80,25 +82,33 @@ def open_run(
             os.replace(run_dir, deleted)
             shutil.rmtree(deleted)
         else:
-            _compare(run_dir, read_config(run_dir), config)
+            earlier = read_config(run_dir)
+            _compare(run_dir, earlier, config, changeable)
+            if any(earlier["flags"].get(name) != config["flags"].get(name) for name in changeable):
+                write_json(run_dir / CONFIG, {**earlier, "flags": config["flags"]})
             return run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / CONFIG, config)
     return run_dir
 
 
-def _compare(run_dir: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    def leaves(config):
+def _compare(run_dir: Path, found: Mapping[str, Any], expected: Mapping[str, Any], changeable: Collection[str]) -> None:
+    def compared(config):
         flags, data = _leaves(config.get("flags"), ""), _leaves(config.get("data"), "data")
+        flags = {name: value for name, value in flags.items() if name not in changeable}
         return {"script": config.get("script"), **flags, **data}
 
-    old, new = leaves(found), leaves(expected)
-    differences = [f"{name}: found {_short(old.get(name))}, expected {_short(new.get(name))}"
-                   for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    if differences:
+    if found_differences := differences(compared(found), compared(expected), "found", "expected"):
         raise FileExistsError(
             f"{run_dir}: holds a run with other flags or data; choose another folder, or --overwrite to delete it. "
-            + "; ".join(differences))
+            + "; ".join(found_differences))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], of_old: str, of_new: str) -> list[str]:
+    """"a.b: {of_old} 1, {of_new} 2" for every value in nested mappings that differs, or is in one of them alone."""
+    before, after = _leaves(old, ""), _leaves(new, "")
+    return [f"{name}: {of_old} {_short(before.get(name))}, {of_new} {_short(after.get(name))}"
+            for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
 
 
 def _leaves(value: Any, name: str) -> dict[str, Any]:

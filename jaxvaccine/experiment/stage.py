@@ -1,9 +1,10 @@
 """What the stages share: the model that a run left, a run's folder, and how a training run is carried out."""
 
 import functools
+import os
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -12,12 +13,14 @@ import jax
 
 from jaxvaccine import data, defenses, optim, training
 from jaxvaccine.checkpoints import hugging_face
+from jaxvaccine.checkpoints.identity import adapter_identity
 from jaxvaccine.checkpoints.orbax_state import open_checkpoints
-from jaxvaccine.checkpoints.peft import load_adapter, read_lora_config, save_adapter
+from jaxvaccine.checkpoints.peft import load_adapter, read_lora_config, save_adapter, sum_adapters
+from jaxvaccine.checkpoints.resolve import loadable_name
 from jaxvaccine.data.batching import stream_seed
-from jaxvaccine.experiment import runs
+from jaxvaccine.experiment import inputs, runs
 from jaxvaccine.experiment.config import FieldError, flat
-from jaxvaccine.experiment.parts import OPERATIONAL, RunPart, TrainingPart, TrainingRunPart
+from jaxvaccine.experiment.parts import RunPart, TrainingPart, TrainingRunPart, split_operational
 from jaxvaccine.json_files import read_json_object
 from jaxvaccine.llama import Llama, merge_adapter
 from jaxvaccine.llama_config import LlamaConfig, LoraConfig
@@ -35,16 +38,28 @@ class Base(NamedTuple):
     lora: LoraConfig | None  # the sites of `adapter`
 
 
-def read_architecture(model: str) -> LlamaConfig:
+def read_architecture(model: str, revision: str = "") -> LlamaConfig:
     """The model's config.json, read before its weights so that settings can be checked against it."""
-    path = hugging_face.resolve_model(model) / "config.json"
+    path = hugging_face.resolve_model(model, revision or None) / "config.json"
     return LlamaConfig.from_hugging_face(read_json_object(path), str(path))
 
 
+def load_tokenizer(model: str, revision: str = ""):
+    """The model's tokenizer, whose ids its embedding has.
+
+    Raises:
+      ValueError: as of `data.load_tokenizer` and `data.check_vocabulary`.
+    """
+    tokenizer = data.load_tokenizer(hugging_face.resolve_model(model, revision or None))
+    data.check_vocabulary(tokenizer, read_architecture(model, revision).vocab_size)
+    return tokenizer
+
+
 @functools.lru_cache(maxsize=1)
-def _load_backbone(model: str, dtype: str) -> tuple[Llama, Any]:
+def _load_backbone(directory: Path, dtype: str, weights: tuple[str, ...]) -> tuple[Llama, Any]:
     # One model stays loaded, so that a plan does not read the weights again for every stage.
-    return hugging_face.load_model(model, dtype=None if dtype == "checkpoint" else dtype)
+    del weights  # their hashes, so that others in the same place are not taken for them
+    return hugging_face.load_model(directory, dtype=None if dtype == "checkpoint" else dtype)
 
 
 def forget_backbone() -> None:
@@ -52,7 +67,8 @@ def forget_backbone() -> None:
     _load_backbone.cache_clear()
 
 
-def load_base(model: str, dtype: str, run_dir: str | Path | None = None, merge: bool = False) -> Base:
+def load_base(model: str, dtype: str, run_dir: str | Path | None = None, merge: bool = False, revision: str = ""
+              ) -> Base:
     """A model as it comes, or as a run left it.
 
     Args:
@@ -60,17 +76,27 @@ def load_base(model: str, dtype: str, run_dir: str | Path | None = None, merge: 
       dtype: as of `ModelPart`.
       run_dir: a finished alignment or attack whose result is loaded.
       merge: merge its adapter into the weights, instead of returning it.
+      revision: of a hub id.
+
+    Raises:
+      FieldError: as of `inputs.require_finished`.
     """
-    llama, frozen = _load_backbone(model, dtype)
+    identity = inputs.of_model(model, revision)
+    llama, frozen = _load_backbone(hugging_face.resolve_model(model, revision or None), dtype, tuple(
+        digest for part in ("weights", "config") for digest in identity[part].values()))
     if run_dir is None:
         return Base(llama, frozen, None, None)
-    flags = runs.read_config(run_dir)["flags"]
+    config, folder = inputs.require_finished("run_dir", str(run_dir)), inputs.adapter_dir(run_dir)
+    flags = config["flags"]
+    if other := runs.differences(config["data"]["inputs"]["model"], identity, f"{run_dir} has", "there is"):
+        raise FieldError("model", f"found {model!r}, expected the model of {run_dir}: " + "; ".join(other))
     if flags.get("adapter") == "new":
         # The attack trained a fresh adapter on the merged aligned weights.
-        frozen = load_base(model, dtype, flags["aligned"], merge=True).frozen
-    lora = read_lora_config(adapter_dir(run_dir))
+        frozen = load_base(model, dtype, flags["aligned"], merge=True, revision=revision).frozen
+        folder = folder.with_name(inputs.TRAINED)
+    lora = read_lora_config(folder)
     adapted = llama.clone(lora=lora)
-    adapter = load_adapter(adapter_dir(run_dir), adapted)
+    adapter = load_adapter(folder, adapted)
     if merge:
         # There is not room for two 7B models: the merged weights take the place of those that were loaded.
         forget_backbone()
@@ -79,42 +105,23 @@ def load_base(model: str, dtype: str, run_dir: str | Path | None = None, merge: 
     return Base(llama, frozen, adapter, lora)
 
 
-def adapter_dir(run_dir: str | Path) -> Path:
-    return Path(run_dir) / "adapter"
-
-
-def is_finished(run_dir: str | Path) -> bool:
-    return adapter_dir(run_dir).is_dir()
-
-
-def require_finished(name: str, run_dir: str) -> dict[str, Any]:
-    """The config.json of a finished run, which the field `name` names.
-
-    Raises:
-      FileNotFoundError: there is no such run.
-      FieldError: it has not finished.
-    """
-    config = runs.read_config(run_dir)
-    if not is_finished(run_dir):
-        raise FieldError(name, f"found {run_dir!r}, a run that has not finished; re-run its command first")
-    return config
-
-
 def prompts_of(examples: Sequence[data.Example]) -> list[str]:
     """Fingerprints, each once."""
     return sorted({data.fingerprint(example) for example in examples})
 
 
 def open_run(config: Any, run: RunPart, script: str, examples: Mapping[str, Sequence[data.Example]],
-             more: Mapping[str, Any] = MappingProxyType({}), flags: Mapping[str, Any] = MappingProxyType({})) -> Path:
-    """`runs.open_run` of a config and of the examples that it reads.
+             made_of: Mapping[str, Any], more: Mapping[str, Any] = MappingProxyType({}),
+             flags: Mapping[str, Any] = MappingProxyType({}), changeable: Collection[str] = ()) -> Path:
+    """`runs.open_run` of a config, of the examples that it reads and of its other inputs.
 
-    more: of the data, beside the examples' hashes; flags: beside the config's own.
+    made_of: `inputs.of_model` and the like, by what it is of. more: of the data, beside that and the examples' hashes.
+    flags: beside the config's own. changeable: as of `runs.open_run`.
     """
     result, operational = split_operational(flat(config))
     return runs.open_run(run.run_dir, script, {**flags, **result}, {
-        "hashes": {name: runs.examples_hash(rows) for name, rows in examples.items()}, **more}, operational,
-        run.overwrite)
+        "hashes": {name: runs.examples_hash(rows) for name, rows in examples.items()}, "inputs": made_of, **more},
+        operational, run.overwrite, changeable)
 
 
 def training_record(examples: Mapping[str, Sequence[data.Example]], tokenized: Mapping[str, data.TokenizedExamples]
@@ -122,12 +129,6 @@ def training_record(examples: Mapping[str, Sequence[data.Example]], tokenized: M
     """What later stages ask of a training run: how many examples it dropped, and which prompts it has seen."""
     return {"dropped": {name: rows.dropped for name, rows in tokenized.items()},
             "prompts": {name: prompts_of(rows) for name, rows in examples.items()}}
-
-
-def split_operational(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Flat values as (those that determine the result, the operational ones)."""
-    return ({name: value for name, value in values.items() if name not in OPERATIONAL},
-            {name: value for name, value in values.items() if name in OPERATIONAL})
 
 
 def count_steps(training: TrainingPart, sources: Sources) -> int:
@@ -146,8 +147,16 @@ def training_key(seed: int) -> jax.Array:
     return jax.random.key(stream_seed(seed, "training") % 2**32)
 
 
+class Origin(NamedTuple):
+    """What an adapter is of: the model as it comes, or that with another run's adapter merged in."""
+
+    model: str
+    revision: str = ""
+    aligned: str = ""  # the run whose adapter was merged
+
+
 def train(run_dir: Path, base: Base, model: Llama, adapter: Any, defense: Callable[[Llama], defenses.Defense],
-          sources: Sources, part: TrainingPart, run: TrainingRunPart, bucket: int, base_model: str) -> None:
+          sources: Sources, part: TrainingPart, run: TrainingRunPart, bucket: int, of: Origin) -> None:
     """Trains `adapter`, or continues from the run's newest checkpoint, and writes the adapter.
 
     Args:
@@ -160,7 +169,7 @@ def train(run_dir: Path, base: Base, model: Llama, adapter: Any, defense: Callab
       part: optimizer, batch size and length.
       run: seed, checkpoints and progress.
       bucket: multiple, in tokens, to which batches are padded.
-      base_model: recorded in the PEFT adapter.
+      of: what the adapter is of.
     """
     steps, estimator = count_steps(part, sources), defense(model)
     optimizer = optim.layer_masked_adamw(part.optimizer(), steps)
@@ -173,8 +182,27 @@ def train(run_dir: Path, base: Base, model: Llama, adapter: Any, defense: Callab
             data.training_batches(sources, run.seed, bucket), steps=steps, key=training_key(run.seed),
             metrics_path=run_dir / "metrics.jsonl", save=checkpoints.save, save_every=run.save_every,
             vocab_size=model.config.vocab_size, progress=run.progress, description=str(run_dir))
-    # Last: a run with an adapter has finished.
-    save_adapter(state.adapter, model, adapter_dir(run_dir), base_model=base_model)
+    leave_adapter(run_dir, state.adapter, model, of, steps)
+
+
+def leave_adapter(run_dir: Path, adapter: Any, model: Llama, of: Origin, steps: int) -> None:
+    """Writes what a run leaves, and its hashes, so that a run with an adapter has finished.
+
+    The adapter in adapter/ is one of the model as it comes, which PEFT loads by its config. If `adapter` was trained on
+    merged weights, it is both updates in one, and trained_adapter/ has the new one by itself.
+    """
+    name, lora = loadable_name(of.model), model.lora
+    if of.aligned:
+        save_adapter(adapter, model, run_dir / inputs.TRAINED, f"({name} with {of.aligned} merged in)")
+        aligned_dir = inputs.adapter_dir(of.aligned)
+        aligned = model.clone(lora=read_lora_config(aligned_dir))
+        lora, adapter = sum_adapters(aligned.lora, load_adapter(aligned_dir, aligned), lora, adapter)
+    # Beside its place first, so that its hashes are there when it is.
+    staged = run_dir / f"{inputs.ADAPTER}.tmp"
+    save_adapter(adapter, model.clone(lora=lora), staged, name, revision=of.revision)
+    left = inputs.of_adapters(run_dir)
+    inputs.record_results(run_dir, steps, {**left, inputs.ADAPTER: adapter_identity(staged)})
+    os.replace(staged, inputs.adapter_dir(run_dir))
 
 
 def peak_resident_memory() -> int:

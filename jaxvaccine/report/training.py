@@ -1,6 +1,8 @@
 """The report of a training run: metrics.png and report.md, from its metrics.jsonl and config.json."""
 
+import contextlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,30 +20,65 @@ CURVES = tuple(names.STEP_METRICS)
 
 
 def write_training_report(run_dir: Path, title: str) -> None:
-    """metrics.png (and PDF) and report.md of a training run, from its metrics.jsonl and config.json."""
+    """metrics.png (and PDF) and report.md of a training run, from its metrics.jsonl and config.json.
+
+    Metrics that are not there leave gaps, of which the report says how many they are.
+    """
     run_dir = Path(run_dir)
-    entries = [json.loads(line) for line in (run_dir / METRICS).read_text(encoding="utf-8").splitlines()]
-    curves = [name for name in CURVES if name in entries[0]]
-    figure, axes = plots.panels(len(curves))
-    for axis, name in zip(axes, curves, strict=True):
-        values = [entry[name] for entry in entries]
-        _draw(axis, [entry["step"] for entry in entries], values)
-        if plots.spans_decades(values):
-            axis.set_yscale("log")
-        plots.describe(axis, xlabel="step", ylabel=names.STEP_METRICS[name].label)
-    plots.legend(figure, axes)
-    plots.save(figure, run_dir / FIGURE)
-    tail = entries[-max(1, len(entries) // 10):]
-    rows = [[names.STEP_METRICS[name].name, f"{entries[0][name]:.4g}",
-             f"{sum(entry[name] for entry in tail) / len(tail):.4g}"] for name in curves]
-    config = runs.read_config(run_dir)
-    tokens = sum(entry["tokens"] for entry in entries)
-    text = [f"# {title}\n", f"{len(entries)} steps, {tokens:,} tokens read.\n",
-            tables.table(["", "first step", f"mean of the last {len(tail)}"], rows), f"![metrics]({FIGURE})\n"]
+    config, entries = runs.read_config(run_dir), _read_metrics(run_dir / METRICS)
+    curves = [name for name in CURVES if any(name in entry for entry in entries.values())]
+    text = [f"# {title}\n", *_missing(entries, config.get("steps"))]
+    if curves:
+        text += _curves(run_dir, entries, curves)
     dropped = {name: count for name, count in config["data"].get("dropped", {}).items() if count}
     if dropped:
         text.append(f"Examples left out because their prompts fill --max_length alone: {dropped}.\n")
     tables.write_report(run_dir, "\n".join([*text, flag_list(config)]))
+
+
+def _read_metrics(path: Path) -> dict[int, dict[str, Any]]:
+    """{step: its metrics} of the lines that are whole; none if there is no file."""
+    entries: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
+        with contextlib.suppress(ValueError):  # a damaged line is a missing step
+            entry = json.loads(line)
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                entries[entry["step"]] = entry
+    return dict(sorted(entries.items()))
+
+
+def _missing(entries: Mapping[int, Mapping[str, Any]], steps: int | None) -> list[str]:
+    """Which of the run's steps have no metrics."""
+    steps = max(entries, default=-1) + 1 if steps is None else steps
+    absent = dict.fromkeys(step for step in range(steps) if step not in entries)
+    if entries and not absent:
+        return []
+    if not entries:
+        return [f"{METRICS} is missing or has no whole line: nothing is known of the run's {steps} steps.\n"]
+    starts = [step for step in absent if step - 1 not in absent]
+    ends = [step for step in absent if step + 1 not in absent]
+    spans = [f"{start}" if start == end else f"{start} to {end}" for start, end in zip(starts, ends, strict=True)]
+    return [f"{METRICS} lacks {len(absent)} of {steps} steps (counted from 0): {', '.join(spans[:10])}"
+            f"{', …' if len(spans) > 10 else ''}. What follows is without them.\n"]
+
+
+def _curves(run_dir: Path, entries: Mapping[int, Mapping[str, Any]], curves: Sequence[str]) -> list[str]:
+    """The figure, and the text around it."""
+    figure, axes = plots.panels(len(curves))
+    rows, tail = [], max(1, len(entries) // 10)
+    for axis, name in zip(axes, curves, strict=True):
+        values = [entry.get(name, float("nan")) for entry in entries.values()]
+        known = [value for value in values if not math.isnan(value)]
+        _draw(axis, list(entries), values)
+        if plots.spans_decades(known):
+            axis.set_yscale("log")
+        plots.describe(axis, xlabel="step", ylabel=names.STEP_METRICS[name].label)
+        rows.append([names.STEP_METRICS[name].name, f"{known[0]:.4g}", f"{np.mean(known[-tail:]):.4g}"])
+    plots.legend(figure, axes)
+    plots.save(figure, run_dir / FIGURE)
+    tokens = sum(entry.get("tokens", 0) for entry in entries.values())
+    return [f"{len(entries)} steps, {tokens:,} tokens read.\n",
+            tables.table(["", "first step", f"mean of the last {tail}"], rows), f"![metrics]({FIGURE})\n"]
 
 
 def _draw(axis: Axes, steps: Sequence[int], values: Sequence[float]) -> None:
