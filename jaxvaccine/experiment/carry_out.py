@@ -18,11 +18,11 @@ from jaxvaccine.checkpoints.peft import load_adapter, save_adapter
 from jaxvaccine.checkpoints.resolve import loadable_name
 from jaxvaccine.evaluation import ALPACA_EVAL, evaluate_prompts, mean_loss
 from jaxvaccine.experiment import inputs, lanes, results, runs, stage
-from jaxvaccine.experiment.align import AlignConfig, Examples, align, batch_sources, load_data, tokenize
+from jaxvaccine.experiment.align import AlignConfig, align, batch_sources, load_data, tokenize
 from jaxvaccine.experiment.attack import AttackConfig, attack, load_attack
 from jaxvaccine.experiment.checks import MadeOf, check_plan
 from jaxvaccine.experiment.config import flat, names
-from jaxvaccine.experiment.evaluate import LOSS, TESTS, EvaluateConfig, check_unseen, evaluate, summary
+from jaxvaccine.experiment.evaluate import LOSS, TESTS, EvaluateConfig, evaluate, summary
 from jaxvaccine.experiment.judging import JudgePart, make_judge
 from jaxvaccine.experiment.parts import split_operational
 from jaxvaccine.experiment.plans import (
@@ -253,11 +253,6 @@ class Scorer:
             found.append(scores)
         return found, answers
 
-    def check_unseen(self, of: str, examples: Examples) -> None:
-        """As `evaluate` does, before lanes are trained on the examples."""
-        check_unseen({task: rows for task, rows in self.examples.items() if task != LOSS},
-                     {f"{name} data {of}": stage.prompts_of(rows) for name, rows in examples.items()})
-
 
 def _lanes(context: Context, backbone: str) -> None:
     """All seeds of a method at once, and then of every attack on it."""
@@ -309,7 +304,6 @@ def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, to
                    cells: Sequence[Cell]) -> None:
     seeds = [cell.seed for cell in cells]
     examples = load_data(config.data, config.method)
-    scorer.check_unseen(f"of {cells[0].method}", examples)
     tokenized = tokenize(tokenizer, examples, config.data.max_length)
     sources = batch_sources(config.method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
     last = stage.count_steps(config.training, sources)
@@ -347,8 +341,6 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
     if "alignment" in config.method.batches:
         rows = data.load_examples(config.data.alignment_data)
         read = [{**of, "alignment": rows} for of in read]
-    for of in read:
-        scorer.check_unseen(f"of {cells[0].attack}", of)
     sources = [{name: (rows, config.training.batch_size) for name, rows in
                 tokenize(tokenizer, of, config.data.max_length).items()} for of in read]
     seeds = [cell.seed for cell in cells]

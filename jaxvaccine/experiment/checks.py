@@ -30,13 +30,16 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
     Raises:
       FieldError, ValueError, FileNotFoundError: what the runs of a cell would refuse before their first step.
     """
+    require(not (as_lanes and settings.scores.tests.alpaca_eval_test), "alpaca_eval_test",
+            settings.scores.tests.alpaca_eval_test, "none where many seeds are trained at once")
+    configs = {cell: _check_settings(settings, root, cell, as_lanes, check)
+               for backbone in plan.backbones for method, text in plan.pairs for seed in plan.seeds
+               for cell in [Cell(backbone, method, text, seed)]}
     tests = settings.scores.tests.load()
     for task, rows in tests.items():
         if task != LOSS:
             check_examples(task, rows)
     judge_record(settings.scores.judge)
-    require(not (as_lanes and settings.scores.tests.alpaca_eval_test), "alpaca_eval_test",
-            settings.scores.tests.alpaca_eval_test, "none where many seeds are trained at once")
     of_tests, made_of = _hashes(tests), {}
     # Cells share most of what they read.
     tokenizer, model = functools.cache(stage.load_tokenizer), functools.cache(inputs.of_model)
@@ -46,45 +49,58 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
         check_unseen(tests, {f"{name} data of {what}": stage.prompts_of(rows) for name, rows in examples.items()})
         return _hashes(examples)
 
-    @functools.cache
-    def alignment(part: AlignmentData, method: AlignmentMethod, *of_model: str) -> tuple[dict[str, str], tuple]:
+    @_once
+    def alignment(name: str, part: AlignmentData, method: AlignmentMethod, *of_model: str
+                  ) -> tuple[dict[str, str], tuple]:
         examples = load_data(part, method)
-        return (checked("an alignment", examples, *of_model, part.max_length),
+        return (checked(name, examples, *of_model, part.max_length),
                 tuple(stage.prompts_of(examples.get("harmful", []))))
 
-    @functools.cache
-    def attack(part: AttackData, seed: int, known: tuple[str, ...], held: bool, *of_model: str) -> dict[str, str]:
+    @_once
+    def attack(name: str, part: AttackData, seed: int, known: tuple[str, ...], held: bool, *of_model: str
+               ) -> dict[str, str]:
         user, harmful = load_attack(part, seed, known)
         more = {"alignment": data.load_examples(part.alignment_data)} if held else {}
-        return {**checked("an attack", {"user": user, **more}, *of_model, part.max_length),
-                **_hashes({"harmful": harmful})}
-
-    def read(cell: Cell) -> MadeOf:
-        aligned, attacked = cell_configs(settings, root, cell)
-        of_model = cell.backbone, aligned.model.revision
-        architecture = stage.read_architecture(*of_model)
-        check_layers(aligned.method, architecture)
-        check(aligned, attacked)
-        of_alignment, known = alignment(aligned.data, aligned.method, *of_model)
-        found = {"model": model(*of_model), "tests": of_tests, "alignment": of_alignment}
-        if attacked is None:
-            return found
-        attacked.adapter.layer_mask(architecture.num_layers)
-        require(not (as_lanes and isinstance(attacked.method, Ewc)), "defenses", cell.method,
-                "no EWC where many seeds are trained at once")
-        held = "alignment" in attacked.method.batches
-        return {**found, "attack": attack(attacked.data, cell.seed, known, held, *of_model)}
+        return {**checked(name, {"user": user, **more}, *of_model, part.max_length), **_hashes({"harmful": harmful})}
 
     for backbone in plan.backbones:
         made_of[Cell(backbone, AS_IT_COMES, "", 0)] = {
             "model": model(backbone, settings.scores.model.revision), "tests": of_tests}
-        for method, text in plan.pairs:
-            for seed in plan.seeds:
-                for attack in dict.fromkeys(("", text)):
-                    cell = Cell(backbone, method, attack, seed)
-                    if cell not in made_of:
-                        made_of[cell] = read(cell)
+    for cell, (aligned, attacked) in configs.items():
+        of_model = cell.backbone, aligned.model.revision
+        of_alignment, known = alignment(cell.method, aligned.data, aligned.method, *of_model)
+        before = {"model": model(*of_model), "tests": of_tests, "alignment": of_alignment}
+        made_of[cell._replace(attack="")] = before
+        if attacked:
+            held = "alignment" in attacked.method.batches
+            made_of[cell] = {**before, "attack": attack(cell.attack, attacked.data, cell.seed, known, held, *of_model)}
     return made_of
+
+
+def _check_settings(settings: Settings, root: Path, cell: Cell, as_lanes: bool,
+                    check: Callable[[AlignConfig, AttackConfig | None], None]
+                    ) -> tuple[AlignConfig, AttackConfig | None]:
+    """A cell's configs, which its model can carry out."""
+    aligned, attacked = cell_configs(settings, root, cell)
+    architecture = stage.read_architecture(cell.backbone, aligned.model.revision)
+    check_layers(aligned.method, architecture)
+    if attacked:
+        attacked.adapter.layer_mask(architecture.num_layers)
+        require(not (as_lanes and isinstance(attacked.method, Ewc)), "defenses", cell.method,
+                "no EWC where many seeds are trained at once")
+    check(aligned, attacked)
+    return aligned, attacked
+
+
+def _once(function: Callable) -> Callable:
+    """`functools.cache`, but for the first argument: a name for messages."""
+    known: dict[tuple, Any] = {}
+
+    def call(name: str, *args):
+        if args not in known:
+            known[args] = function(name, *args)
+        return known[args]
+    return call
 
 
 def _hashes(examples: Mapping[str, Any]) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Attacks on an aligned tiny model: defended or not, on a continued or a new adapter; and what is said to bad input."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ from safetensors.numpy import load_file
 
 from jaxvaccine.checkpoints.peft import read_lora_config
 from jaxvaccine.experiment.align import align
+from jaxvaccine.experiment.answers import read_answers
 from jaxvaccine.experiment.attack import AttackConfig, attack
 from jaxvaccine.experiment.config import FieldError, change, flat, make
 from jaxvaccine.experiment.evaluate import evaluate
@@ -23,7 +23,11 @@ def test_attack_and_scores(aligned, tmp_path):
     for adapter, rank in (("continue", None), ("new", 3)):
         config = attack_config(aligned.run.run_dir, tmp_path / adapter, adapter=adapter, rank=rank)
         assert attack(config) == tmp_path / adapter
-        assert read_lora_config(tmp_path / adapter / "adapter").rank == (rank or ALIGN["rank"])
+        # What PEFT puts on the model as it comes has the aligned update in it too.
+        left = {path.parent.name: read_lora_config(path.parent).rank
+                for path in (tmp_path / adapter).glob("*/adapter_config.json")}
+        own = {"trained_adapter": rank, "adapter": ALIGN["rank"] + rank} if rank else {"adapter": ALIGN["rank"]}
+        assert left == own
         assert weights(tmp_path / adapter) != weights(aligned.run.run_dir)
         scores = evaluate_config(tmp_path / f"{adapter}-scores", trained=tmp_path / adapter, sst2_test="", loss_data="")
         results = evaluate(scores)
@@ -31,7 +35,7 @@ def test_attack_and_scores(aligned, tmp_path):
         assert results == evaluate(scores)
         merged = change(scores, run_dir=str(tmp_path / f"{adapter}-merged"), merge_adapter=True)
         assert evaluate(merged) == results
-        answers = [json.loads((Path(run) / "answers_harmful_score.json").read_text())
+        answers = [read_answers(Path(run) / "answers_harmful_score.jsonl")
                    for run in (scores.run.run_dir, merged.run.run_dir)]
         assert answers[0] == answers[1]
         assert recorded(tmp_path / f"{adapter}-merged")["flags"]["merge_adapter"]

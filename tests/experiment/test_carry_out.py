@@ -11,7 +11,7 @@ import pytest
 from jaxvaccine.checkpoints.peft import save_adapter
 from jaxvaccine.evaluation import score_answers
 from jaxvaccine.experiment import carry_out as module
-from jaxvaccine.experiment import lanes, results, runs, stage
+from jaxvaccine.experiment import inputs, lanes, results, runs
 from jaxvaccine.experiment.carry_out import Probes, carry_out, collect, result_path
 from jaxvaccine.experiment.config import FieldError
 from jaxvaccine.experiment.plans import Plan, Settings, folder_name
@@ -266,7 +266,7 @@ def test_methods_of_other_types_on_one_backbone(model_dir, settings, tmp_path, m
 
     def train(context, config, start, tokenizer, scorer, cells):
         seen[config.model.dtype] = start.model.dtype, jax.tree.leaves(start.frozen)[0].dtype
-        save_adapter(lanes.take(start.adapters, 0), start.model, stage.adapter_dir(config.run.run_dir))
+        save_adapter(lanes.take(start.adapters, 0), start.model, inputs.adapter_dir(config.run.run_dir))
         module._finish(context, cells[0], [])
 
     monkeypatch.setattr(module, "_train_aligned", train)

@@ -84,7 +84,8 @@ BELOW_BOTH = {
     "architecture": ("model/config.json", another("rms_norm_eps", 1e-3), "model.config.config.json"),
     "tokenizer": ("model/tokenizer.json", more_text, "model.tokenizer.tokenizer.json"),
     "tokens' names": ("model/tokenizer_config.json", more_text, "model.tokenizer.tokenizer_config.json"),
-    "aligned adapter": ("aligned/adapter/adapter_model.safetensors", other_weights, "adapter.adapter_model.safetensors"),
+    "aligned adapter": ("aligned/adapter/adapter_model.safetensors", other_weights,
+                        "adapter.adapter_model.safetensors"),
     "its config": ("aligned/adapter/adapter_config.json", another("lora_alpha", 99), "adapter.adapter_config.json"),
 }
 BELOW_SCORES = {

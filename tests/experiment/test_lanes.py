@@ -9,7 +9,7 @@ import pytest
 
 from jaxvaccine import data, defenses
 from jaxvaccine.checkpoints.peft import load_adapter
-from jaxvaccine.experiment import lanes, stage
+from jaxvaccine.experiment import inputs, lanes, stage
 from jaxvaccine.experiment.align import align, batch_sources, load_data, tokenize
 from jaxvaccine.experiment.attack import attack
 from jaxvaccine.experiment.config import FieldError, change, flat
@@ -45,7 +45,7 @@ def assert_same_adapter(found, run_dir, model):
     """All elements but one in a hundred: Adam divides by a gradient's size, and what is nothing but rounding becomes a
     step in either direction.
     """
-    expected = load_adapter(stage.adapter_dir(run_dir), model)
+    expected = load_adapter(inputs.adapter_dir(run_dir), model)
     jax.tree.map(lambda x, y: np.testing.assert_array_less(
         np.quantile(np.abs(x - y), 0.99), 1e-3 * np.abs(y).max()), found, expected)
 
@@ -85,7 +85,7 @@ def test_lanes_are_the_runs_of_attack(model_dir, tmp_path, adapter, layers, defe
         lambda step, of: seen.append((step, of.lane(1)[0])))
     assert_same_adapter(found.lane(1)[0], tmp_path / "attacked", found.model)
     if layers:  # the others are those of the aligned run, in both
-        trees = [load_adapter(stage.adapter_dir(tmp_path / name), found.model) for name in ("aligned", "attacked")]
+        trees = [load_adapter(inputs.adapter_dir(tmp_path / name), found.model) for name in ("aligned", "attacked")]
         for (path, before), after in zip(*map(jax.tree_util.tree_leaves_with_path, trees), strict=True):
             moved = [bool((x != y).any()) for x, y in zip(before, after[1], strict=True)]
             assert moved == [True, False, True], path
