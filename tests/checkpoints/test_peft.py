@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxvaccine.checkpoints.hugging_face import load_model, save_model
-from jaxvaccine.checkpoints.peft import load_adapter, read_lora_config, save_adapter
+from jaxvaccine.checkpoints.hugging_face import check_tree, load_model, save_model
+from jaxvaccine.checkpoints.peft import load_adapter, read_lora_config, save_adapter, sum_adapters
 from jaxvaccine.llama import Llama, hidden_states, merge_adapter, token_logits, tree_shapes
 from jaxvaccine.llama_config import TARGETS, LoraConfig
 from tests import rounding
@@ -246,3 +246,36 @@ def test_adapter_that_is_not_the_models_is_not_saved(saved, tmp_path):
     with pytest.raises(ValueError, match=r"weight .*: found float32\[3, \d+, 4\], expected float32\[3, \d+, 2\]"):
         save_adapter(adapter, other, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def update(model, adapter):
+    """Σ over sites of the weights' update, each in float64: {path: [L, in, out]}."""
+    def sites(tree, path=()):
+        if "a" in tree:
+            a, b = (np.asarray(tree[name], np.float64) for name in ("a", "b"))
+            yield path, model.lora.scale * (a @ b)
+        else:
+            for name, child in tree.items():
+                yield from sites(child, (*path, name))
+
+    return dict(sites(adapter))
+
+
+@settings(max_examples=12, deadline=None)
+@given(ranks=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+       alphas=st.tuples(*[st.sampled_from([0.5, 1.0, 4.0, 7.0])] * 2),
+       targets=st.tuples(*[st.sets(st.sampled_from(TARGETS), min_size=1)] * 2))
+def test_the_sum_of_two_adapters_is_one(ranks, alphas, targets):
+    """Of rank r1 + r2, on the projections of both; PEFT's own scale, alpha / r, is what the update is multiplied by."""
+    models = [Llama(CONFIG, LoraConfig(rank, alpha, 0.1, tuple(t for t in TARGETS if t in chosen)))
+              for rank, alpha, chosen in zip(ranks, alphas, targets, strict=True)]
+    adapters = [random_adapter(model) for model in models]
+    lora, adapter = sum_adapters(models[0].lora, adapters[0], models[1].lora, adapters[1])
+    assert lora.rank == sum(ranks) and set(lora.targets) == targets[0] | targets[1]
+    check_tree(adapter, tree_shapes(Llama(CONFIG, lora))["lora"], "sum")
+    found, one, two = (update(*each) for each in ((Llama(CONFIG, lora), adapter), *zip(models, adapters, strict=True)))
+    for path, total in found.items():
+        parts = [each[path] for each in (one, two) if path in each]
+        # s2 / s1 · B2 is rounded once, where the scales differ; nothing else is.
+        size = max(np.abs(part).max() for part in parts) * sum(ranks) + 1e-30
+        np.testing.assert_allclose(total, sum(parts), rtol=0, atol=4 * np.finfo(np.float32).eps * size)

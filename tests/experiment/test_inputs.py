@@ -12,12 +12,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxvaccine.checkpoints.content_hash import content_hash
+from jaxvaccine.checkpoints.resolve import loadable_name
 from jaxvaccine.experiment import inputs, stage
 from jaxvaccine.experiment.align import align
 from jaxvaccine.experiment.attack import attack
 from jaxvaccine.experiment.config import FieldError, change
 from jaxvaccine.experiment.evaluate import evaluate
 from jaxvaccine.json_files import read_json_object, write_json
+from jaxvaccine.llama import hidden_states, token_logits
+from tests import rounding
 from tests.experiment.small_world import align_config, attack_config, evaluate_config, recorded, weights, world_model
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
@@ -217,3 +220,37 @@ def test_a_large_file_is_read_once(tmp_path, monkeypatch):
     entry.write_text(entry.read_text()[:40])
     with pytest.raises(TypeError):  # a damaged entry is none
         content_hash(path)
+
+
+@pytest.mark.parametrize("targets", [None, ("q_proj", "down_proj")])
+def test_peft_loads_what_was_evaluated(chain, tmp_path, targets):
+    """An attack's adapter, by its own config: on the model as it comes it gives the logits of the merged chain."""
+    torch, _, peft = map(pytest.importorskip, ("torch", "transformers", "peft"))
+    root, _ = chain
+    config = attack_config(root / "aligned", tmp_path / "run", adapter="new", rank=3, lora_alpha=7, targets=targets,
+                           learning_rate=0.05)
+    attack(config)
+    base = stage.load_base(str(root / "model"), "float32", tmp_path / "run")
+    ids = np.random.default_rng(0).integers(0, base.model.config.vocab_size, (2, 12))
+    model = base.model.clone(lora=base.lora)
+    ours = token_logits(model, base.frozen, hidden_states(model, base.adapter, base.frozen, ids, np.ones_like(ids)))
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter", dtype=torch.float32)
+    with torch.no_grad():
+        logits = theirs.eval()(torch.from_numpy(ids)).logits.numpy()
+    # The merged chain rounds W + A1 B1, the adapter A1 B1 alone; both are forward passes in float32.
+    np.testing.assert_allclose(ours, logits, rtol=0, atol=2 * rounding.forward(base.model.config, logits))
+    plain = stage.load_base(str(root / "model"), "float32")
+    bare = token_logits(plain.model, plain.frozen, hidden_states(plain.model, None, plain.frozen, ids,
+                                                                 np.ones_like(ids)))
+    assert np.abs(bare - logits).max() > 100 * np.abs(ours - logits).max()
+    alone = read_json_object(tmp_path / "run" / "trained_adapter" / "adapter_config.json")
+    assert "merged in" in alone["base_model_name_or_path"]  # no model of that name is loaded in its place
+
+
+@pytest.mark.parametrize("name", ["world", "relative"])
+def test_the_base_of_an_adapter_is_found_from_anywhere(chain, tmp_path, monkeypatch, name):
+    root, _ = chain
+    monkeypatch.chdir(root)
+    found = loadable_name("world" if name == "world" else "model")
+    assert Path(found).is_absolute() and (Path(found) / "config.json").is_file()
+    assert loadable_name("owner/name") == "owner/name"

@@ -17,6 +17,28 @@ from jaxvaccine.report.training import write_training_report
 from tests.report.synthetic import frame, labelled, rate, rows_of
 
 
+@pytest.mark.parametrize("lost, said", [
+    ((3,), "lacks 1 of 10 steps (counted from 0): 3."),
+    ((0, 6, 7, 8, 9), "lacks 5 of 10 steps (counted from 0): 0, 6 to 9."),
+    (range(10), "is missing or has no whole line: nothing is known of the run's 10 steps.")])
+def test_training_whose_metrics_have_gaps(run_dir, figures, lost, said):
+    write_metrics(run_dir, 10)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    # Damaged in two ways: cut, and away.
+    kept = [(line[:9] if i % 2 else "") if i in lost else line for i, line in enumerate(lines)]
+    (run_dir / "metrics.jsonl").write_text("\n".join(kept))
+    config = json.loads((run_dir / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps({**config, "steps": 10}))
+    write_training_report(run_dir, "Booster")
+    assert said in (run_dir / "report.md").read_text()
+
+
+def test_training_without_metrics(run_dir):
+    write_training_report(run_dir, "Booster")
+    text = (run_dir / "report.md").read_text()
+    assert text.startswith("# Booster\n\nmetrics.jsonl is missing") and "- lam: 0.2" in text
+
+
 @pytest.fixture
 def run_dir(tmp_path):
     config = {"flags": {"lam": 0.2, "defense": "booster"}, "data": {"dropped": {"alignment": 2, "harmful": 0}}}
