@@ -109,7 +109,8 @@ def align(config: AlignConfig) -> Path:
     tokenizer = data.load_tokenizer(hugging_face.resolve_model(model.model))
     data.check_vocabulary(tokenizer, architecture.vocab_size)
     tokenized = tokenize(tokenizer, examples, config.data.max_length)
-    run_dir = stage.open_run(config, config.run, "align", examples, stage.training_record(examples, tokenized))
+    run_dir = stage.open_run(config, config.run, "align", examples, {
+        **stage.training_record(examples, tokenized), "dtype": stage.loaded_dtype(model.model, model.dtype)})
     if stage.is_finished(run_dir):
         return run_dir
     lora = config.adapter.lora()

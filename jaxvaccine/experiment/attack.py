@@ -178,8 +178,9 @@ def attack(config: AttackConfig) -> Path:
         read["alignment"] = data.load_examples(config.data.alignment_data)
     tokenizer = data.load_tokenizer(hugging_face.resolve_model(model_path))
     tokenized = tokenize(tokenizer, read, config.data.max_length)
-    run_dir = stage.open_run(config, config.run, "finetune", {**read, "harmful": harmful},
-                             stage.training_record({**read, "harmful": harmful}, tokenized), {"model": model_path})
+    run_dir = stage.open_run(config, config.run, "finetune", {**read, "harmful": harmful}, {
+        **stage.training_record({**read, "harmful": harmful}, tokenized),
+        "dtype": stage.loaded_dtype(model_path, config.model.dtype)}, {"model": model_path})
     if stage.is_finished(run_dir):
         return run_dir
     lora = config.adapter.sites().lora()

@@ -50,7 +50,7 @@ class EvaluatedModel(Part):
 
     model: str = field("", "Model: a Hugging Face directory, a hub id or a .gguf file; --trained has its own.")
     trained: str = field("", "Folder of a finished alignment or attack to score; none scores --model itself.")
-    dtype: Dtype = field("checkpoint", "Type of the computation.")
+    dtype: Dtype = field("checkpoint", "Type of the computation. checkpoint reads float16 files as bfloat16.")
     merge_adapter: bool = field(
         False, "Merge the run's adapter into the weights: faster, and rounded to their type.")
 
@@ -138,7 +138,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         model_path, seen = trained_on(config.model.trained)
     examples = config.tests.load()
     check_unseen({task: rows for task, rows in examples.items() if task != LOSS}, seen)
-    run_dir = stage.open_run(config, config.run, "evaluate", examples)
+    run_dir = stage.open_run(config, config.run, "evaluate", examples, {
+        "dtype": stage.loaded_dtype(model_path, config.model.dtype)})
     if (run_dir / RESULTS).exists():
         return read_json(run_dir / RESULTS)
     answers = _measure(config, run_dir, model_path, examples)

@@ -41,10 +41,19 @@ def read_architecture(model: str) -> LlamaConfig:
     return LlamaConfig.from_hugging_face(read_json_object(path), str(path))
 
 
+def _asked(dtype: str) -> str | None:
+    return None if dtype == "checkpoint" else dtype
+
+
+def loaded_dtype(model: str, dtype: str) -> str:
+    """The name of the type that a model's weights are read as, of `ModelPart.dtype`."""
+    return hugging_face.loaded_dtype(model, _asked(dtype))
+
+
 @functools.lru_cache(maxsize=1)
 def _load_backbone(model: str, dtype: str) -> tuple[Llama, Any]:
     # One model stays loaded, so that a plan does not read the weights again for every stage.
-    return hugging_face.load_model(model, dtype=None if dtype == "checkpoint" else dtype)
+    return hugging_face.load_model(model, dtype=_asked(dtype))
 
 
 def forget_backbone() -> None:
