@@ -37,13 +37,29 @@ class AttackedModel(ComputationPart):
         require(bool(self.aligned), "aligned", self.aligned, "the folder of an alignment")
 
 
+# What a recipe says of a new adapter's shape; the aligned one has its own.
+NEW_ADAPTER = ("rank", "lora_alpha", "targets")
+
+
+def goes_on(adapter: str, defense: str, tuning: str) -> bool:
+    """Whether an attack trains the aligned adapter on: of --adapter, the alignment's defense and the provider's."""
+    continues = ALIGNMENT[defense].continues or FINE_TUNING[tuning].continues
+    return adapter == "continue" or (adapter == "auto" and continues)
+
+
+def split_new_adapter(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the recipe without a new adapter's shape, that shape)."""
+    return ({name: value for name, value in recipe.items() if name not in NEW_ADAPTER},
+            {name: value for name, value in recipe.items() if name in NEW_ADAPTER})
+
+
 @dataclasses.dataclass(frozen=True)
 class AttackAdapter(Part):
     """Adapter."""
 
     adapter: Literal["auto", "continue", "new"] = field(
         "auto", "Train the aligned adapter on, or a new one on the merged weights; auto continues Booster's and TAR's, "
-        "whose simulated steps are that adapter's, and what EWC holds.")
+        "whose simulated steps are that adapter's, and what EWC holds; presets leave it to auto.")
     rank: int | None = field(None, "LoRA rank of a new adapter; as aligned unless given.")
     lora_alpha: float | None = field(None, "LoRA alpha of a new adapter; as aligned unless given.")
     dropout: float | None = field(None, "LoRA dropout; as aligned unless given.")
@@ -67,10 +83,8 @@ class AttackAdapter(Part):
 
     def resolve(self, aligned: Mapping[str, Any], method: TuningMethod) -> "AttackAdapter":
         """The part with nothing left open, given the alignment's flat values and the provider's method."""
-        adapter = self.adapter
-        if adapter == "auto":
-            continues = ALIGNMENT[aligned["defense"]].continues or method.continues
-            adapter = "continue" if continues else "new"
+        tuning = next(name for name, kind in FINE_TUNING.items() if isinstance(method, kind))
+        adapter = "continue" if goes_on(self.adapter, aligned["defense"], tuning) else "new"
         lora = {}
         for name in ("rank", "lora_alpha", "dropout", "targets"):
             as_aligned = tuple(aligned[name]) if name == "targets" else aligned[name]
@@ -129,6 +143,8 @@ class AttackConfig:
     def __post_init__(self):
         require(bool(self.data.alignment_data) or "alignment" not in self.method.batches, "alignment_data",
                 self.data.alignment_data, f"a data source, which {flat(self)['defense']} needs")
+        require(not self.method.continues or self.adapter.adapter != "new", "adapter", self.adapter.adapter,
+                f"auto or continue: {flat(self)['defense']} holds the aligned adapter")
 
 
 def load_attack(config: AttackData, seed: int, known: Sequence[str]) -> tuple[list[data.Example], list[data.Example]]:

@@ -110,7 +110,8 @@ def carry_out(plan: Plan, settings: Settings, root: Path, *, as_lanes: bool = Fa
     require(not (as_lanes and settings.scores.tests.alpaca_eval_test), "alpaca_eval_test",
             settings.scores.tests.alpaca_eval_test, "none where many seeds are trained at once")
     # The backbones are in the cells' paths.
-    fixed = {"align": _fixed(settings.align), "attack": _fixed(settings.attack), "as_lanes": as_lanes,
+    of_attack = {name: {**settings.new_adapter.get(name, {}), **values} for name, values in settings.attack.items()}
+    fixed = {"align": _fixed(settings.align), "attack": _fixed(of_attack), "as_lanes": as_lanes,
              "scores": {**stage.split_operational(flat(settings.scores))[0], "model": ""}}
     runs.open_run(root, "run", fixed, {}, overwrite=overwrite)
     # Of this call, whatever an earlier one recorded.
