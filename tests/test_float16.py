@@ -115,6 +115,6 @@ def test_a_file_of_several_types(tmp_path, other, expected):
 
 def test_training_in_float16_is_refused_before_anything_is_loaded():
     for of_stage, name in ((ModelPart, "model"), (AttackedModel, "aligned")):
-        with pytest.raises(FieldError, match=r"^dtype: found 'float16', expected checkpoint, bfloat16 or float32"):
+        with pytest.raises(FieldError, match=r"^dtype: found 'float16', expected one of checkpoint, float32, bfloat16"):
             make(of_stage, {name: "m", "dtype": "float16"})
     make(EvaluateConfig, {"model": "m", "run_dir": "r", "dtype": "float16", "harmful_test": "world_harmful@test"})

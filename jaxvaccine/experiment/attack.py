@@ -84,6 +84,8 @@ class AttackAdapter(Part):
     def resolve(self, aligned: Mapping[str, Any], method: TuningMethod) -> "AttackAdapter":
         """The part with nothing left open, given the alignment's flat values and the provider's method."""
         tuning = next(name for name, kind in FINE_TUNING.items() if isinstance(method, kind))
+        require(not method.continues or self.adapter != "new", "adapter", self.adapter,
+                f"auto or continue: {tuning} holds the aligned adapter")
         adapter = "continue" if goes_on(self.adapter, aligned["defense"], tuning) else "new"
         lora = {}
         for name in ("rank", "lora_alpha", "dropout", "targets"):
@@ -91,8 +93,8 @@ class AttackAdapter(Part):
             found = getattr(self, name)
             lora[name] = as_aligned if found is None else found
             if adapter == "continue" and name != "dropout" and lora[name] != as_aligned:
-                raise FieldError(name, f"found {found!r}, expected {as_aligned!r}, as the continued adapter was "
-                                       "aligned, or --adapter=new")
+                raise FieldError(name, f"found {found!r}, expected {as_aligned!r}, as the continued adapter was aligned"
+                                       + ("" if method.continues else ", or --adapter=new"))
         return dataclasses.replace(self, adapter=adapter, **lora)
 
     def sites(self) -> AdapterPart:
@@ -143,8 +145,6 @@ class AttackConfig:
     def __post_init__(self):
         require(bool(self.data.alignment_data) or "alignment" not in self.method.batches, "alignment_data",
                 self.data.alignment_data, f"a data source, which {flat(self)['defense']} needs")
-        require(not self.method.continues or self.adapter.adapter != "new", "adapter", self.adapter.adapter,
-                f"auto or continue: {flat(self)['defense']} holds the aligned adapter")
 
 
 def load_attack(config: AttackData, seed: int, known: Sequence[str]) -> tuple[list[data.Example], list[data.Example]]:

@@ -8,6 +8,8 @@ from jaxvaccine.experiment.config import FieldError, Part, field, require
 from jaxvaccine.llama_config import TARGETS, LoraConfig
 
 Dtype = Literal["checkpoint", "float32", "bfloat16", "float16"]
+# Nothing scales the loss: in float16 the gradient of a small one is zero.
+TrainedDtype = Literal["checkpoint", "float32", "bfloat16"]
 SOURCE = "kind:path-or-hub-id@split[start:stop], several separated by commas"
 
 
@@ -15,16 +17,11 @@ SOURCE = "kind:path-or-hub-id@split[start:stop], several separated by commas"
 class ComputationPart(Part):
     """Model."""
 
-    dtype: Dtype = field(
+    dtype: TrainedDtype = field(
         "checkpoint", "Type of the frozen weights and of the computation; the adapter is float32. checkpoint reads "
-        "float16 files as bfloat16.")
+        "float16 files as bfloat16, since nothing scales the loss.")
     remat: Literal["none", "dots", "full"] = field(
         "full", "What is recomputed in the backward pass: nothing, all but matrix products, or everything in a layer.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self.dtype != "float16", "dtype", self.dtype, "checkpoint, bfloat16 or float32: the loss is not "
-                "scaled, and in float16 the gradient of a small one is zero")
 
 
 @dataclasses.dataclass(frozen=True)
