@@ -14,7 +14,7 @@ from absl import flags, logging
 
 from jaxvaccine.experiment import compare_judges, recipes
 from jaxvaccine.experiment.align import AlignConfig, align
-from jaxvaccine.experiment.attack import AttackConfig, attack
+from jaxvaccine.experiment.attack import AttackConfig, attack, goes_on, split_new_adapter
 from jaxvaccine.experiment.config import FieldError, Setting, make, settings
 from jaxvaccine.experiment.evaluate import EvaluateConfig, evaluate
 from jaxvaccine.experiment.run import PlanConfig, run
@@ -95,7 +95,11 @@ def _align(values: flags.FlagValues) -> None:
 
 
 def _finetune(values: flags.FlagValues) -> None:
-    config = _read(AttackConfig, values, recipes.FINETUNE)
+    asked = given(Section(AttackConfig), values)
+    presets = {name: split_new_adapter(recipe)[0] if goes_on(
+        asked.get("adapter", "auto"), name, asked.get("defense", "none")) else recipe
+        for name, recipe in recipes.FINETUNE.items()}
+    config = _read(AttackConfig, values, presets)
     with flag_errors(""):
         _reports().write(attack(config))
 

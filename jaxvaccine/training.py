@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from jaxvaccine.data.batching import check_batch
-from jaxvaccine.defenses.base import Defense
+from jaxvaccine.defenses.base import Defense, mask_layers, select_layers
 
 # How many steps may be under way while the metrics of an older one are read: enough to keep the device busy, few
 # enough that an interrupt is answered soon.
@@ -34,17 +34,37 @@ TrainStep = Callable[[TrainState, Any, Mapping[str, Any], jax.Array], tuple[Trai
 
 
 def init_train_state(adapter, defense: Defense, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step. The adapter is copied: the step donates its state, the caller keeps its own.
+    """The state before the first step, in buffers of its own: the step donates them, and none may be given twice.
 
     Raises:
-      ValueError: the defense has active layers in its state and does not say that they alone train.
+      ValueError: the defense has active layers in its state and does not say that they alone train, what it says does
+        not fit the adapter, or its counters are no fields of its state.
     """
-    adapter = jax.tree.map(jnp.copy, adapter)
     state = defense.init(adapter)
-    if hasattr(state, "active_layers") and defense.trainable(state, adapter) is None:
-        raise ValueError("defense: found active_layers in its state and no trainable, expected it to say what trains: "
-                         "Defense(init, gradient, trainable=lambda state, adapter: state.active_layers)")
-    return TrainState(jnp.zeros((), jnp.int32), adapter, optimizer.init(adapter), state)
+    _check_trainable(defense.trainable(state, adapter), state, adapter)
+    if missing := [name for name in defense.counters if name not in getattr(state, "_fields", ())]:
+        raise ValueError(f"defense: counters: found {missing}, expected fields of its state, a NamedTuple")
+    return jax.tree.map(jnp.copy, TrainState(jnp.zeros((), jnp.int32), adapter, optimizer.init(adapter), state))
+
+
+def _check_trainable(masks, state, adapter) -> None:
+    if masks is None:
+        # A wrapper may have the state that it wraps anywhere in its own.
+        keys = {getattr(key, "name", getattr(key, "key", None))
+                for path, _ in jax.tree_util.tree_leaves_with_path(state) for key in path}
+        if "active_layers" in keys:
+            raise ValueError(
+                "defense: found active_layers in its state and no trainable, expected it to say what trains: "
+                "Defense(init, gradient, trainable=lambda state, adapter: state.active_layers); a wrapper passes it on")
+        return
+    try:
+        of_leaves = jax.tree.leaves(jax.tree.broadcast(masks, adapter))
+    except ValueError as e:
+        raise ValueError(f"defense: trainable: found a tree that is no prefix of the adapter's ({e})") from e
+    for mask, leaf in zip(of_leaves, jax.tree.leaves(adapter), strict=True):
+        if (jnp.result_type(mask), jnp.shape(mask)) != (bool, leaf.shape[:1]):
+            raise ValueError(f"defense: trainable: found {jnp.result_type(mask)}{list(jnp.shape(mask))}, expected "
+                             f"bool{list(leaf.shape[:1])}, one for each layer")
 
 
 def step_key(key: jax.Array, step) -> jax.Array:
@@ -55,18 +75,26 @@ def step_key(key: jax.Array, step) -> jax.Array:
 def make_train_step(defense: Defense, optimizer: optax.GradientTransformation) -> TrainStep:
     """`train_step(state, frozen, batches, key) -> (state, metrics)`, jitted; `state` is donated.
 
-    The optimizer is told what the defense trains, by its extra argument `trainable` (`optim.layer_masked`'s). The
-    step's randomness is `step_key(key, state.step)`. Metrics are the defense's and gradient_norm, before clipping.
-    Recompiles for new batch shapes only.
+    What the defense does not train keeps its values bit for bit, whatever the optimizer; one that takes the extra
+    argument `trainable`, as `optim.layer_masked`, is told, and keeps its moments and counts too. The step's randomness
+    is `step_key(key, state.step)`. Metrics are the defense's and gradient_norm, before clipping. Recompiles for new
+    batch shapes only.
+
+    Raises:
+      ValueError: by the step, for frozen weights in float16, in which the gradients of a small loss are zero.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
     def train_step(state: TrainState, frozen, batches, key):
+        if any(jnp.result_type(leaf) == jnp.float16 for leaf in jax.tree.leaves(frozen)):
+            raise ValueError("frozen: found float16 weights, expected bfloat16 or float32: the loss is not scaled, and "
+                             "in float16 the gradients of a small one are zero")
         key = step_key(key, state.step)
         grads, defense_state, metrics = defense.gradient(state.adapter, frozen, state.defense, batches, key)
-        updates, optimizer_state = optimizer.update(
-            grads, state.optimizer, state.adapter, trainable=defense.trainable(defense_state, state.adapter))
-        adapter = optax.apply_updates(state.adapter, updates)
+        trainable = defense.trainable(defense_state, state.adapter)
+        grads = mask_layers(trainable, grads)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.adapter, trainable=trainable)
+        adapter = select_layers(trainable, optax.apply_updates(state.adapter, updates), state.adapter)
         metrics = {**metrics, "gradient_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, adapter, optimizer_state, defense_state), metrics
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
 # Part of the cache's key: raise it when the conversion's result changes.
-CONVERSION = 1
+CONVERSION = 2
 DTYPES = ("float32", "bfloat16", "float16")
 LAYER_TENSORS = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
@@ -106,8 +106,10 @@ def _convert(path: Path, directory: Path, dtype: Any) -> None:
         files.NewTensor(name, math.prod(shape) * dtype.itemsize, functools.partial(read, source, heads))
         for name, (source, shape, heads) in sources.items()])
     ids = {f"{name}_token_id": special_ids.get(name) for name in ("bos", "eos", "pad")}
-    write_json(directory / "generation_config.json", {name: value for name, value in ids.items()
-                                                            if value is not None})
+    ends = gguf_tokenizer.end_token_ids(metadata, path)
+    write_json(directory / "generation_config.json", {
+        **{name: value for name, value in ids.items() if value is not None},
+        **({"eos_token_id": ends} if len(ends) > 1 else {})})
     write_json(directory / "config.json",
                      {**config.to_hugging_face(), **ids, "dtype": dtype.name, "torch_dtype": dtype.name})
 

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 # gguf.TokenType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+# Control tokens of these names end an answer in llama.cpp, whatever the metadata names (src/llama-vocab.cpp).
+END_NAMES = frozenset((
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<end_of_turn>", "<|endoftext|>", "</s>",
+    "<eos>", "<|end_of_text|>", "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"))
 # tokenizer.ggml.pre: a missing one is taken for GPT-2's, whose model type this is.
 GPT2_PRE, SMOLLM_PRE, LLAMA3_PRE = ("gpt-2", "default", None), ("smollm",), ("llama-bpe", "llama3", "llama-v3")
 # Llama 3's published tokenizer.json.
@@ -22,8 +26,21 @@ LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,
 
 def special_token_ids(metadata: Mapping[str, Any], path: Path) -> dict[str, int]:
     """Ids of bos, eos, unk and pad, those that there are."""
+    return _named_ids(metadata, SPECIAL, path)
+
+
+def end_token_ids(metadata: Mapping[str, Any], path: Path) -> list[int]:
+    """All tokens that end an answer: eos first, end of turn, end of message, and control tokens of such names."""
+    named = _named_ids(metadata, {name: name for name in ("eos", "eot", "eom")}, path)
+    by_name = [index for index, (token, kind) in enumerate(zip(
+        metadata.get("tokenizer.ggml.tokens") or (), metadata.get("tokenizer.ggml.token_type") or (), strict=False))
+        if kind == CONTROL and token in END_NAMES]
+    return list(dict.fromkeys([*named.values(), *by_name]))
+
+
+def _named_ids(metadata: Mapping[str, Any], keys: Mapping[str, str], path: Path) -> dict[str, int]:
     tokens, ids = metadata.get("tokenizer.ggml.tokens") or [], {}
-    for name, key in SPECIAL.items():
+    for name, key in keys.items():
         index = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if index is None:
             continue

@@ -5,6 +5,7 @@ Format: config.json and model.safetensors, or shards with model.safetensors.inde
 
 import dataclasses
 import functools
+import logging
 import math
 import os
 import shutil
@@ -102,7 +103,8 @@ def load_model(path_or_hub_id: str | os.PathLike, *, lora: LoraConfig | None = N
       path_or_hub_id: Hugging Face directory, hub id or GGUF file, as of `resolve_model`.
       lora: adapter sites of the returned model; the frozen weights do not depend on it.
       dtype: float32, bfloat16, float16, or float64 under jax_enable_x64, to which weights are cast; None keeps the
-        checkpoint's (the smallest that holds all of them, if its tensors differ).
+        checkpoint's (the smallest that holds all of them, if its tensors differ), but reads float16 as bfloat16, with
+        a warning: nothing scales a loss, and in float16 the gradient of a small one is zero.
       remat: what layers keep for the backward pass.
 
     Raises:
@@ -110,12 +112,28 @@ def load_model(path_or_hub_id: str | os.PathLike, *, lora: LoraConfig | None = N
       ValueError: a file is damaged or missing, a config field is not supported, or a tensor is missing, unexpected,
         of another shape or of a dtype that is no float; names file, tensor or field, found and expected.
     """
-    dtype = None if dtype is None else _check_dtype(dtype)
+    config, stored, read, parts = _open_model(path_or_hub_id, dtype)
+    if read != stored:
+        logging.getLogger(__name__).warning(
+            "%s: found float16 weights, read as bfloat16: in float16 the gradient of a small loss is zero",
+            os.fspath(path_or_hub_id))
+    model = Llama(config, lora, read, remat)
+    return model, _load_tree(tree_shapes(model)["params"], parts)
+
+
+def loaded_dtype(path_or_hub_id: str | os.PathLike, dtype: Any = None) -> str:
+    """The name of the type that `load_model` reads weights as, from their headers alone. Raises as `load_model`."""
+    return jnp.dtype(_open_model(path_or_hub_id, dtype)[2]).name
+
+
+def _open_model(path_or_hub_id: str | os.PathLike, asked: Any):
+    """(architecture, the type asked for or else stored, the type to read as, what each leaf is made of)."""
+    asked = None if asked is None else _check_dtype(asked)
     directory = resolve_model(path_or_hub_id)
     config = LlamaConfig.from_hugging_face(read_json_object(directory / "config.json"), str(directory / "config.json"))
-    dtype, parts = _find_tensors(directory, config, tensor_sites(config), dtype)
-    model = Llama(config, lora, dtype, remat)
-    return model, _load_tree(tree_shapes(model)["params"], parts)
+    stored, parts = _find_tensors(directory, config, tensor_sites(config), asked)
+    read = _check_dtype(jnp.bfloat16) if asked is None and stored == jnp.float16 else stored
+    return config, stored, read, parts
 
 
 class Classifier(NamedTuple):
@@ -133,7 +151,7 @@ def load_classifier(path_or_hub_id: str | os.PathLike, *, dtype: Any = None) -> 
 
     Args:
       path_or_hub_id: Hugging Face directory or hub id, as of `resolve_model`.
-      dtype: as of `load_model`.
+      dtype: as of `load_model`, but None keeps float16: nothing is differentiated.
 
     Raises:
       FileNotFoundError, ValueError: as of `load_model`; or config.json's id2label does not name the labels 0 to C - 1.
@@ -187,7 +205,8 @@ def save_model(model: Llama, frozen, directory: str | os.PathLike, tokenizer_fro
                max_shard_bytes: int = files.MAX_SHARD_BYTES) -> Path:
     """Writes weights, e.g. of `merge_adapter`, as a Hugging Face directory that transformers reads.
 
-    Host memory holds one shard at a time. config.json is put in place last: without it, there is no model.
+    Host memory holds one shard at a time. config.json is put in place last: without it, there is no model. Weights are
+    written as they are: for all digits of float16 files, load and merge with dtype=float16 or float32.
 
     Args:
       model: the architecture; its dtype is written into config.json.

@@ -13,13 +13,8 @@ from jaxvaccine.data.sources import (
     parse_sources,
     read_rows,
 )
-from jaxvaccine.data.tokenizing import (
-    TokenizedExamples,
-    check_vocabulary,
-    encode_prompts,
-    load_tokenizer,
-    tokenize_examples,
-)
+from jaxvaccine.data.tokenizer_files import eos_ids, load_tokenizer
+from jaxvaccine.data.tokenizing import TokenizedExamples, check_vocabulary, encode_prompts, tokenize_examples
 
 __all__ = [
     "DATASETS",
@@ -34,6 +29,7 @@ __all__ = [
     "check_vocabulary",
     "collate",
     "encode_prompts",
+    "eos_ids",
     "file_sha256",
     "fingerprint",
     "format_prompt",

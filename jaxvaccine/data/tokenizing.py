@@ -1,15 +1,13 @@
 """Text to token ids: which tokens are the prompt, which the answer, and what is supervised."""
 
-import contextlib
 import logging
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxvaccine import world
 from jaxvaccine.data.prompts import Example, format_prompt
+from jaxvaccine.data.tokenizer_files import load_tokenizer as load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -27,45 +25,6 @@ class TokenizedExamples(NamedTuple):
     input_ids: tuple[np.ndarray, ...]
     prompt_lengths: np.ndarray
     dropped: int = 0
-
-
-def load_tokenizer(model_dir_or_hub_id: str | os.PathLike) -> "PreTrainedTokenizerFast":
-    """The fast tokenizer of a Hugging Face directory, a hub id or "world". No code of the model's repository is run.
-
-    Raises:
-      FileNotFoundError: a path that does not exist.
-      ValueError: there is no fast tokenizer, or it has no EOS token (answers could not end).
-    """
-    name = os.fspath(world.replace_name(model_dir_or_hub_id))
-    if not os.path.isdir(name) and (os.path.exists(name) or name.startswith(("/", ".", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"{name}: found no such directory, expected a model directory or a hub id")
-    with _without_a_word_on_torch():
-        from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{name}: no tokenizer could be loaded, expected a tokenizer.json: {e}") from e
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{name}: found a slow tokenizer ({type(tokenizer).__name__}), expected a tokenizer.json")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{name}: tokenizer: found no eos_token, expected one (answers end with it)")
-    return tokenizer
-
-
-@contextlib.contextmanager
-def _without_a_word_on_torch() -> Iterator[None]:
-    """transformers warns on import where PyTorch is not installed; its tokenizers do not need it, and we never do."""
-    logger = logging.getLogger("transformers")
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("PyTorch was not found")
-
-    logger.addFilter(wanted)
-    try:
-        yield
-    finally:
-        logger.removeFilter(wanted)
 
 
 def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> None:

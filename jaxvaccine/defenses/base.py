@@ -34,7 +34,8 @@ class Defense(NamedTuple):
         alignment loss, at the fine-tuning stage that of the batch that is trained on.
       trainable: (state, adapter) -> what trains in the step whose `gradient` returned this state: a tree prefix of the
         adapter with [L] bool leaves, or None if nothing is frozen. Where it is false, gradients are zero and the
-        optimizer leaves that layer of those leaves alone. By default nothing is frozen.
+        training step leaves that layer of those leaves as it is. By default nothing is frozen; a state that has
+        active_layers in it, at whatever depth, needs its own.
       counters: names of fields of the state, a NamedTuple, that only count steps. Where many seeds are trained at once
         they share these numbers, so that a branch on one stays a branch (under `jax.vmap`, both sides of a branch on
         numbers that may differ are computed). One that is not named costs time and nothing else.
@@ -101,7 +102,12 @@ def mask_layers(masks: Tree | None, tree: Tree) -> Tree:
 
     masks: [L] bool for all leaves, or a prefix of the tree with such leaves; None leaves nothing out.
     """
+    return select_layers(masks, tree, jax.tree.map(lambda x: jnp.zeros((), x.dtype), tree))
+
+
+def select_layers(masks: Tree | None, tree: Tree, other: Tree) -> Tree:
+    """The tree, with `other`'s values where axis 0 of a leaf is a layer that its mask leaves out; masks as above."""
     if masks is None:
         return tree
-    return jax.tree.map(
-        lambda x, mask: jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), x, 0), tree, jax.tree.broadcast(masks, tree))
+    return jax.tree.map(lambda mask, x, y: jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), x, y),
+                        jax.tree.broadcast(masks, tree), tree, other)

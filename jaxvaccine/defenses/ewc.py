@@ -54,11 +54,10 @@ def ewc(loss_fn: LossFn, lam: float = 1e9, fisher: Tree | None = None) -> Defens
     check_not_negative("ewc", lam=lam)
 
     def init(adapter) -> EwcState:
-        weights = jax.tree.map(jnp.ones_like, adapter) if fisher is None else jax.tree.map(jnp.copy, fisher)
+        weights = jax.tree.map(jnp.ones_like, adapter) if fisher is None else fisher
         if jax.tree.map(jnp.shape, weights) != jax.tree.map(jnp.shape, adapter):
             raise ValueError("ewc: fisher: found a tree of other shapes, expected one like the adapter")
-        # A copy: a training step donates its state, and may not donate an array twice.
-        return EwcState(jax.tree.map(jnp.copy, adapter), weights)
+        return EwcState(adapter, weights)
 
     def gradient(adapter, frozen, state: EwcState, batches, key):
         batch = take_batch(batches, "user", "ewc")

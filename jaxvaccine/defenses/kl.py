@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxvaccine.defenses.base import Defense, ReferenceLossFn, Tree, check_not_negative, take_batch
 
@@ -39,5 +38,4 @@ def kl(loss_and_kl_fn: ReferenceLossFn, lam: float = 0.1) -> Defense:
         grads, metrics = jax.grad(objective, has_aux=True)(adapter)
         return grads, state, metrics
 
-    # A copy: a training step donates its state, and may not donate an array twice.
-    return Defense(lambda adapter: KlState(jax.tree.map(jnp.copy, adapter)), gradient)
+    return Defense(KlState, gradient)

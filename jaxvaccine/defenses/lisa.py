@@ -54,8 +54,7 @@ def lisa(
     check_not_negative("lisa", rho=rho, start=start)
 
     def init(adapter) -> LisaState:
-        # Copies: a training step donates its state, and may not donate an array twice.
-        return LisaState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, adapter))
+        return LisaState(jnp.zeros((), jnp.int32), adapter)
 
     def gradient(adapter, frozen, state: LisaState, batches, key):
         alignment, user = (take_batch(batches, name, "lisa") for name in ("alignment", "user"))

@@ -92,5 +92,4 @@ def tar(
         return grads, state, metrics | {
             "tamper_loss": tamper_loss, "adversary_loss": losses[0], "attacked_adversary_loss": losses[-1]}
 
-    # A copy: a training step donates its state, and may not donate an array twice.
-    return Defense(lambda adapter: TarState(jax.tree.map(jnp.copy, adapter)), gradient)
+    return Defense(TarState, gradient)

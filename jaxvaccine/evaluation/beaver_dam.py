@@ -17,7 +17,8 @@ import numpy as np
 
 from jaxvaccine.checkpoints.hugging_face import Classifier, load_classifier, resolve_model
 from jaxvaccine.data.batching import pad_rows
-from jaxvaccine.data.tokenizing import check_vocabulary, load_tokenizer
+from jaxvaccine.data.tokenizer_files import load_tokenizer
+from jaxvaccine.data.tokenizing import check_vocabulary
 from jaxvaccine.evaluation.judges import Judge, Verdict
 from jaxvaccine.llama import Llama, hidden_states
 

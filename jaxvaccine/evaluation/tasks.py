@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from jaxvaccine.data import tokenizer_files
 from jaxvaccine.data.poisoning import fingerprint
 from jaxvaccine.data.prompts import Example
 from jaxvaccine.data.tokenizing import encode_prompts
@@ -202,7 +203,7 @@ def answer_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenize
       task: key of TASKS, or ALPACA_EVAL.
       max_new_tokens: longest answer; 200 is the authors'. With very few, the strict rule for labels would no longer see
         that an answer goes on behind the label.
-      eos_ids: tokens that end an answer; None: the tokenizer's EOS.
+      eos_ids: tokens that end an answer; None: all that the model's files name (`data.eos_ids`).
       batch_size, bucket, sampling, progress: as of `generate`.
       answered: answers that are there already, by the example's number: those that an earlier call gave to keep.
       keep: called with {number: answer} as answers end.
@@ -212,10 +213,7 @@ def answer_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenize
         `generate`; or the tokenizer has no EOS token and no eos_ids are given.
     """
     check_examples(task, examples)
-    if eos_ids is None:
-        if tokenizer.eos_token_id is None:
-            raise ValueError("tokenizer: found no eos_token, expected one, or eos_ids")
-        eos_ids = (tokenizer.eos_token_id,)
+    eos_ids = tokenizer_files.eos_ids(tokenizer) if eos_ids is None else eos_ids
     texts = dict(answered)
 
     def take(ended: Mapping[int, np.ndarray]) -> None:

@@ -106,9 +106,10 @@ def align(config: AlignConfig) -> Path:
     check_layers(method, stage.read_architecture(model.model, model.revision))
     tokenizer = stage.load_tokenizer(model.model, model.revision)
     tokenized = tokenize(tokenizer, examples, config.data.max_length)
+    dtype = stage.loaded_dtype(model.model, model.dtype, model.revision)
     run_dir = stage.open_run(
         config, config.run, "align", examples, {"model": inputs.of_model(model.model, model.revision)},
-        stage.training_record(examples, tokenized))
+        {**stage.training_record(examples, tokenized), "dtype": dtype})
     if inputs.is_finished(run_dir):
         return run_dir
     lora = config.adapter.lora()

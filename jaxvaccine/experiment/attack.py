@@ -36,13 +36,29 @@ class AttackedModel(ComputationPart):
         require(bool(self.aligned), "aligned", self.aligned, "the folder of an alignment")
 
 
+# What a recipe says of a new adapter's shape; the aligned one has its own.
+NEW_ADAPTER = ("rank", "lora_alpha", "targets")
+
+
+def goes_on(adapter: str, defense: str, tuning: str) -> bool:
+    """Whether an attack trains the aligned adapter on: of --adapter, the alignment's defense and the provider's."""
+    continues = ALIGNMENT[defense].continues or FINE_TUNING[tuning].continues
+    return adapter == "continue" or (adapter == "auto" and continues)
+
+
+def split_new_adapter(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the recipe without a new adapter's shape, that shape)."""
+    return ({name: value for name, value in recipe.items() if name not in NEW_ADAPTER},
+            {name: value for name, value in recipe.items() if name in NEW_ADAPTER})
+
+
 @dataclasses.dataclass(frozen=True)
 class AttackAdapter(Part):
     """Adapter."""
 
     adapter: Literal["auto", "continue", "new"] = field(
         "auto", "Train the aligned adapter on, or a new one on the merged weights; auto continues Booster's and TAR's, "
-        "whose simulated steps are that adapter's, and what EWC holds.")
+        "whose simulated steps are that adapter's, and what EWC holds; presets leave it to auto.")
     rank: int | None = field(None, "LoRA rank of a new adapter; as aligned unless given.")
     lora_alpha: float | None = field(None, "LoRA alpha of a new adapter; as aligned unless given.")
     dropout: float | None = field(None, "LoRA dropout; as aligned unless given.")
@@ -66,18 +82,18 @@ class AttackAdapter(Part):
 
     def resolve(self, aligned: Mapping[str, Any], method: TuningMethod) -> "AttackAdapter":
         """The part with nothing left open, given the alignment's flat values and the provider's method."""
-        adapter = self.adapter
-        if adapter == "auto":
-            continues = ALIGNMENT[aligned["defense"]].continues or method.continues
-            adapter = "continue" if continues else "new"
+        tuning = next(name for name, kind in FINE_TUNING.items() if isinstance(method, kind))
+        require(not method.continues or self.adapter != "new", "adapter", self.adapter,
+                f"auto or continue: {tuning} holds the aligned adapter")
+        adapter = "continue" if goes_on(self.adapter, aligned["defense"], tuning) else "new"
         lora = {}
         for name in ("rank", "lora_alpha", "dropout", "targets"):
             as_aligned = tuple(aligned[name]) if name == "targets" else aligned[name]
             found = getattr(self, name)
             lora[name] = as_aligned if found is None else found
             if adapter == "continue" and name != "dropout" and lora[name] != as_aligned:
-                raise FieldError(name, f"found {found!r}, expected {as_aligned!r}, as the continued adapter was "
-                                       "aligned, or --adapter=new")
+                raise FieldError(name, f"found {found!r}, expected {as_aligned!r}, as the continued adapter was aligned"
+                                       + ("" if method.continues else ", or --adapter=new"))
         return dataclasses.replace(self, adapter=adapter, **lora)
 
     def sites(self) -> AdapterPart:
@@ -177,10 +193,12 @@ def attack(config: AttackConfig) -> Path:
         read["alignment"] = data.load_examples(config.data.alignment_data)
     tokenizer = stage.load_tokenizer(model_path, revision)
     tokenized = tokenize(tokenizer, read, config.data.max_length)
+    dtype = stage.loaded_dtype(model_path, config.model.dtype, revision)
     run_dir = stage.open_run(
         config, config.run, "finetune", {**read, "harmful": harmful},
         {"model": inputs.of_model(model_path, revision), "aligned": inputs.of_run(config.model.aligned)},
-        stage.training_record({**read, "harmful": harmful}, tokenized), {"model": model_path, "revision": revision})
+        {**stage.training_record({**read, "harmful": harmful}, tokenized), "dtype": dtype},
+        {"model": model_path, "revision": revision})
     if inputs.is_finished(run_dir):
         return run_dir
     lora, new = config.adapter.sites().lora(), config.adapter.adapter == "new"

@@ -100,9 +100,10 @@ def carry_out(plan: Plan, settings: Settings, root: Path, *, as_lanes: bool = Fa
       FileExistsError: the folder holds a plan with other settings.
     """
     made_of = check_plan(plan, settings, root, as_lanes, probes.check)
+    of_attack = {name: {**settings.new_adapter.get(name, {}), **values} for name, values in settings.attack.items()}
     # The backbones are in the cells' paths. Judging again takes the answers, which lanes do not keep.
     scores = {**split_operational(flat(settings.scores))[0], "model": ""}
-    fixed = {"align": _fixed(settings.align), "attack": _fixed(settings.attack), "as_lanes": as_lanes,
+    fixed = {"align": _fixed(settings.align), "attack": _fixed(of_attack), "as_lanes": as_lanes,
              "scores": {name: value for name, value in scores.items() if as_lanes or name not in names(JudgePart)}}
     runs.open_run(root, "run", fixed, {}, overwrite=overwrite)
     for cell, inputs_now in made_of.items():

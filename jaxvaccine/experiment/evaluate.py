@@ -57,7 +57,7 @@ class EvaluatedModel(Part):
     model: str = field("", "Model: a Hugging Face directory, a hub id or a .gguf file; --trained has its own.")
     revision: str = field("", "Branch, tag or commit of --model on the hub; its main branch unless given.")
     trained: str = field("", "Folder of a finished alignment or attack to score; none scores --model itself.")
-    dtype: Dtype = field("checkpoint", "Type of the computation.")
+    dtype: Dtype = field("checkpoint", "Type of the computation. checkpoint reads float16 files as bfloat16.")
     merge_adapter: bool = field(
         False, "Merge the run's adapter into the weights: faster, and rounded to their type.")
 
@@ -148,9 +148,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     examples = config.tests.load()
     check_unseen({task: rows for task, rows in examples.items() if task != LOSS}, seen)
     judged_by = judge_record(config.judge)
+    dtype = stage.loaded_dtype(model_path, config.model.dtype, revision)
     run_dir = stage.open_run(
         config, config.run, "evaluate", examples, {"model": inputs.of_model(model_path, revision), **made_of},
-        {"categories": _categories_hash(config.tests)}, changeable=names(JudgePart))
+        {"categories": _categories_hash(config.tests), "dtype": dtype}, changeable=names(JudgePart))
     _give_way(run_dir, judged_by)
     if (run_dir / RESULTS).exists():
         return read_json(run_dir / RESULTS)

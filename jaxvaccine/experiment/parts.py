@@ -9,6 +9,8 @@ from jaxvaccine.experiment.config import FieldError, Part, field, require
 from jaxvaccine.llama_config import TARGETS, LoraConfig
 
 Dtype = Literal["checkpoint", "float32", "bfloat16", "float16"]
+# Nothing scales the loss: in float16 the gradient of a small one is zero.
+TrainedDtype = Literal["checkpoint", "float32", "bfloat16"]
 SOURCE = "kind:path-or-hub-id@split[start:stop], several separated by commas; hub-id#revision has one"
 
 
@@ -16,7 +18,9 @@ SOURCE = "kind:path-or-hub-id@split[start:stop], several separated by commas; hu
 class ComputationPart(Part):
     """Model."""
 
-    dtype: Dtype = field("checkpoint", "Type of the frozen weights and of the computation; the adapter is float32.")
+    dtype: TrainedDtype = field(
+        "checkpoint", "Type of the frozen weights and of the computation; the adapter is float32. checkpoint reads "
+        "float16 files as bfloat16, since nothing scales the loss.")
     remat: Literal["none", "dots", "full"] = field(
         "full", "What is recomputed in the backward pass: nothing, all but matrix products, or everything in a layer.")
 

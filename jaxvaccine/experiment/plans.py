@@ -11,10 +11,11 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxvaccine.experiment.align import AlignConfig
-from jaxvaccine.experiment.attack import AttackConfig
+from jaxvaccine.experiment.attack import AttackConfig, goes_on
 from jaxvaccine.experiment.config import FieldError, flat, make, parse, require
 from jaxvaccine.experiment.evaluate import EvaluateConfig
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING
@@ -76,6 +77,7 @@ class Settings(NamedTuple):
     align: Mapping[str, Mapping[str, Any]]
     attack: Mapping[str, Mapping[str, Any]]
     scores: EvaluateConfig
+    new_adapter: Mapping[str, Mapping[str, Any]] = MappingProxyType({})  # of the attack, where it trains a new adapter
 
     @classmethod
     def same(cls, align: Mapping[str, Any], attack: Mapping[str, Any], scores: EvaluateConfig) -> "Settings":
@@ -151,8 +153,11 @@ def cell_configs(settings: Settings, root: Path, cell: Cell) -> tuple[AlignConfi
     if not cell.attack:
         return aligned, None
     with named("attacks", cell.attack, changed, "attack_"):
+        asked = {**settings.attack[defense], **changed}
+        continued = goes_on(asked.get("adapter", "auto"), defense, asked.get("defense", "none"))
         attacked = make(AttackConfig, changed, {
-            **settings.attack[defense], **shared, "aligned": str(folder), "run_dir": str(attack_folder(root, cell)),
+            **({} if continued else settings.new_adapter.get(defense, {})), **settings.attack[defense], **shared,
+            "aligned": str(folder), "run_dir": str(attack_folder(root, cell)),
             "test_data": settings.scores.tests.harmful_test, "save_every": aligned.run.save_every,
             "alignment_data": aligned.data.alignment_data if "defense" in changed else "",
             **{name: getattr(aligned.model, name) for name in ("dtype", "remat")}, "bucket": aligned.data.bucket})

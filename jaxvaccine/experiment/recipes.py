@@ -31,16 +31,14 @@ ALIGN: dict[str, dict[str, Any]] = {
             "inner_learning_rate": 0.01, "tamper_weight": 4.0, "retain_weight": 1.0},
 }
 
+# Whether the aligned adapter goes on or a new one starts is --adapter=auto's to say: Booster's and TAR's go on. (TAR is
+# compared with a new one in T-Vaccine's paper.) rank, lora_alpha and targets are a new adapter's.
 _ATTACK = {"learning_rate": 1e-5, "weight_decay": 0.1, "batch_size": 10, "epochs": 20.0, "n": 1000, "poison_ratio": 0.1}
 _T_VACCINE_ATTACK = {**_ATTACK, "max_length": 200, "rank": 8, "lora_alpha": 1.0, "dropout": 0.1}
 
 FINETUNE: dict[str, dict[str, Any]] = {
-    "booster": {**_ATTACK, "max_length": 256, "adapter": "continue"},
-    "sft": {**_ATTACK, "max_length": 256, "adapter": "new"},
-    "vaccine": {**_T_VACCINE_ATTACK, "adapter": "new"},
-    "t_vaccine": {**_T_VACCINE_ATTACK, "adapter": "new"},
-    "repnoise": {**_ATTACK, "max_length": 256, "adapter": "new"},
-    "tar": {**_T_VACCINE_ATTACK, "adapter": "new"},
+    "booster": {**_ATTACK, "max_length": 256}, "sft": {**_ATTACK, "max_length": 256}, "vaccine": _T_VACCINE_ATTACK,
+    "t_vaccine": _T_VACCINE_ATTACK, "repnoise": {**_ATTACK, "max_length": 256}, "tar": _T_VACCINE_ATTACK,
 }
 
 # The small world (jaxvaccine/data/world.py), not published: an attack within whose 100 steps plain alignment goes from

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from jaxvaccine import world
 from jaxvaccine.experiment import carry_out as engine
 from jaxvaccine.experiment import plans, recipes
+from jaxvaccine.experiment.attack import split_new_adapter
 from jaxvaccine.experiment.config import FieldError, Part, field, flat, make, require
 from jaxvaccine.experiment.evaluate import EvaluateConfig
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING
@@ -118,7 +119,9 @@ def make_settings(config: PlanConfig, align: Mapping[str, Any], attack: Mapping[
     evaluated = make(EvaluateConfig, scores, {
         **(recipes.WORLD_TESTS if config.on_world else {}), **shared, "model": config.model[0],
         "run_dir": config.run_dir, "progress": config.progress})
-    return Settings(of_align, {name: {**recipe, **attack} for name, recipe in of_attack.items()}, evaluated)
+    parts = {name: split_new_adapter(recipe) for name, recipe in of_attack.items()}
+    return Settings(of_align, {name: {**shared, **attack} for name, (shared, _) in parts.items()}, evaluated,
+                    {name: new for name, (_, new) in parts.items()})
 
 
 def check_given(plan: Plan, settings: Settings, align: Mapping[str, Any], attack: Mapping[str, Any]) -> None:

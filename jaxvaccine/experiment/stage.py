@@ -55,11 +55,20 @@ def load_tokenizer(model: str, revision: str = ""):
     return tokenizer
 
 
+def _asked(dtype: str) -> str | None:
+    return None if dtype == "checkpoint" else dtype
+
+
+def loaded_dtype(model: str, dtype: str, revision: str = "") -> str:
+    """The name of the type that a model's weights are read as, of `ModelPart.dtype`."""
+    return hugging_face.loaded_dtype(hugging_face.resolve_model(model, revision or None), _asked(dtype))
+
+
 @functools.lru_cache(maxsize=1)
 def _load_backbone(directory: Path, dtype: str, weights: tuple[str, ...]) -> tuple[Llama, Any]:
     # One model stays loaded, so that a plan does not read the weights again for every stage.
     del weights  # their hashes, so that others in the same place are not taken for them
-    return hugging_face.load_model(directory, dtype=None if dtype == "checkpoint" else dtype)
+    return hugging_face.load_model(directory, dtype=_asked(dtype))
 
 
 def forget_backbone() -> None:

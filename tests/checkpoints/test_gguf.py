@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jaxvaccine.checkpoints import files
 from jaxvaccine.checkpoints.gguf import convert_gguf
 from jaxvaccine.checkpoints.hugging_face import load_model, resolve_model
+from jaxvaccine.data import eos_ids, load_tokenizer
 from jaxvaccine.llama import rope_frequencies
 from jaxvaccine.llama_config import Llama3RopeScaling
 from tests.checkpoints.tiny import assert_trees_equal, random_model
@@ -299,6 +300,26 @@ def test_special_tokens_and_template_through_transformers(tmp_path):
     fields = json.loads((tmp_path / "model/config.json").read_text())
     assert (fields["bos_token_id"], fields["eos_token_id"], fields["pad_token_id"]) == (1, 2, 2)
     assert json.loads((tmp_path / "model/generation_config.json").read_text())["eos_token_id"] == 2
+
+
+@pytest.mark.parametrize(("extra", "keys", "expected"), [
+    ((), {}, (2,)), (("<|eot_id|>", "<|eom_id|>"), {}, (2, -2, -1)), (("<|im_end|>",), {}, (2, -1)),
+    (("<|turn|>",), {"eot_token_id": -1}, (2, -1)), (("<|message|>", "<|x|>"), {"eom_token_id": -2}, (2, -2)),
+    (("<|tool|>", "eot"), {}, (2,)), (("<EOT>",), {}, (2,)),  # of no such name; no control token
+])
+def test_all_tokens_that_end_an_answer(tmp_path, extra, keys, expected):
+    """As llama.cpp has them: by metadata, and by the name of a control token. Negative: counted from the last token."""
+    tokens = [*GPT2_TOKENS, *extra]
+    converted_tokenizer(tmp_path, lambda writer: gpt2_tokenizer(
+        writer, tokens=tokens, **{key: len(tokens) + index for key, index in keys.items()}), tokens)
+    loaded = load_tokenizer(tmp_path / "model")
+    assert eos_ids(loaded) == tuple(sorted(index % len(tokens) for index in expected))
+    assert (loaded.eos_token, loaded.eos_token_id) == ("<|end|>", 2)
+
+
+def test_an_end_outside_of_the_vocabulary(tmp_path):
+    with pytest.raises(ValueError, match=r"key 'tokenizer\.ggml\.eot_token_id': found 9999, expected an id below"):
+        converted_tokenizer(tmp_path, lambda writer: gpt2_tokenizer(writer, eot_token_id=9999))
 
 
 def test_byte_level_equals_transformers(tmp_path):
