@@ -1,6 +1,6 @@
 """Data: prompts, tokenising and batching; one small module per data set."""
 
-from jaxvaccine.data.accounts import Account, accounts_of, tally
+from jaxvaccine.data.accounts import Account, accounts_of, describe, record, tally
 from jaxvaccine.data.batching import batch_indices, bucket_length, check_batch, collate, steps_for, training_batches
 from jaxvaccine.data.files import file_sha256, read_rows
 from jaxvaccine.data.kinds import DATASETS, EMBEDDED
@@ -9,7 +9,7 @@ from jaxvaccine.data.pairing import harmless_answers
 from jaxvaccine.data.poisoning import Mixture, check_disjoint, fingerprint, harmful_count, mix, poison
 from jaxvaccine.data.prompts import Example, format_prompt
 from jaxvaccine.data.sources import DataSource, parse_sources
-from jaxvaccine.data.texts import check_prompts
+from jaxvaccine.data.texts import check_prompts, check_training_texts
 from jaxvaccine.data.tokenizing import (
     TokenizedExamples,
     check_vocabulary,
@@ -33,8 +33,10 @@ __all__ = [
     "check_batch",
     "check_disjoint",
     "check_prompts",
+    "check_training_texts",
     "check_vocabulary",
     "collate",
+    "describe",
     "encode_prompts",
     "file_sha256",
     "fingerprint",
@@ -49,6 +51,7 @@ __all__ = [
     "parse_sources",
     "poison",
     "read_rows",
+    "record",
     "steps_for",
     "tally",
     "tokenize_examples",

@@ -114,8 +114,8 @@ def describe(account: Account) -> str:
     """One line: "train.jsonl: 9 rows, 3 examples, 2 trained on; 5 duplicates, …"."""
     trained = "" if account.trained is None else f", {account.trained} trained on"
     lost = losses(account)
-    return (f"{account.source}: {account.rows} rows, {account.examples} examples{trained}" + (f"; {lost}" if lost else "")
-            )
+    counts = f"{account.source}: {account.rows} rows, {account.examples} examples{trained}"
+    return f"{counts}; {lost}" if lost else counts
 
 
 def origin(examples: Iterable[Example]) -> str:

@@ -73,6 +73,15 @@ def check_prompts(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Examp
     check_special_tokens(tokenizer, examples)
 
 
+def check_training_texts(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example]) -> None:
+    """Raises ValueError for the first prompt or answer that holds the template, or spells a special token. An answer
+    may spell EOS out at its end."""
+    check_template(examples, ALL)
+    check_special_tokens(tokenizer, [
+        e._replace(output=without_eos(e.output, tokenizer.eos_token)) if tokenizer.eos_token in e.output else e
+        for e in examples], ALL)
+
+
 def without_eos(text: str, eos: str) -> str:
     """The text without the EOS tokens that it ends with, and what white space follows them."""
     while (stripped := text.rstrip()).endswith(eos):

@@ -11,15 +11,7 @@ import numpy as np
 from jaxvaccine import world
 from jaxvaccine.data.accounts import Fate, place
 from jaxvaccine.data.prompts import Example, format_prompt
-from jaxvaccine.data.texts import (
-    ALL,
-    check_prompts,
-    check_special_tokens,
-    check_template,
-    has_prompt,
-    is_blank,
-    without_eos,
-)
+from jaxvaccine.data.texts import check_prompts, check_training_texts, has_prompt, is_blank, without_eos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -181,12 +173,11 @@ def _encode_examples(tokenizer, examples: Sequence[Example], max_length: int
                      ) -> tuple[list[tuple[np.ndarray, int]], tuple[Fate, ...]]:
     """([(token ids, how many are the prompt's)] of what is trained on, the fate of every example)."""
     eos = _eos(tokenizer)
+    check_training_texts(tokenizer, examples)
     answers = [without_eos(e.output, tokenizer.eos_token) for e in examples]
     empty = [is_blank(answer) or not has_prompt(e) for e, answer in zip(examples, answers, strict=True)]
     rows = [e if answer == e.output else e._replace(output=answer)
             for e, answer in zip(examples, answers, strict=True)]
-    check_template(rows, ALL)
-    check_special_tokens(tokenizer, rows, ALL)
     filled = [row for row, nothing in zip(rows, empty, strict=True) if not nothing]
     encoded, lengths = [], iter(_encode_pairs(tokenizer, filled) if filled else ())
     fates: list[Fate] = []

@@ -18,10 +18,19 @@ from jaxvaccine.checkpoints.peft import load_adapter, save_adapter
 from jaxvaccine.evaluation import ALPACA_EVAL, evaluate_prompts, mean_loss
 from jaxvaccine.experiment import lanes, results, runs, stage
 from jaxvaccine.experiment.align import AlignConfig, Examples, align, batch_sources, check_layers, load_data, tokenize
-from jaxvaccine.experiment.attack import AttackConfig, attack, load_attack
+from jaxvaccine.experiment.attack import AttackConfig, aligned_prompts, attack, read_data
 from jaxvaccine.experiment.config import flat, require
-from jaxvaccine.experiment.evaluate import LOSS, TESTS, EvaluateConfig, check_unseen, evaluate, summary
+from jaxvaccine.experiment.evaluate import (
+    LOSS,
+    TESTS,
+    EvaluateConfig,
+    accounts_of_tests,
+    check_unseen,
+    evaluate,
+    summary,
+)
 from jaxvaccine.experiment.judging import make_judge
+from jaxvaccine.experiment.leaks import check_leaks
 from jaxvaccine.experiment.methods import Ewc
 from jaxvaccine.experiment.plans import (
     ALIGNED,
@@ -98,8 +107,8 @@ def carry_out(plan: Plan, settings: Settings, root: Path, *, as_lanes: bool = Fa
     """
     cells = [Cell(backbone, method, attack_text, seed) for backbone in plan.backbones
              for method, attack_text in plan.pairs for seed in plan.seeds]
-    for cell in cells:
-        aligned, attacked = cell_configs(settings, root, cell)
+    configs = [cell_configs(settings, root, cell) for cell in cells]
+    for cell, (aligned, attacked) in zip(cells, configs, strict=True):
         architecture = stage.read_architecture(cell.backbone)
         check_layers(aligned.method, architecture)
         if attacked:
@@ -109,6 +118,7 @@ def carry_out(plan: Plan, settings: Settings, root: Path, *, as_lanes: bool = Fa
         probes.check(aligned, attacked)
     require(not (as_lanes and settings.scores.tests.alpaca_eval_test), "alpaca_eval_test",
             settings.scores.tests.alpaca_eval_test, "none where many seeds are trained at once")
+    check_leaks(configs, settings.scores.tests)
     # The backbones are in the cells' paths.
     fixed = {"align": _fixed(settings.align), "attack": _fixed(settings.attack), "as_lanes": as_lanes,
              "scores": {**stage.split_operational(flat(settings.scores))[0], "model": ""}}
@@ -148,10 +158,12 @@ def result_path(root: Path, cell: Cell) -> Path:
     return folder / f"{ALIGNED}.json" if not cell.attack else folder.with_name(f"{folder.name}.json")
 
 
-def _finish(context: Context, cell: Cell, rows: Sequence[Row], answers: Mapping[str, Any] | None = None) -> None:
+def _finish(context: Context, cell: Cell, rows: Sequence[Row], answers: Mapping[str, Any] | None = None,
+            accounts: Mapping[str, Any] | None = None) -> None:
+    """Writes a cell's file. accounts: of what the run read, and the tests, as of `stage.tell`."""
     path = result_path(context.root, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"rows": list(rows), "answers": answers or {}})
+    write_json(path, {"rows": list(rows), "answers": answers or {}, "accounts": accounts or {}})
     collect(context.root, context.plan)
 
 
@@ -161,18 +173,27 @@ def _score_backbone(context: Context, backbone: str) -> None:
     if not path.exists():
         found = _evaluate(context, folder / AS_IT_COMES, 0, model=backbone)
         rows = results.score_rows(Cell(backbone, AS_IT_COMES, "", 0), "backbone", 0, found)
-        write_json(path, {"rows": rows, "answers": {}})
+        write_json(path, {"rows": rows, "answers": {}, "accounts": _recorded(_scores_folder(folder / AS_IT_COMES))})
         collect(context.root, context.plan)
 
 
 def _evaluate(context: Context, run_dir: Path, seed: int, model: str = "", trained: str = "") -> dict[str, Any]:
     scores = context.settings.scores
-    folder = run_dir.with_name(run_dir.name + "-scores")
+    folder = _scores_folder(run_dir)
     found = evaluate(dataclasses.replace(
         scores, model=dataclasses.replace(scores.model, model=model, trained=trained),
         run=dataclasses.replace(scores.run, run_dir=str(folder), seed=seed, overwrite=False)))
     context.written(folder)
     return found
+
+
+def _scores_folder(run_dir: Path) -> Path:
+    return run_dir.with_name(run_dir.name + "-scores")
+
+
+def _recorded(*folders: Path) -> dict[str, Any]:
+    """The accounts that runs have recorded."""
+    return {name: of for folder in folders for name, of in runs.read_config(folder)["data"]["accounts"].items()}
 
 
 def _one_by_one(context: Context, backbone: str) -> None:
@@ -186,12 +207,14 @@ def _one_by_one(context: Context, backbone: str) -> None:
                 folder = align(aligned)
                 context.written(folder)
                 found = _evaluate(context, folder, seed, trained=str(folder))
-                _finish(context, before, results.score_rows(before, "alignment", _steps_done(folder), found))
+                _finish(context, before, results.score_rows(before, "alignment", _steps_done(folder), found),
+                        accounts=_recorded(folder, _scores_folder(folder)))
             if attacked and not result_path(context.root, cell).exists():
                 folder = attack(attacked)
                 context.written(folder)
                 found = _evaluate(context, folder, seed, trained=str(folder))
-                _finish(context, cell, results.score_rows(cell, "attack", _steps_done(folder), found))
+                _finish(context, cell, results.score_rows(cell, "attack", _steps_done(folder), found),
+                        accounts=_recorded(folder, _scores_folder(folder)))
                 _say(context, [cell])
 
 
@@ -222,6 +245,7 @@ class Scorer:
         self.judge = make_judge(config.judge, config.run.progress)
         self.lengths = {test.task: getattr(config.generation, test.length) for test in TESTS.values()
                         if test.task != ALPACA_EVAL}
+        self.accounts = stage.tell(accounts_of_tests(tokenizer, self.examples, config.tests.max_length))
 
     def __call__(self, of: lanes.Lanes, seeds: Sequence[int]
                  ) -> tuple[list[dict[str, Any]], dict[str, list[list[str]]]]:
@@ -248,8 +272,7 @@ class Scorer:
 
     def check_unseen(self, of: str, examples: Examples) -> None:
         """As `evaluate` does, before lanes are trained on the examples."""
-        check_unseen({task: rows for task, rows in self.examples.items() if task != LOSS},
-                     {f"{name} data {of}": stage.prompts_of(rows) for name, rows in examples.items()})
+        check_unseen(self.examples, {f"{name} data {of}": stage.prompts_of(rows) for name, rows in examples.items()})
 
 
 def _lanes(context: Context, backbone: str) -> None:
@@ -287,7 +310,8 @@ def _align_lanes(context: Context, config: AlignConfig, base: stage.Base, tokeni
         _align_lanes(context, config, base, tokenizer, scorer, backbone, shared, [seeds[i] for i in new])
         for i in new:
             found = read_json(result_path(context.root, cells[i]._replace(method=shared)))
-            _finish(context, cells[i], [{**row, "method": method} for row in found["rows"]], found["answers"])
+            _finish(context, cells[i], [{**row, "method": method} for row in found["rows"]], found["answers"],
+                    found.get("accounts"))
         new = []
     if new:
         taken = start._replace(adapters=lanes.stack([lanes.take(start.adapters, i) for i in new]))
@@ -302,6 +326,7 @@ def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, to
     examples = load_data(config.data, config.method)
     scorer.check_unseen(f"of {cells[0].method}", examples)
     tokenized = tokenize(tokenizer, examples, config.data.max_length)
+    accounts = {**stage.training_record(examples, tokenized)["accounts"], **scorer.accounts}
     sources = batch_sources(config.method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
     last = stage.count_steps(config.training, sources)
     probe = context.probes.alignment and context.probes.alignment(config, tokenizer, seeds)
@@ -325,22 +350,22 @@ def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, to
         folder.parent.mkdir(parents=True, exist_ok=True)
         save_adapter(lanes.take(aligned.adapters, i), aligned.model, folder, base_model=config.model.model)
         _finish(context, cell, rows[i] + results.score_rows(cell, "alignment", last, scores[i]),
-                {str(last): answers} if i == 0 else None)
+                {str(last): answers} if i == 0 else None, accounts)
 
 
 def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell], tokenizer, scorer: Scorer) -> None:
     """Attacks every lane with poisoned data of its own seed, and writes the cells."""
     align_config, config = cell_configs(context.settings, context.root, cells[0])
     adapter = config.adapter.resolve(flat(align_config), config.method)
-    known = stage.prompts_of(load_data(align_config.data, align_config.method).get("harmful", []))
-    read = [{"user": load_attack(config.data, cell.seed, known)[0]} for cell in cells]
-    if "alignment" in config.method.batches:
-        rows = data.load_examples(config.data.alignment_data)
-        read = [{**of, "alignment": rows} for of in read]
-    for of in read:
-        scorer.check_unseen(f"of {cells[0].attack}", of)
-    sources = [{name: (rows, config.training.batch_size) for name, rows in
-                tokenize(tokenizer, of, config.data.max_length).items()} for of in read]
+    known = aligned_prompts({name: stage.prompts_of(rows) for name, rows in load_data(
+        align_config.data, align_config.method).items()})
+    sources, accounts = [], []
+    for cell in cells:
+        read, poisoned = read_data(config, cell.seed, known, tokenizer)
+        scorer.check_unseen(f"of {cell.attack}", read)
+        tokenized = tokenize(tokenizer, read, config.data.max_length)
+        accounts.append({**stage.training_record(read, tokenized, poisoned.accounts)["accounts"], **scorer.accounts})
+        sources.append({name: (rows, config.training.batch_size) for name, rows in tokenized.items()})
     seeds = [cell.seed for cell in cells]
     last = stage.count_steps(config.training, sources[0])
     start = lanes.merged(aligned, adapter.sites().lora(), seeds) if adapter.adapter == "new" else aligned
@@ -361,4 +386,4 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
     lanes.train(start, config.method, config.training, config.data.bucket, sources, seeds,
                 adapter.layer_mask(start.model.config.num_layers), observe)
     for i, cell in enumerate(cells):
-        _finish(context, cell, found[i], answers if i == 0 else None)
+        _finish(context, cell, found[i], answers if i == 0 else None, accounts[i])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,8 +137,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.model.trained:
         model_path, seen = trained_on(config.model.trained)
     examples = config.tests.load()
-    check_unseen({task: rows for task, rows in examples.items() if task != LOSS}, seen)
-    run_dir = stage.open_run(config, config.run, "evaluate", examples)
+    check_unseen(examples, seen)
+    tokenizer = data.load_tokenizer(hugging_face.resolve_model(model_path))
+    accounts = stage.tell(accounts_of_tests(tokenizer, examples, config.tests.max_length))
+    run_dir = stage.open_run(config, config.run, "evaluate", examples, {"accounts": accounts})
     if (run_dir / RESULTS).exists():
         return read_json(run_dir / RESULTS)
     answers = _measure(config, run_dir, model_path, examples)
@@ -218,13 +220,32 @@ def trained_on(run_dir: str) -> tuple[str, dict[str, Sequence[str]]]:
     return config["flags"]["model"], seen
 
 
-def check_unseen(examples: Mapping[str, Sequence[data.Example]], seen: Mapping[str, Sequence[str]]) -> None:
-    """Raises FieldError if the harmful test has a prompt that the model was trained on; of other tests it warns."""
+def check_unseen(examples: Mapping[str, Sequence[data.Example]], seen: Mapping[str, Collection[str]]) -> None:
+    """Raises FieldError if the harmful test, or what h(w) is taken on, has a prompt that the model was trained on; of
+    other tests it warns."""
+    unseen = {"harmful_score": "harmful_test", LOSS: "loss_data"}
     for task, rows in examples.items():
         for where, prompts in seen.items():
             overlap = {data.fingerprint(row) for row in rows} & set(prompts)
-            if overlap and task == "harmful_score":
-                raise FieldError("harmful_test", f"found {len(overlap)} of {len(rows)} prompts also in the {where}, "
-                                                 "expected none")
+            if overlap and task in unseen:
+                raise FieldError(unseen[task], f"found {len(overlap)} of {len(rows)} prompts also in the {where}, "
+                                               "expected none")
             if overlap:
                 logging.warning("%s: %d of %d test prompts are also in the %s", task, len(overlap), len(rows), where)
+
+
+def accounts_of_tests(tokenizer, examples: Examples, max_length: int) -> dict[str, tuple[data.Account, ...]]:
+    """The accounts of the tests' sources, {task: one each}.
+
+    Raises:
+      ValueError: a prompt that is empty, holds the prompt's template or spells a special token; of the data that h(w)
+        is taken on, as of `data.training_fates`.
+    """
+    accounts = {}
+    for task, rows in examples.items():
+        accounts[task] = data.accounts_of(rows)
+        if task == LOSS:
+            accounts[task] = data.tally(accounts[task], rows, data.training_fates(tokenizer, rows, max_length))
+        else:
+            data.check_prompts(tokenizer, rows)
+    return accounts

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from jaxvaccine.experiment import runs
-from jaxvaccine.report import names, plots, tables
+from jaxvaccine.report import accounts, names, plots, tables
 from jaxvaccine.report.style import METHODS
 
 METRICS, FIGURE = "metrics.jsonl", "metrics.png"
@@ -36,12 +36,18 @@ def write_training_report(run_dir: Path, title: str) -> None:
              f"{sum(entry[name] for entry in tail) / len(tail):.4g}"] for name in curves]
     config = runs.read_config(run_dir)
     tokens = sum(entry["tokens"] for entry in entries)
-    text = [f"# {title}\n", f"{len(entries)} steps, {tokens:,} tokens read.\n",
+    text = [f"# {title}\n", f"{len(entries)} steps, {tokens:,} tokens read.{_poisoned(config['data'])}\n",
             tables.table(["", "first step", f"mean of the last {len(tail)}"], rows), f"![metrics]({FIGURE})\n"]
-    dropped = {name: count for name, count in config["data"].get("dropped", {}).items() if count}
-    if dropped:
-        text.append(f"Examples left out because their prompts fill --max_length alone: {dropped}.\n")
-    tables.write_report(run_dir, "\n".join([*text, flag_list(config)]))
+    text.append(accounts.section(config["data"].get("accounts", {})))
+    tables.write_report(run_dir, "\n".join(part for part in [*text, flag_list(config)] if part))
+
+
+def _poisoned(of: Mapping[str, Any]) -> str:
+    """Of an attack: how many of the examples that were trained on are harmful."""
+    if "poison_ratio" not in of:
+        return ""
+    harmful = round(of["n"] * of["poison_ratio"])
+    return f" Trained on {of['n']} examples, {harmful} of them harmful: p = {of['poison_ratio']:g}."
 
 
 def _draw(axis: Axes, steps: Sequence[int], values: Sequence[float]) -> None:
