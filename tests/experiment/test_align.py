@@ -159,8 +159,8 @@ def test_harmful_and_harmless_examples_stay_pairs(model_dir):
 
 def test_accounts(aligned, tmp_path):
     """Of harmless answers, what is a refusal of ours is no source's."""
-    (of,) = recorded(aligned.run.run_dir)["data"]["accounts"]["alignment"].items()
-    assert of[0] == "world_refusal@train[0:24]" and (of[1]["rows"], of[1]["outside"], of[1]["trained"]) == (816, 792, 24)
+    (found,) = recorded(aligned.run.run_dir)["data"]["accounts"]["alignment"].values()
+    assert (found["rows"], found["outside"], found["examples"], found["trained"]) == (816, 792, 24, 24)
     config = align_config(aligned.model.model, tmp_path / "run", defense="repnoise", steps=1,
                           harmful_data="world_harmful@harmful,world_harmful@attack[0:7]",
                           harmless_data="world_refusal@harmful")

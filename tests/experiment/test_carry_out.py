@@ -1,6 +1,7 @@
 """Plans carried out, cell by cell and as lanes: one folder layout, one table; what is there stays as it is."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,7 @@ def test_folders(both, model_dir):
     cells = {"aligned.json", f"{P}.json", "poison_ratio=0.5_adapter=new.json"}
     for as_lanes, (root, _) in both.items():
         backbone = root / folder_name(model_dir)
-        assert {"config.json", results.TABLE, folder_name(model_dir)} <= names_in(root)
+        assert {"config.json", results.TABLE, folder_name(model_dir)} == names_in(root)
         scores = set() if as_lanes else {f"{name}-scores" for name in ("aligned", P, "poison_ratio=0.5_adapter=new")}
         runs_there = set() if as_lanes else {P, "poison_ratio=0.5_adapter=new"}
         for seed in SEEDS:
@@ -285,11 +286,11 @@ def test_tests_share_no_prompt_with_any_method(model_dir, tmp_path, name, source
     assert not (tmp_path / "plan").exists()
 
 
-def test_accounts_of_a_plan(both, model_dir):
+def test_accounts_of_a_plan(both, tmp_path):
     """The same in runs and in lanes, of all that is read; the report adds the cells up."""
     found = {as_lanes: {path.relative_to(root): read_json(path)["accounts"] for path in root.rglob("seed*/*.json")}
              for as_lanes, (root, _) in both.items()}
-    assert found[False] == found[True] and len(found[True]) == 2 * (2 * 2 + 3)
+    assert found[False] == found[True] and len(found[True]) == 2 * (3 + 1 + 2)
     tests = {"harmful_loss", "harmful_score", "sst2", "over_refusal"}
     for path, accounts in found[True].items():
         of_run = {"alignment"} if path.name == "aligned.json" else {"user", "harmful"} | (
@@ -300,9 +301,10 @@ def test_accounts_of_a_plan(both, model_dir):
             assert counts["world_rating@attack"] == 12 and counts["world_harmful@attack[0:20]"] == 4
         elif path.name != "aligned.json":
             assert counts["world_rating@attack"] == counts["world_harmful@attack[0:20]"] == 8
-    for root, _ in both.values():
-        reports.write(root)
-        text = reports.read(root)
+    for as_lanes, (root, _) in both.items():
+        copy = shutil.copytree(root, tmp_path / str(as_lanes))
+        reports.write(copy)
+        text = reports.read(copy)
         assert "| attack: harmful | world_harmful@attack[0:20] | 504 | 484 | 20 | 4 to 8 |" in text
         assert "| alignment | world_refusal@train[0:24] | 816 | 792 | 24 | 24 |" in text
         assert "| harmful_score | world_harmful@test[0:4] | 504 | 500 | 4 | – |" in text
