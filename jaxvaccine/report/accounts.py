@@ -58,8 +58,11 @@ def _range(values: Sequence[int | None]) -> str:
 
 
 def of_plan(folder: str | Path) -> str:
-    """The section of all cells of a plan that are there."""
-    root, plan = Path(folder), runs.read_config(folder)["operational"]["plan"]
+    """The section of all cells of a plan that are there; "" of a folder with a table of results alone."""
+    root = Path(folder)
+    if not (root / runs.CONFIG).is_file():
+        return ""
+    plan = runs.read_config(root)["operational"]["plan"]
     paths = {root / folder_name(backbone) / f"{AS_IT_COMES}.json": "" for backbone in plan["backbones"]}
     pairs = dict.fromkeys(pair for method, attack in plan["pairs"] for pair in ((method, ""), (method, attack)))
     paths |= {result_path(root, Cell(backbone, method, attack, seed)): attack for backbone in plan["backbones"]
