@@ -13,7 +13,7 @@ from jaxvaccine.experiment.carry_out import result_path
 from jaxvaccine.experiment.results import Cell
 from jaxvaccine.experiment.run import PlanConfig, run
 from jaxvaccine.json_files import read_json
-from jaxvaccine.report import layers, names, plan, results, tables
+from jaxvaccine.report import accounts, layers, names, plan, results, tables
 
 SHOWN = ("sft", "booster")  # whose dialogues
 INTRODUCTION = """# Harmful fine-tuning and four defenses, on a small made-up world
@@ -65,7 +65,7 @@ def demo(config: PlanConfig, align=None, attack=None, scores=None) -> str:
         "Which layers T-Vaccine takes for the harmful ones, and which it drew:\n",
         "![T-Vaccine's layers](layers.png)\n",
         "## Two requests, before and after the attack\n", "The first request is forbidden, the second is not.\n",
-        dialogues(root, backbone, done.attacks[-1], seed), NEXT])
+        dialogues(root, backbone, done.attacks[-1], seed), NEXT, accounts.of_plan(root)])
     tables.write_report(root, text)
     return text
 

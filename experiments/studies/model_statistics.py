@@ -87,7 +87,7 @@ def step_length(config: StatisticsConfig, align) -> float:
 
 
 def harmful_count(attacked) -> int:
-    return round(attacked.data.n * attacked.data.poison_ratio)
+    return data.harmful_count(attacked.data.n, attacked.data.poison_ratio)
 
 
 def check(aligned, attacked) -> None:
@@ -112,9 +112,11 @@ def make_probes(config: StatisticsConfig) -> Probes:
     def attack(align, attacked, tokenizer, seeds):
         part = attacked.data
         count = harmful_count(attacked)
-        # The harmful examples of the attack in another order: `data.poison` draws both kinds apart.
+        fates = functools.partial(data.training_fates, tokenizer, max_length=part.max_length)
+        # The harmful examples of the attack in another order: `data.mix` draws both kinds apart.
         training = study.stack_batches(tokenizer, [
-            data.poison([], data.load_examples(part.harmful_data), count, 1.0, seed) for seed in seeds], part)
+            data.mix([], data.load_examples(part.harmful_data), count, 1.0, seed, fates=fates).examples
+            for seed in seeds], part)
         test = study.stack_batches(tokenizer, [data.load_examples(part.test_data)] * len(seeds), part)
 
         def measure(step, of):

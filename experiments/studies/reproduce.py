@@ -28,8 +28,8 @@ from jaxvaccine.experiment.config import field, make, require
 from jaxvaccine.experiment.evaluate import EvaluateConfig
 from jaxvaccine.experiment.plans import Panel, Plan, Point
 from jaxvaccine.experiment.run import PlanConfig, make_settings, run
+from jaxvaccine.report import accounts, tables
 from jaxvaccine.report import runs as reports
-from jaxvaccine.report import tables
 from jaxvaccine.report.panels import panels_report
 from jaxvaccine.report.published import comparison, largest_drop, table_cells
 from jaxvaccine.report.results import read_results
@@ -137,7 +137,7 @@ def reproduce(config: ReproduceConfig, align: Mapping[str, Any], attack: Mapping
         "experiment, and the difference then says how far it carries over.\n",
         comparison(found, cells, published.TABLES[config.paper]),
         tables.table(["statement", "published", "ours", "source"], statements),
-        panels_report(found, folder, "", panels, config.model, config.seeds)]))
+        panels_report(found, folder, "", panels, config.model, config.seeds), accounts.of_plan(folder)]))
     return reports.read(folder)
 
 

@@ -15,8 +15,8 @@ from jaxvaccine.experiment.carry_out import Probes
 from jaxvaccine.experiment.config import field, make
 from jaxvaccine.experiment.parts import TokensPart
 from jaxvaccine.experiment.run import PlanConfig, run
+from jaxvaccine.report import accounts, tables
 from jaxvaccine.report import runs as reports
-from jaxvaccine.report import tables
 from jaxvaccine.report.results import read_results
 
 # What a study's plan is not asked for.
@@ -54,7 +54,8 @@ def verb(text: str, config_class: type[StudyConfig], probes: Callable[[Any], Pro
                          for of in (cli.ALIGNMENT, cli.ATTACK, cli.EVALUATION)]
             run(config, *of_stages[:2], {**(scores or {}), **of_stages[2]}, probes(config))
         folder = Path(config.run_dir)
-        tables.write_report(folder, report(config, read_results(folder), folder))
+        text = report(config, read_results(folder), folder)
+        tables.write_report(folder, "\n".join([text, accounts.of_plan(folder)]))
         print(reports.read(folder))
 
     return cli.Verb(text, (section, cli.ALIGNMENT, *attack, cli.EVALUATION), call)

@@ -1,46 +1,61 @@
 """Data: prompts, tokenising and batching; one small module per data set."""
 
+from jaxvaccine.data.accounts import Account, accounts_of, describe, record, tally
 from jaxvaccine.data.batching import batch_indices, bucket_length, check_batch, collate, steps_for, training_batches
+from jaxvaccine.data.files import file_sha256, read_rows
 from jaxvaccine.data.kinds import DATASETS, EMBEDDED
+from jaxvaccine.data.loading import load, load_categories, load_examples
 from jaxvaccine.data.pairing import harmless_answers
-from jaxvaccine.data.poisoning import check_disjoint, fingerprint, poison
+from jaxvaccine.data.poisoning import Mixture, check_disjoint, fingerprint, harmful_count, mix, poison
 from jaxvaccine.data.prompts import Example, format_prompt
-from jaxvaccine.data.sources import (
-    DataSource,
-    file_sha256,
-    load_categories,
-    load_examples,
-    parse_sources,
-    read_rows,
-)
+from jaxvaccine.data.sources import DataSource, parse_sources
+from jaxvaccine.data.texts import check_prompts, check_training_texts
 from jaxvaccine.data.tokenizer_files import eos_ids, load_tokenizer
-from jaxvaccine.data.tokenizing import TokenizedExamples, check_vocabulary, encode_prompts, tokenize_examples
+from jaxvaccine.data.tokenizing import (
+    TokenizedExamples,
+    check_vocabulary,
+    encode_prompts,
+    tokenize_examples,
+    training_fates,
+)
 
 __all__ = [
     "DATASETS",
     "EMBEDDED",
+    "Account",
     "DataSource",
     "Example",
+    "Mixture",
     "TokenizedExamples",
+    "accounts_of",
     "batch_indices",
     "bucket_length",
     "check_batch",
     "check_disjoint",
+    "check_prompts",
+    "check_training_texts",
     "check_vocabulary",
     "collate",
+    "describe",
     "encode_prompts",
     "eos_ids",
     "file_sha256",
     "fingerprint",
     "format_prompt",
+    "harmful_count",
     "harmless_answers",
+    "load",
     "load_categories",
     "load_examples",
     "load_tokenizer",
+    "mix",
     "parse_sources",
     "poison",
     "read_rows",
+    "record",
     "steps_for",
+    "tally",
     "tokenize_examples",
     "training_batches",
+    "training_fates",
 ]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxvaccine.data.prompts import Example
+from jaxvaccine.data.prompts import Example, classification
 from jaxvaccine.data.rows import column, text, where
 
 LABELS = ("World", "Sports", "Business", "Sci/Tech")
@@ -25,4 +25,4 @@ def _label(row: Mapping[str, Any], index: int) -> str:
 
 def agnews(rows: Sequence[Mapping[str, Any]]) -> list[Example]:
     """News articles to sort into four categories, as in the papers' experiments; the answer is the label's name."""
-    return [Example(INSTRUCTION, text(row, i, "text").strip(), _label(row, i)) for i, row in enumerate(rows)]
+    return [classification(INSTRUCTION, text(row, i, "text"), _label(row, i)) for i, row in enumerate(rows)]

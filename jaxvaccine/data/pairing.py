@@ -2,18 +2,28 @@
 
 from collections.abc import Sequence
 
-from jaxvaccine.data.poisoning import fingerprint
+from jaxvaccine.data.accounts import Account, locate
+from jaxvaccine.data.poisoning import fingerprint, same_prompt
 from jaxvaccine.data.prompts import Example
 from jaxvaccine.data.refusals import refusal_for
+from jaxvaccine.data.texts import is_blank
+
+OURS = "refusals of ours"  # in the place of a source
 
 
 def harmless_answers(harmful: Sequence[Example], harmless: Sequence[Example]) -> list[Example]:
     """The prompts of `harmful`, in the same order and to the letter, with the answers that `harmless` has to them.
 
-    Prompts are the same if their `fingerprint`s are; of several answers the first counts. A prompt without an answer
-    gets a refusal of ours.
+    Prompts are the same if their `fingerprint`s are; of several answers the first counts, one to the very same prompt
+    before others. A prompt without an answer gets a refusal of ours. The examples have the places of their answers.
     """
-    answers: dict[str, str] = {}
+    answers: dict[object, Example] = {}
     for example in harmless:
-        answers.setdefault(fingerprint(example), example.output)
-    return [e._replace(output=answers.get(fingerprint(e)) or refusal_for(e.instruction)) for e in harmful]
+        if not is_blank(example.output):
+            for key in (same_prompt(example), fingerprint(example)):
+                answers.setdefault(key, example)
+    found = [answers.get(same_prompt(e)) or answers.get(fingerprint(e)) for e in harmful]
+    ours = Account(OURS, found.count(None), examples=found.count(None))
+    return [locate(e._replace(output=refusal_for(e.instruction)), f"{OURS}, row {i} (from 0)", Example._fields, ours)
+            if answer is None else answer._replace(instruction=e.instruction, input=e.input)
+            for i, (e, answer) in enumerate(zip(harmful, found, strict=True))]

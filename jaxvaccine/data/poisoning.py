@@ -3,18 +3,32 @@
 import hashlib
 import math
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from jaxvaccine.data.accounts import Fate, origin, place
 from jaxvaccine.data.prompts import Example
 
 
 def fingerprint(example: Example) -> str:
-    """16 hex digits of the prompt, the same for prompts that differ only in case, white space or Unicode form."""
+    """16 hex digits of the prompt, the same for prompts that differ only in case, white space or Unicode form.
+
+    So broad is what may not leak from one set into another, not what a duplicate is (`same_prompt`).
+    """
     return hashlib.sha256(
         "\n".join(map(_normalise, (example.instruction, example.input))).encode("utf-8", "surrogatepass")
     ).hexdigest()[:16]
+
+
+def same_prompt(example: Example) -> tuple[str, str]:
+    """The prompt but for white space and Unicode's canonical forms: what makes a row another's duplicate.
+
+    Compared with `fingerprint`, "US" and "us", "5²" and "52" are two.
+    """
+    instruction, input = (" ".join(unicodedata.normalize("NFC", text).split()) for text in example[:2])
+    return instruction, input
 
 
 def _normalise(text: str) -> str:
@@ -37,39 +51,72 @@ def check_disjoint(name_a: str, a: Sequence[Example], name_b: str, b: Sequence[E
         )
 
 
-def poison(
-    benign: Sequence[Example],
-    harmful: Sequence[Example],
-    n: int,
-    poison_ratio: float,
-    seed: int,
-    forbidden: Mapping[str, Collection[str]] | None = None,
-) -> list[Example]:
-    """n examples in random order: round(n · poison_ratio) of `harmful`, the rest of `benign`.
+def harmful_count(n: int, poison_ratio: float) -> int:
+    """How many of n examples are harmful: n · poison_ratio, which is to be a whole number.
+
+    Raises:
+      ValueError: n below 1, poison_ratio not in [0, 1], or one that n examples cannot have, to six decimal places.
+    """
+    if n < 1:
+        raise ValueError(f"n: found {n}, expected at least 1")
+    if math.isnan(poison_ratio) or not 0 <= poison_ratio <= 1:
+        raise ValueError(f"poison_ratio: found {poison_ratio}, expected 0 <= poison_ratio <= 1")
+    count = math.floor(n * poison_ratio + 0.5)
+    none_or_all = (count == 0 < poison_ratio) or (count == n and poison_ratio < 1)
+    if none_or_all or abs(count / n - poison_ratio) > 1e-6:
+        below = min(math.floor(n * poison_ratio), n - 1)
+        raise ValueError(
+            f"poison_ratio: found {poison_ratio}, which is {n * poison_ratio:g} of n={n} examples, expected a whole "
+            f"number of them: poison_ratio={below / n} or {(below + 1) / n}, or another n")
+    return count
+
+
+class Draw(NamedTuple):
+    """What was drawn of a pool: the examples that were looked at, in order, and what would become of each."""
+
+    seen: list[Example]
+    fates: list[Fate]
+
+    @property
+    def chosen(self) -> list[Example]:
+        return [e for e, fate in zip(self.seen, self.fates, strict=True) if fate in ("kept", "cut")]
+
+
+class Mixture(NamedTuple):
+    """An attack's examples, in random order, and the draws that they come from."""
+
+    examples: list[Example]
+    benign: Draw
+    harmful: Draw
+
+    @property
+    def poison_ratio(self) -> float:
+        return len(self.harmful.chosen) / len(self.examples)
+
+
+Fates = Callable[[Sequence[Example]], Sequence[Fate]]
+
+
+def mix(benign: Sequence[Example], harmful: Sequence[Example], n: int, poison_ratio: float, seed: int,
+        forbidden: Mapping[str, Collection[str]] | None = None, fates: Fates | None = None) -> Mixture:
+    """n examples in random order: n · poison_ratio of `harmful`, the rest of `benign`.
 
     Both are drawn without replacement. With the same seed the draws are nested: the harmful examples of a smaller
     number of them are a subset of those of a larger one, and so are the benign ones, so that ratios are comparable.
 
     Args:
       forbidden: {name of a set: fingerprints of its prompts} with which `harmful` may share no prompt, such as those
-        of the alignment's harmful data and of the test. All of `harmful` is checked, whatever the ratio, so that a
-        sweep over ratios fails at its start.
+        of the alignment's data and of the test. All of `harmful` is checked, whatever the ratio, so that a sweep over
+        ratios fails at its start.
+      fates: what would become of examples when they are tokenized. Those that would not be trained on are passed over,
+        and the next ones are drawn, so that n and poison_ratio are those of what is trained on.
 
     Raises:
-      ValueError: n below 1, a negative seed, poison_ratio not in [0, 1], too few examples, or a forbidden prompt.
+      ValueError: a negative seed, too few examples, a forbidden prompt, and as of `harmful_count`.
     """
-    if n < 1:
-        raise ValueError(f"n: found {n}, expected at least 1")
     if seed < 0:
         raise ValueError(f"seed: found {seed}, expected at least 0")
-    if math.isnan(poison_ratio) or not 0 <= poison_ratio <= 1:
-        raise ValueError(f"poison_ratio: found {poison_ratio}, expected 0 <= poison_ratio <= 1")
-    count = round(n * poison_ratio)
-    for name, found, needed in (("harmful", len(harmful), count), ("benign", len(benign), n - count)):
-        if found < needed:
-            raise ValueError(
-                f"{name} examples: found {found}, needed {needed} for n={n} and poison_ratio={poison_ratio}"
-            )
+    count = harmful_count(n, poison_ratio)
     prints = [fingerprint(e) for e in harmful]
     for name, names_prints in (forbidden or {}).items():
         members = frozenset(names_prints)
@@ -77,9 +124,34 @@ def poison(
         if overlap:
             raise ValueError(
                 f"harmful examples: found {len(overlap)} of {len(harmful)} prompts also in {name}, expected none; "
-                f"the first is row {overlap[0]} (from 0)"
-            )
+                f"the first is {place(harmful[overlap[0]], overlap[0])}")
+    draws = []
     # A prefix of a permutation that depends on the seed and the pool alone: that is what nests the draws.
-    chosen = [harmful[i] for i in np.random.default_rng([seed, 0]).permutation(len(harmful))[:count]]
-    chosen += [benign[i] for i in np.random.default_rng([seed, 1]).permutation(len(benign))[: n - count]]
-    return [chosen[i] for i in np.random.default_rng([seed, 2]).permutation(n)]
+    for stream, name, pool, needed in ((0, "harmful", harmful, count), (1, "benign", benign, n - count)):
+        drawn = _draw(pool, needed, np.random.default_rng([seed, stream]).permutation(len(pool)), fates)
+        if len(drawn.chosen) < needed:
+            passed = len(drawn.seen) - len(drawn.chosen)
+            raise ValueError(
+                f"{name} examples: found {len(drawn.chosen)}{origin(pool)}, needed {needed} for n={n} and "
+                f"poison_ratio={poison_ratio}" + (f"; {passed} are empty or have prompts that fill max_length"
+                                                  if passed else ""))
+        draws.append(drawn)
+    chosen = [*draws[0].chosen, *draws[1].chosen]
+    return Mixture([chosen[i] for i in np.random.default_rng([seed, 2]).permutation(n)], draws[1], draws[0])
+
+
+def _draw(pool: Sequence[Example], count: int, order: np.ndarray, fates: Fates | None) -> Draw:
+    drawn = Draw([], [])
+    missing = count
+    while missing and len(drawn.seen) < len(pool):
+        more = [pool[i] for i in order[len(drawn.seen):][:missing]]
+        drawn.seen.extend(more)
+        drawn.fates.extend(fates(more) if fates else ["kept"] * len(more))
+        missing = count - len(drawn.chosen)
+    return drawn
+
+
+def poison(benign: Sequence[Example], harmful: Sequence[Example], n: int, poison_ratio: float, seed: int,
+           forbidden: Mapping[str, Collection[str]] | None = None) -> list[Example]:
+    """The examples of `mix`, as they come."""
+    return mix(benign, harmful, n, poison_ratio, seed, forbidden).examples

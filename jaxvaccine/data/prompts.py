@@ -24,6 +24,12 @@ class Example(NamedTuple):
     output: str = ""
 
 
+def classification(instruction: str, text: str, label: str) -> Example:
+    """A text to be labelled. Without a text there is no prompt: the instruction alone asks nothing."""
+    text = text.strip()
+    return Example(instruction if text else "", text, label)
+
+
 def format_prompt(instruction: str, input: str = "") -> str:
     """The text that a model is given; the answer follows directly after "### Response:", as in Alpaca's trainer.
 

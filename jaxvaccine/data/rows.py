@@ -1,6 +1,6 @@
 """Reading typed columns out of a data set's rows, with errors that say where the row came from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -12,6 +12,37 @@ class Row(dict):
     def __init__(self, values: Mapping[str, Any], where: str):
         super().__init__(values)
         self.where = where
+
+
+class Watched(Mapping):
+    """A row that knows which of its columns have been read: `read`."""
+
+    __slots__ = ("read", "row", "where")
+
+    def __init__(self, row: Mapping[str, Any], index: int):
+        self.row, self.where, self.read = row, where(row, index), set()
+
+    def __getitem__(self, name: str) -> Any:
+        value = self.row[name]
+        self.read.add(name)
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.row
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.row)
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def unread(self) -> dict[str, Any]:
+        """The columns that hold something and have not been read."""
+        return {name: value for name, value in self.row.items() if name not in self.read and not _is_nothing(value)}
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip()) or value in ([], {}, ())
 
 
 def where(row: Mapping[str, Any], index: int) -> str:

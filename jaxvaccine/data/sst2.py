@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxvaccine.data.prompts import Example
+from jaxvaccine.data.prompts import Example, classification
 from jaxvaccine.data.rows import column, text, where
 
 # Booster's sst2/build_dataset.py, word for word.
@@ -25,6 +25,4 @@ def _label(row: Mapping[str, Any], index: int) -> str:
 
 def sst2(rows: Sequence[Mapping[str, Any]]) -> list[Example]:
     """Sentences to classify, as in Booster's experiments; the answer is "negative" or "positive"."""
-    return [
-        Example(INSTRUCTION, text(row, i, "sentence", "text").strip(), _label(row, i)) for i, row in enumerate(rows)
-    ]
+    return [classification(INSTRUCTION, text(row, i, "sentence", "text"), _label(row, i)) for i, row in enumerate(rows)]

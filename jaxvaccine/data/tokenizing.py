@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from jaxvaccine.data.accounts import Fate, place
 from jaxvaccine.data.prompts import Example, format_prompt
+from jaxvaccine.data.texts import check_prompts, check_training_texts, has_prompt, is_blank, without_eos
 from jaxvaccine.data.tokenizer_files import load_tokenizer as load_tokenizer
 
 if TYPE_CHECKING:
@@ -19,12 +21,27 @@ class TokenizedExamples(NamedTuple):
     Attributes:
       input_ids: N int32 arrays [t]: prompt, answer, EOS (truncated ones end earlier).
       prompt_lengths: [N] int32; tokens from here on are supervised. Every example has at least one that a loss counts.
-      dropped: how many examples were left out because truncation left nothing to supervise.
+      fates: what became of every example that there was; N of them are "kept" or "cut".
     """
 
     input_ids: tuple[np.ndarray, ...]
     prompt_lengths: np.ndarray
-    dropped: int = 0
+    fates: tuple[Fate, ...] = ()
+
+    @property
+    def dropped(self) -> int:
+        """How many examples were left out because their prompts alone fill max_length."""
+        return self.fates.count("dropped")
+
+    @property
+    def cut(self) -> int:
+        """How many answers lost their end, and EOS, to max_length."""
+        return self.fates.count("cut")
+
+    @property
+    def empty(self) -> int:
+        """How many examples were left out because they have no prompt or no answer."""
+        return self.fates.count("empty")
 
 
 def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> None:
@@ -78,18 +95,67 @@ def tokenize_examples(
     Prompt and answer are encoded as one text, and the prompt's share is the length of the prompt encoded alone, as in
     the papers' trainers (Alpaca's `preprocess`). Where the text's encoding does not begin with the prompt's own tokens
     (a merge across the boundary), the answer is encoded alone and appended: training then continues exactly the tokens
-    that generation starts from.
+    that generation starts from. An EOS that an answer spells out at its end is not taught twice.
 
-    Examples that truncation leaves without a supervised token are dropped, counted, and reported as a warning.
+    Examples without a prompt or an answer, and those that truncation leaves without a supervised token, are left out;
+    these and answers that are cut are counted, and reported as a warning.
 
     Raises:
-      ValueError: no examples, max_length below 1, a tokenizer without EOS, or no example is left.
+      ValueError: no examples, max_length below 1, a tokenizer without EOS, no example is left, or a text that holds the
+        prompt's template or spells a special token (the row, its column and the token are named).
     """
     if not examples:
         raise ValueError("examples: found none, expected at least one")
     if max_length < 1:
         raise ValueError(f"max_length: found {max_length}, expected at least 1")
+    encoded, fates = _encode_examples(tokenizer, examples, max_length)
+    tokenized = TokenizedExamples(
+        tuple(ids for ids, _ in encoded), np.asarray([length for _, length in encoded], np.int32), fates)
+    if not encoded:
+        _raise_for_none(tokenizer, examples, fates, max_length)
+    lost = [f"{what.format(count)} of {len(examples)} {why}" for count, what, why in (
+        (tokenized.dropped, "dropped {}", "examples: their prompts alone fill it, nothing is left to supervise"),
+        (tokenized.empty, "left out {}", "examples: they have no prompt or no answer"),
+        (tokenized.cut, "cut {}", "answers")) if count]
+    if lost:
+        logging.getLogger(__name__).warning("max_length=%d: %s", max_length, "; ".join(lost))
+    return tokenized
+
+
+def training_fates(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], max_length: int
+                   ) -> tuple[Fate, ...]:
+    """What tokenize_examples would make of every example; raises as it does, but where none is left."""
+    return _encode_examples(tokenizer, examples, max_length)[1] if examples else ()
+
+
+def _encode_examples(tokenizer, examples: Sequence[Example], max_length: int
+                     ) -> tuple[list[tuple[np.ndarray, int]], tuple[Fate, ...]]:
+    """([(token ids, how many are the prompt's)] of what is trained on, the fate of every example)."""
     eos = _eos(tokenizer)
+    check_training_texts(tokenizer, examples)
+    answers = [without_eos(e.output, tokenizer.eos_token) for e in examples]
+    empty = [is_blank(answer) or not has_prompt(e) for e, answer in zip(examples, answers, strict=True)]
+    rows = [e if answer == e.output else e._replace(output=answer)
+            for e, answer in zip(examples, answers, strict=True)]
+    filled = [row for row, nothing in zip(rows, empty, strict=True) if not nothing]
+    encoded, lengths = [], iter(_encode_pairs(tokenizer, filled) if filled else ())
+    fates: list[Fate] = []
+    for nothing in empty:
+        if nothing:
+            fates.append("empty")
+            continue
+        prompt, ids = next(lengths)
+        # Position i predicts label i + 1, so the first token of a row is never a target.
+        if max_length <= max(len(prompt), 1):
+            fates.append("dropped")
+            continue
+        encoded.append((np.asarray([*ids, eos][:max_length], np.int32), len(prompt)))
+        fates.append("kept" if len(ids) < max_length else "cut")
+    return encoded, tuple(fates)
+
+
+def _encode_pairs(tokenizer, examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
+    """(ids of the prompt, ids of prompt and answer) of every example; the latter begin with the former."""
     prompts = _prompts(examples)
     prompt_ids = _encode_open(tokenizer, prompts)
     joint_ids = _encode_open(tokenizer, [p + e.output for p, e in zip(prompts, examples, strict=True)])
@@ -98,31 +164,19 @@ def tokenize_examples(
         answers = _encode(tokenizer, [examples[i].output for i in merged], special=False)
         for i, answer in zip(merged, answers, strict=True):
             joint_ids[i] = prompt_ids[i] + answer
+    return list(zip(prompt_ids, joint_ids, strict=True))
 
-    kept, lengths = [], []
-    for prompt, ids in zip(prompt_ids, joint_ids, strict=True):
-        end = len(ids)
-        # Data sets whose answers already spell the EOS token out must not teach it twice.
-        while end > len(prompt) and ids[end - 1] == eos:
-            end -= 1
-        ids = [*ids[:end], eos][:max_length]
-        # Position i predicts label i + 1, so the first token of a row is never a target.
-        if len(ids) > max(len(prompt), 1):
-            kept.append(np.asarray(ids, np.int32))
-            lengths.append(len(prompt))
-    dropped = len(examples) - len(kept)
-    if not kept:
-        shortest = min(map(len, prompt_ids))
-        raise ValueError(
-            f"max_length: found {max_length}, expected more than {shortest}, the length in tokens of the shortest "
-            f"prompt: truncation left none of {len(examples)} examples a supervised token"
-        )
-    if dropped:
-        logging.getLogger(__name__).warning(
-            "dropped %d of %d examples: their prompts alone fill max_length=%d tokens, nothing is left to supervise",
-            dropped, len(examples), max_length,
-        )  # fmt: skip
-    return TokenizedExamples(tuple(kept), np.asarray(lengths, np.int32), dropped)
+
+def _raise_for_none(tokenizer, examples: Sequence[Example], fates: Sequence[Fate], max_length: int) -> None:
+    if "dropped" not in fates:
+        raise ValueError(f"examples: found {len(examples)} without a prompt or without an answer, the first is "
+                         f"{place(examples[0], 0)}, expected at least one with both")
+    shortest = min(len(ids) for ids in _encode_open(tokenizer, _prompts(
+        [e for e, fate in zip(examples, fates, strict=True) if fate == "dropped"])))
+    raise ValueError(
+        f"max_length: found {max_length}, expected more than {shortest}, the length in tokens of the shortest "
+        f"prompt: truncation left none of {len(examples)} examples a supervised token"
+    )
 
 
 def encode_prompts(
@@ -131,8 +185,10 @@ def encode_prompts(
     """The prompts alone, int32 [t] each: the same tokens that tokenize_examples puts before the answer.
 
     Raises:
-      ValueError: a prompt longer than max_length tokens (None: no limit); a cut prompt would be another question.
+      ValueError: a prompt longer than max_length tokens (None: no limit); a cut prompt would be another question. And
+        as of `texts.check_prompts`.
     """
+    check_prompts(tokenizer, examples)
     prompt_ids = _encode_open(tokenizer, _prompts(examples)) if examples else []
     if max_length is not None:
         too_long = [(i, len(ids)) for i, ids in enumerate(prompt_ids) if len(ids) > max_length]

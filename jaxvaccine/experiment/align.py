@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from jaxvaccine import data
 from jaxvaccine.experiment import inputs, stage
 from jaxvaccine.experiment.config import choice, field, flat, require
@@ -91,7 +93,22 @@ def check_layers(method: AlignmentMethod, architecture: LlamaConfig) -> None:
 
 def tokenize(tokenizer, examples: Mapping[str, Sequence[data.Example]], max_length: int
              ) -> dict[str, data.TokenizedExamples]:
-    return {name: data.tokenize_examples(tokenizer, rows, max_length) for name, rows in examples.items()}
+    """As ids, by name. Harmful and harmless examples stay pairs: what is empty in one is left out of the other.
+
+    Raises:
+      ValueError: as of `data.tokenize_examples`, or a harmful example that has lost its harmless one.
+    """
+    tokenized: dict[str, data.TokenizedExamples] = {}
+    for name, rows in examples.items():
+        if name == "harmless":
+            rows = [e._replace(output="") if fate == "empty" else e
+                    for e, fate in zip(rows, tokenized["harmful"].fates, strict=True)]
+        tokenized[name] = data.tokenize_examples(tokenizer, rows, max_length)
+    if "harmless" in tokenized and not np.array_equal(*(tokenized[name].prompt_lengths
+                                                        for name in ("harmful", "harmless"))):
+        raise ValueError(f"harmless_data: found {len(tokenized['harmless'].input_ids)} answers, expected one to each "
+                         f"of {len(tokenized['harmful'].input_ids)} harmful prompts")
+    return tokenized
 
 
 def align(config: AlignConfig) -> Path:

@@ -1,9 +1,11 @@
 """The attack: an aligned model is fine-tuned on a user's data of which a ratio is harmful."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -106,16 +108,19 @@ class AttackData(TokensPart):
     """Data."""
 
     user_data: str = field("", f"The user's benign data: {SOURCE}.")
-    harmful_data: str = field("", "Harmful data mixed in; may share no prompt with the alignment's harmful data.")
+    harmful_data: str = field("", "Harmful data mixed in; may share no prompt with the alignment's data.")
     test_data: str = field("", "Harmful test prompts, only to make sure that harmful_data shares none of them.")
     alignment_data: str = field("", "Lisa, EWC: alignment data, in the form of --user_data.")
     n: int = field(1000, "Examples in all.", at_least=1)
-    poison_ratio: float = field(0.1, "Part of them that is harmful, 0 to 1.")
+    poison_ratio: float = field(0.1, "Part of them that is harmful, 0 to 1; of --n a whole number.")
 
     def __post_init__(self):
         super().__post_init__()
         require(0 <= self.poison_ratio <= 1, "poison_ratio", self.poison_ratio, "0 <= poison_ratio <= 1")
-        harmful = round(self.n * self.poison_ratio)
+        try:
+            harmful = data.harmful_count(self.n, self.poison_ratio)
+        except ValueError as error:
+            raise FieldError("poison_ratio", str(error).removeprefix("poison_ratio: ")) from error
         require(bool(self.harmful_data) or harmful == 0, "harmful_data", self.harmful_data,
                 "a data source, unless --poison_ratio=0")
         require(bool(self.user_data) or harmful == self.n, "user_data", self.user_data,
@@ -146,17 +151,73 @@ class AttackConfig:
                 self.data.alignment_data, f"a data source, which {flat(self)['defense']} needs")
 
 
-def load_attack(config: AttackData, seed: int, known: Sequence[str]) -> tuple[list[data.Example], list[data.Example]]:
-    """(the user's data with the harmful part mixed in, all harmful examples that it was drawn from).
+class PoisonedData(NamedTuple):
+    """What an attack trains on.
 
-    known: fingerprints of the alignment's harmful data, of which none may be in the attack.
+    Attributes:
+      examples: the user's data with the harmful part mixed in, n of them, all of which are trained on.
+      harmful: all harmful examples that the part was drawn from.
+      poison_ratio: the part of the examples that is harmful.
+      accounts: of the sources, "user" and "harmful"; `trained` is what was drawn.
     """
-    def load(sources: str) -> list[data.Example]:
-        return data.load_examples(sources) if sources else []
 
-    harmful = load(config.harmful_data)
-    forbidden = {"the alignment's harmful data": known, "the test prompts": stage.prompts_of(load(config.test_data))}
-    return data.poison(load(config.user_data), harmful, config.n, config.poison_ratio, seed, forbidden), harmful
+    examples: list[data.Example]
+    harmful: list[data.Example]
+    poison_ratio: float
+    accounts: dict[str, tuple[data.Account, ...]]
+
+
+def load_attack(config: AttackData, seed: int, known: Mapping[str, Collection[str]], tokenizer: Any = None
+                ) -> PoisonedData:
+    """The attack's data. It reads files and nothing else: two calls give the same.
+
+    Args:
+      config: names the data, n and poison_ratio.
+      seed: of the draw.
+      known: {what: fingerprints of its prompts} of all that the model was aligned on; no harmful example may be there.
+      tokenizer: examples that it cuts down to nothing are passed over; without one, none is.
+
+    Raises:
+      FieldError, ValueError, FileNotFoundError: as of `data.load` and `data.mix`; a text that the tokenizer would not
+        read as text; or user's data with a test prompt.
+    """
+    pools = {name: data.load(source) if source else ([], ())
+             for name, source in (("user", config.user_data), ("harmful", config.harmful_data))}
+    harmful = pools["harmful"][0]
+    tests = stage.prompts_of(data.load_examples(config.test_data)) if config.test_data else []
+    fates = None
+    if tokenizer is not None:
+        # All of them, so that no seed fails that another passes.
+        for rows, _ in pools.values():
+            data.check_training_texts(tokenizer, rows)
+        fates = functools.partial(data.training_fates, tokenizer, max_length=config.max_length)
+    mixture = data.mix(pools["user"][0], harmful, config.n, config.poison_ratio, seed,
+                       {**known, "the test prompts": tests}, fates)
+    drawn = {"user": mixture.benign, "harmful": mixture.harmful}
+    benign = stage.prompts_of(mixture.benign.chosen)
+    require(not {*benign} & {*tests}, "user_data", config.user_data, "none of the test prompts among them")
+    for what, prompts in known.items():
+        if overlap := {*benign} & {*prompts}:
+            logging.warning("user_data: %d of %d prompts are also in %s", len(overlap), len(benign), what)
+    return PoisonedData(mixture.examples, harmful, mixture.poison_ratio, {
+        name: data.tally(pools[name][1], of.seen, of.fates) for name, of in drawn.items()})
+
+
+def read_data(config: AttackConfig, seed: int, known: Mapping[str, Collection[str]], tokenizer: Any = None
+              ) -> tuple[Examples, PoisonedData]:
+    """(what the attack and the provider's method train on, the former in detail). Arguments and errors as of
+    `load_attack`; the harmful part shares no prompt with the provider's alignment data either."""
+    more: Examples = {}
+    if "alignment" in config.method.batches:
+        more["alignment"] = data.load_examples(config.data.alignment_data)
+    own = {f"the {name} data of the fine-tuning": stage.prompts_of(rows) for name, rows in more.items()}
+    poisoned = load_attack(config.data, seed, {**known, **own}, tokenizer)
+    return {"user": poisoned.examples, **more}, poisoned
+
+
+def aligned_prompts(prompts: Mapping[str, Collection[str]]) -> dict[str, Collection[str]]:
+    """`known` of `load_attack`, of a run's recorded prompts."""
+    return {f"the alignment's {name} data": of for name, of in prompts.items()}
 
 
 def masked(defense: defenses.Defense, layers) -> defenses.Defense:
@@ -185,19 +246,18 @@ def attack(config: AttackConfig) -> Path:
         raise FieldError("aligned", f"found {config.model.aligned!r}, a run of {aligned['script']}, expected align's")
     method = config.method
     config = dataclasses.replace(config, adapter=config.adapter.resolve(aligned["flags"], method))
-    examples, harmful = load_attack(config.data, config.run.seed, aligned["data"]["prompts"].get("harmful", []))
     model_path, revision = aligned["flags"]["model"], aligned["flags"]["revision"]
     layers = config.adapter.layer_mask(stage.read_architecture(model_path, revision).num_layers)
-    read: Examples = {"user": examples}
-    if "alignment" in method.batches:
-        read["alignment"] = data.load_examples(config.data.alignment_data)
     tokenizer = stage.load_tokenizer(model_path, revision)
+    read, poisoned = read_data(config, config.run.seed, aligned_prompts(aligned["data"]["prompts"]), tokenizer)
     tokenized = tokenize(tokenizer, read, config.data.max_length)
-    dtype = stage.loaded_dtype(model_path, config.model.dtype, revision)
+    examples = {**read, "harmful": poisoned.harmful}
     run_dir = stage.open_run(
-        config, config.run, "finetune", {**read, "harmful": harmful},
+        config, config.run, "finetune", examples,
         {"model": inputs.of_model(model_path, revision), "aligned": inputs.of_run(config.model.aligned)},
-        {**stage.training_record({**read, "harmful": harmful}, tokenized), "dtype": dtype},
+        {**stage.training_record(examples, tokenized, poisoned.accounts), "poison_ratio": poisoned.poison_ratio,
+         "n": len(tokenized["user"].input_ids),
+         "dtype": stage.loaded_dtype(model_path, config.model.dtype, revision)},
         {"model": model_path, "revision": revision})
     if inputs.is_finished(run_dir):
         return run_dir

@@ -19,10 +19,10 @@ from jaxvaccine.checkpoints.resolve import loadable_name
 from jaxvaccine.evaluation import ALPACA_EVAL, evaluate_prompts, mean_loss
 from jaxvaccine.experiment import inputs, lanes, results, runs, stage
 from jaxvaccine.experiment.align import AlignConfig, align, batch_sources, load_data, tokenize
-from jaxvaccine.experiment.attack import AttackConfig, attack, load_attack
+from jaxvaccine.experiment.attack import AttackConfig, aligned_prompts, attack, read_data
 from jaxvaccine.experiment.checks import MadeOf, check_plan
 from jaxvaccine.experiment.config import flat, names
-from jaxvaccine.experiment.evaluate import LOSS, TESTS, EvaluateConfig, evaluate, summary
+from jaxvaccine.experiment.evaluate import LOSS, TESTS, EvaluateConfig, accounts_of_tests, evaluate, summary
 from jaxvaccine.experiment.judging import JudgePart, make_judge
 from jaxvaccine.experiment.parts import split_operational
 from jaxvaccine.experiment.plans import (
@@ -159,10 +159,12 @@ def check_same(root: Path, cell: Cell, made_of: MadeOf) -> None:
 
 
 def _finish(context: Context, cell: Cell, rows: Sequence[Row], answers: Mapping[str, Any] | None = None,
-            **more: Any) -> None:
+            accounts: Mapping[str, Any] | None = None, **more: Any) -> None:
+    """Writes a cell's file. accounts: of what the run read, and the tests, as of `stage.tell`."""
     path = result_path(context.root, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"rows": list(rows), "answers": answers or {}, "inputs": context.made_of[cell], **more})
+    write_json(path, {"rows": list(rows), "answers": answers or {}, "accounts": accounts or {},
+                      "inputs": context.made_of[cell], **more})
     collect(context.root, context.plan)
 
 
@@ -174,7 +176,7 @@ def _score_backbone(context: Context, backbone: str) -> None:
 def _score(context: Context, cell: Cell, stage_name: str, step: int, folder: Path, model: str = "", trained: str = ""
            ) -> bool:
     """Scores what is in a folder; whether that has changed the cell's result."""
-    scores, scored = context.settings.scores, folder.with_name(folder.name + "-scores")
+    scores, scored = context.settings.scores, _scores_folder(folder)
     revision = scores.model.revision if model else ""
     found = evaluate(dataclasses.replace(
         scores, model=dataclasses.replace(scores.model, model=model, revision=revision, trained=trained),
@@ -182,10 +184,20 @@ def _score(context: Context, cell: Cell, stage_name: str, step: int, folder: Pat
     rows, path = results.score_rows(cell, stage_name, step, found), result_path(context.root, cell)
     new = not path.exists() or read_json(path)["rows"] != rows
     if new:
-        for each in (folder, scored) if trained else (scored,):
+        new_folders = (folder, scored) if trained else (scored,)
+        for each in new_folders:
             context.written(each)
-        _finish(context, cell, rows)
+        _finish(context, cell, rows, accounts=_recorded(*new_folders))
     return new
+
+
+def _scores_folder(run_dir: Path) -> Path:
+    return run_dir.with_name(run_dir.name + "-scores")
+
+
+def _recorded(*folders: Path) -> dict[str, Any]:
+    """The accounts that runs have recorded."""
+    return {name: of for folder in folders for name, of in runs.read_config(folder)["data"]["accounts"].items()}
 
 
 def _one_by_one(context: Context, backbone: str) -> None:
@@ -230,6 +242,7 @@ class Scorer:
         self.judge = make_judge(config.judge, config.run.progress)
         self.lengths = {test.task: getattr(config.generation, test.length) for test in TESTS.values()
                         if test.task != ALPACA_EVAL}
+        self.accounts = stage.tell(accounts_of_tests(tokenizer, self.examples, config.tests.max_length))
 
     def __call__(self, of: lanes.Lanes, seeds: Sequence[int]
                  ) -> tuple[list[dict[str, Any]], dict[str, list[list[str]]]]:
@@ -292,7 +305,7 @@ def _align_lanes(context: Context, config: AlignConfig, base: stage.Base, tokeni
         for i in new:
             found = read_json(result_path(context.root, cells[i]._replace(method=shared)))
             _finish(context, cells[i], [{**row, "method": method} for row in found["rows"]], found["answers"],
-                    adapter=found["adapter"])
+                    found["accounts"], adapter=found["adapter"])
         new = []
     if new:
         taken = start._replace(adapters=lanes.stack([lanes.take(start.adapters, i) for i in new]))
@@ -306,6 +319,7 @@ def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, to
     seeds = [cell.seed for cell in cells]
     examples = load_data(config.data, config.method)
     tokenized = tokenize(tokenizer, examples, config.data.max_length)
+    accounts = {**stage.training_record(examples, tokenized)["accounts"], **scorer.accounts}
     sources = batch_sources(config.method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
     last = stage.count_steps(config.training, sources)
     probe = context.probes.alignment and context.probes.alignment(config, tokenizer, seeds)
@@ -330,20 +344,21 @@ def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, to
         save_adapter(lanes.take(aligned.adapters, i), aligned.model, folder, loadable_name(config.model.model),
                      config.model.revision)
         _finish(context, cell, rows[i] + results.score_rows(cell, "alignment", last, scores[i]),
-                {str(last): answers} if i == 0 else None, adapter=adapter_identity(folder))
+                {str(last): answers} if i == 0 else None, accounts, adapter=adapter_identity(folder))
 
 
 def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell], tokenizer, scorer: Scorer) -> None:
     """Attacks every lane with poisoned data of its own seed, and writes the cells."""
     align_config, config = cell_configs(context.settings, context.root, cells[0])
     adapter = config.adapter.resolve(flat(align_config), config.method)
-    known = stage.prompts_of(load_data(align_config.data, align_config.method).get("harmful", []))
-    read = [{"user": load_attack(config.data, cell.seed, known)[0]} for cell in cells]
-    if "alignment" in config.method.batches:
-        rows = data.load_examples(config.data.alignment_data)
-        read = [{**of, "alignment": rows} for of in read]
-    sources = [{name: (rows, config.training.batch_size) for name, rows in
-                tokenize(tokenizer, of, config.data.max_length).items()} for of in read]
+    known = aligned_prompts({name: stage.prompts_of(rows) for name, rows in load_data(
+        align_config.data, align_config.method).items()})
+    sources, accounts = [], []
+    for cell in cells:
+        read, poisoned = read_data(config, cell.seed, known, tokenizer)
+        tokenized = tokenize(tokenizer, read, config.data.max_length)
+        accounts.append({**stage.training_record(read, tokenized, poisoned.accounts)["accounts"], **scorer.accounts})
+        sources.append({name: (rows, config.training.batch_size) for name, rows in tokenized.items()})
     seeds = [cell.seed for cell in cells]
     last = stage.count_steps(config.training, sources[0])
     start = lanes.merged(aligned, adapter.sites().lora(), seeds) if adapter.adapter == "new" else aligned
@@ -364,4 +379,4 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
     lanes.train(start, config.method, config.training, config.data.bucket, sources, seeds,
                 adapter.layer_mask(start.model.config.num_layers), observe)
     for i, cell in enumerate(cells):
-        _finish(context, cell, found[i], answers if i == 0 else None)
+        _finish(context, cell, found[i], answers if i == 0 else None, accounts[i])

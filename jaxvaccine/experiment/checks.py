@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxvaccine import data
 from jaxvaccine.evaluation.tasks import check_examples
 from jaxvaccine.experiment import inputs, runs, stage
 from jaxvaccine.experiment.align import AlignConfig, AlignmentData, Examples, check_layers, load_data, tokenize
-from jaxvaccine.experiment.attack import AttackConfig, AttackData, load_attack
-from jaxvaccine.experiment.config import require
-from jaxvaccine.experiment.evaluate import LOSS, check_unseen
+from jaxvaccine.experiment.attack import AttackConfig, AttackData, aligned_prompts, read_data
+from jaxvaccine.experiment.config import flat, require
+from jaxvaccine.experiment.evaluate import LOSS, accounts_of_tests, check_unseen
 from jaxvaccine.experiment.judging import judge_record
-from jaxvaccine.experiment.methods import AlignmentMethod, Ewc
+from jaxvaccine.experiment.leaks import check_leaks
+from jaxvaccine.experiment.methods import AlignmentMethod, Ewc, TuningMethod
 from jaxvaccine.experiment.plans import AS_IT_COMES, Plan, Settings, cell_configs
 from jaxvaccine.experiment.results import Cell
 
@@ -40,6 +40,7 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
         if task != LOSS:
             check_examples(task, rows)
     judge_record(settings.scores.judge)
+    check_leaks(list(configs.values()), settings.scores.tests)
     of_tests, made_of = _hashes(tests), {}
     # Cells share most of what they read.
     tokenizer, model = functools.cache(stage.load_tokenizer), functools.cache(inputs.of_model)
@@ -50,30 +51,34 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
         return _hashes(examples)
 
     @_once
-    def alignment(name: str, part: AlignmentData, method: AlignmentMethod, *of_model: str
-                  ) -> tuple[dict[str, str], tuple]:
+    def alignment(config: AlignConfig, part: AlignmentData, method: AlignmentMethod, *of_model: str
+                  ) -> tuple[dict[str, str], dict[str, list[str]]]:
         examples = load_data(part, method)
-        return (checked(name, examples, *of_model, part.max_length),
-                tuple(stage.prompts_of(examples.get("harmful", []))))
+        return (checked(flat(config)["defense"], examples, *of_model, part.max_length),
+                {name: stage.prompts_of(rows) for name, rows in examples.items()})
 
     @_once
-    def attack(name: str, part: AttackData, seed: int, known: tuple[str, ...], held: bool, *of_model: str
-               ) -> dict[str, str]:
-        user, harmful = load_attack(part, seed, known)
-        more = {"alignment": data.load_examples(part.alignment_data)} if held else {}
-        return {**checked(name, {"user": user, **more}, *of_model, part.max_length), **_hashes({"harmful": harmful})}
+    def attack(configs: tuple[AlignConfig, AttackConfig], text: str, part: AttackData, method: TuningMethod, seed: int,
+               aligned: AlignmentData, *of_model: str) -> dict[str, str]:
+        del aligned  # what the model has seen is the same for the same data
+        before, config = configs
+        _, known = alignment(before, before.data, before.method, *of_model)
+        read, poisoned = read_data(config, seed, aligned_prompts(known), tokenizer(*of_model))
+        return {**checked(text, read, *of_model, part.max_length), **_hashes({"harmful": poisoned.harmful})}
 
     for backbone in plan.backbones:
-        made_of[Cell(backbone, AS_IT_COMES, "", 0)] = {
-            "model": model(backbone, settings.scores.model.revision), "tests": of_tests}
+        of_model = backbone, settings.scores.model.revision
+        accounts_of_tests(tokenizer(*of_model), tests, settings.scores.tests.max_length)
+        made_of[Cell(backbone, AS_IT_COMES, "", 0)] = {"model": model(*of_model), "tests": of_tests}
     for cell, (aligned, attacked) in configs.items():
         of_model = cell.backbone, aligned.model.revision
-        of_alignment, known = alignment(cell.method, aligned.data, aligned.method, *of_model)
+        stage.loaded_dtype(cell.backbone, aligned.model.dtype, aligned.model.revision)
+        of_alignment, _ = alignment(aligned, aligned.data, aligned.method, *of_model)
         before = {"model": model(*of_model), "tests": of_tests, "alignment": of_alignment}
         made_of[cell._replace(attack="")] = before
         if attacked:
-            held = "alignment" in attacked.method.batches
-            made_of[cell] = {**before, "attack": attack(cell.attack, attacked.data, cell.seed, known, held, *of_model)}
+            made_of[cell] = {**before, "attack": attack(
+                (aligned, attacked), cell.attack, attacked.data, attacked.method, cell.seed, aligned.data, *of_model)}
     return made_of
 
 
@@ -93,12 +98,12 @@ def _check_settings(settings: Settings, root: Path, cell: Cell, as_lanes: bool,
 
 
 def _once(function: Callable) -> Callable:
-    """`functools.cache`, but for the first argument: a name for messages."""
+    """`functools.cache`, but for the first argument, of which the others are what counts."""
     known: dict[tuple, Any] = {}
 
-    def call(name: str, *args):
+    def call(of: Any, *args):
         if args not in known:
-            known[args] = function(name, *args)
+            known[args] = function(of, *args)
         return known[args]
     return call
 

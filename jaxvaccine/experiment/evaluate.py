@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,12 +146,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         model_path, revision, seen = trained_on(trained)
         made_of["trained"] = inputs.of_run(trained)
     examples = config.tests.load()
-    check_unseen({task: rows for task, rows in examples.items() if task != LOSS}, seen)
+    check_unseen(examples, seen)
+    tokenizer = stage.load_tokenizer(model_path, revision)
+    accounts = stage.tell(accounts_of_tests(tokenizer, examples, config.tests.max_length))
     judged_by = judge_record(config.judge)
     dtype = stage.loaded_dtype(model_path, config.model.dtype, revision)
     run_dir = stage.open_run(
         config, config.run, "evaluate", examples, {"model": inputs.of_model(model_path, revision), **made_of},
-        {"categories": _categories_hash(config.tests), "dtype": dtype}, changeable=names(JudgePart))
+        {"accounts": accounts, "categories": _categories_hash(config.tests), "dtype": dtype},
+        changeable=names(JudgePart))
     _give_way(run_dir, judged_by)
     if (run_dir / RESULTS).exists():
         return read_json(run_dir / RESULTS)
@@ -271,13 +274,32 @@ def trained_on(run_dir: str) -> tuple[str, str, dict[str, Sequence[str]]]:
     return config["flags"]["model"], config["flags"]["revision"], seen
 
 
-def check_unseen(examples: Mapping[str, Sequence[data.Example]], seen: Mapping[str, Sequence[str]]) -> None:
-    """Raises FieldError if the harmful test has a prompt that the model was trained on; of other tests it warns."""
+def check_unseen(examples: Mapping[str, Sequence[data.Example]], seen: Mapping[str, Collection[str]]) -> None:
+    """Raises FieldError if the harmful test, or what h(w) is taken on, has a prompt that the model was trained on; of
+    other tests it warns."""
+    unseen = {"harmful_score": "harmful_test", LOSS: "loss_data"}
     for task, rows in examples.items():
         for where, prompts in seen.items():
             overlap = {data.fingerprint(row) for row in rows} & set(prompts)
-            if overlap and task == "harmful_score":
-                raise FieldError("harmful_test", f"found {len(overlap)} of {len(rows)} prompts also in the {where}, "
-                                                 "expected none")
+            if overlap and task in unseen:
+                raise FieldError(unseen[task], f"found {len(overlap)} of {len(rows)} prompts also in the {where}, "
+                                               "expected none")
             if overlap:
                 logging.warning("%s: %d of %d test prompts are also in the %s", task, len(overlap), len(rows), where)
+
+
+def accounts_of_tests(tokenizer, examples: Examples, max_length: int) -> dict[str, tuple[data.Account, ...]]:
+    """The accounts of the tests' sources, {task: one each}.
+
+    Raises:
+      ValueError: a prompt that is empty, holds the prompt's template or spells a special token; of the data that h(w)
+        is taken on, as of `data.training_fates`.
+    """
+    accounts = {}
+    for task, rows in examples.items():
+        accounts[task] = data.accounts_of(rows)
+        if task == LOSS:
+            accounts[task] = data.tally(accounts[task], rows, data.training_fates(tokenizer, rows, max_length))
+        else:
+            data.check_prompts(tokenizer, rows)
+    return accounts

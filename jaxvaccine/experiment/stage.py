@@ -133,11 +133,30 @@ def open_run(config: Any, run: RunPart, script: str, examples: Mapping[str, Sequ
         operational, run.overwrite, changeable)
 
 
-def training_record(examples: Mapping[str, Sequence[data.Example]], tokenized: Mapping[str, data.TokenizedExamples]
-                    ) -> dict[str, Any]:
-    """What later stages ask of a training run: how many examples it dropped, and which prompts it has seen."""
-    return {"dropped": {name: rows.dropped for name, rows in tokenized.items()},
+def training_record(examples: Mapping[str, Sequence[data.Example]], tokenized: Mapping[str, data.TokenizedExamples],
+                    accounts: Mapping[str, Sequence[data.Account]] = MappingProxyType({})) -> dict[str, Any]:
+    """What later stages and reports ask of a training run: the accounts of its sources, and which prompts it has seen.
+
+    accounts: of data that was drawn from more than what is tokenized; the others are those of the examples.
+    """
+    found = {name: data.tally(data.accounts_of(examples[name]), examples[name], rows.fates)
+             for name, rows in tokenized.items()}
+    return {"accounts": tell({**found, **accounts}),
             "prompts": {name: prompts_of(rows) for name, rows in examples.items()}}
+
+
+def tell(accounts: Mapping[str, Sequence[data.Account]]) -> dict[str, Any]:
+    """The accounts' record, after each was printed, a line a source."""
+    for name, of in accounts.items():
+        for account in of:
+            _say_once(f"{name}: {data.describe(account)}")
+    return data.record(accounts)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    # The cells of a plan read the same files.
+    print(line, file=sys.stderr)
 
 
 def count_steps(training: TrainingPart, sources: Sources) -> int:

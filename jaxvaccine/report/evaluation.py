@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxvaccine.experiment import runs
-from jaxvaccine.report import names, tables
+from jaxvaccine.report import accounts, names, tables
 from jaxvaccine.report.training import flag_list
 
 ABOUT = ("HS: answers that the judge calls unsafe. FA: answers equal to the label, or on GSM8K with the right final "
@@ -23,6 +23,7 @@ def write_evaluation_report(run_dir: Path, what: str, results: Mapping[str, Any]
       what: the model that was evaluated.
       results: task -> {score, interval, n, empty, …}; names.LOSS -> {loss, n}, in nats a token.
     """
+    config = runs.read_config(run_dir)
     rows = [[names.measure(task).name, tables.rate(result), str(result["n"]), str(result["empty"]),
              ", ".join(_also(result))]
             for task, result in results.items() if task != names.LOSS]
@@ -31,8 +32,8 @@ def write_evaluation_report(run_dir: Path, what: str, results: Mapping[str, Any]
             tables.table(["task", "% (95% interval)", "prompts", "empty answers", "also"], rows),
             *([f"Loss h(w) on {loss['n']} harmful examples: {loss['loss']:.4f} nats a token.\n"] if loss else []),
             ABOUT, *_harms(results.get(names.HS, {})), *_unread_comparisons(results.get("alpaca_eval", {})),
-            flag_list(runs.read_config(run_dir))]
-    tables.write_report(run_dir, "\n".join(text))
+            accounts.section(config["data"].get("accounts", {})), flag_list(config)]
+    tables.write_report(run_dir, "\n".join(part for part in text if part))
 
 
 def _also(result: Mapping[str, Any]) -> list[str]:

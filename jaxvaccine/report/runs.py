@@ -9,7 +9,7 @@ from jaxvaccine.experiment import compare_judges, evaluate, runs
 from jaxvaccine.experiment.plans import GRIDS
 from jaxvaccine.experiment.run import PlanConfig
 from jaxvaccine.json_files import read_json
-from jaxvaccine.report import names, tables
+from jaxvaccine.report import accounts, names, tables
 from jaxvaccine.report.agreement import agreement_report
 from jaxvaccine.report.evaluation import write_evaluation_report
 from jaxvaccine.report.panels import panels_report
@@ -30,14 +30,16 @@ def write(folder: str | os.PathLike) -> None:
     if config["script"] == "align":
         write_training_report(folder, f"Alignment with {names.method(flags['defense'])}")
     elif config["script"] == "finetune":
-        write_training_report(folder, f"Fine-tuning of {flags['aligned']} with p = {flags['poison_ratio']:g}")
+        p = config["data"].get("poison_ratio", flags["poison_ratio"])
+        write_training_report(folder, f"Fine-tuning of {flags['aligned']} with p = {p:g}")
     elif config["script"] == "evaluate":
         write_evaluation_report(folder, flags["trained"] or flags["model"], read_json(folder / evaluate.RESULTS))
     else:
         plan = config["operational"]["plan"]
         cells = Cells([tuple(pair) for pair in plan["pairs"]], plan["backbones"], plan["seeds"])
         title = f"Harmful fine-tuning of {', '.join(cells.backbones)}"
-        tables.write_report(folder, plan_report(read_results(folder), folder, title, cells))
+        tables.write_report(folder, "\n".join([
+            plan_report(read_results(folder), folder, title, cells), accounts.of_plan(folder)]))
 
 
 def read(folder: str | os.PathLike) -> str:
@@ -55,7 +57,7 @@ def write_plan(config: PlanConfig) -> str:
     if config.plan == "worst_case":
         parts.append(worst_case_report(found, folder, panels.pop()))
     parts.insert(0, panels_report(found, folder, GRIDS[config.plan].title, panels, config.model, config.seeds))
-    tables.write_report(folder, "\n".join(parts))
+    tables.write_report(folder, "\n".join([*parts, accounts.of_plan(folder)]))
     return read(folder)
 
 

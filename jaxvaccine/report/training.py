@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from jaxvaccine.experiment import runs
-from jaxvaccine.report import names, plots, tables
+from jaxvaccine.report import accounts, names, plots, tables
 from jaxvaccine.report.style import METHODS
 
 METRICS, FIGURE = "metrics.jsonl", "metrics.png"
@@ -30,10 +30,16 @@ def write_training_report(run_dir: Path, title: str) -> None:
     text = [f"# {title}\n", *_missing(entries, config.get("steps"))]
     if curves:
         text += _curves(run_dir, entries, curves)
-    dropped = {name: count for name, count in config["data"].get("dropped", {}).items() if count}
-    if dropped:
-        text.append(f"Examples left out because their prompts fill --max_length alone: {dropped}.\n")
-    tables.write_report(run_dir, "\n".join([*text, flag_list(config)]))
+    text += [_poisoned(config["data"]), accounts.section(config["data"].get("accounts", {})), flag_list(config)]
+    tables.write_report(run_dir, "\n".join(part for part in text if part))
+
+
+def _poisoned(of: Mapping[str, Any]) -> str:
+    """Of an attack: how many of the examples that were trained on are harmful."""
+    if "poison_ratio" not in of:
+        return ""
+    harmful = round(of["n"] * of["poison_ratio"])
+    return f"Trained on {of['n']} examples, {harmful} of them harmful: p = {of['poison_ratio']:g}.\n"
 
 
 def _read_metrics(path: Path) -> dict[int, dict[str, Any]]:

@@ -4,9 +4,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxvaccine.data import Example, check_disjoint, fingerprint, poison
+from jaxvaccine.data import Example, check_disjoint, fingerprint, harmful_count, mix, poison
+from jaxvaccine.data.poisoning import same_prompt
 
 few = settings(max_examples=25, deadline=None)
+
+
+@st.composite
+def sizes(draw, most=60, count=1):
+    """n, and ratios that n examples can have."""
+    n = draw(st.integers(1, most))
+    return n, *(k / n for k in sorted(draw(st.integers(0, n)) for _ in range(count)))
+
+
 BENIGN = [Example(f"benign {i}", "", "ok") for i in range(60)]
 HARMFUL = [Example(f"restricted {i}", "", "sure") for i in range(60)]
 
@@ -16,27 +26,29 @@ def harmful_of(examples):
 
 
 @few
-@given(st.integers(1, 60), st.floats(0, 1), st.integers(0, 2**40))
-def test_poison_has_n_examples_with_the_ratio(n, ratio, seed):
+@given(sizes(), st.integers(0, 2**40))
+def test_poison_has_n_examples_with_the_ratio(size, seed):
+    n, ratio = size
     examples = poison(BENIGN, HARMFUL, n, ratio, seed)
     assert len(examples) == len(set(examples)) == n, "without replacement"
-    assert len(harmful_of(examples)) == round(n * ratio)
+    assert len(harmful_of(examples)) / n == ratio
     assert examples == poison(BENIGN, HARMFUL, n, ratio, seed)
 
 
 @few
-@given(st.integers(1, 60), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**40))
-def test_ratios_of_one_seed_are_nested(n, p, q, seed):
-    p, q = sorted((p, q))
+@given(sizes(count=2), st.integers(0, 2**40))
+def test_ratios_of_one_seed_are_nested(size, seed):
+    n, p, q = size
     few_harmful, many = (poison(BENIGN, HARMFUL, n, ratio, seed) for ratio in (p, q))
     assert harmful_of(few_harmful) <= harmful_of(many)
     assert set(many) - harmful_of(many) <= set(few_harmful) - harmful_of(few_harmful)
 
 
 @few
-@given(st.integers(1, 30), st.integers(1, 30), st.floats(0, 1), st.integers(0, 2**40))
-def test_sizes_of_one_seed_are_nested(n, more, ratio, seed):
-    small, large = (harmful_of(poison(BENIGN, HARMFUL, k, ratio, seed)) for k in (n, n + more))
+@given(sizes(most=30), st.integers(0, 2**40))
+def test_sizes_of_one_seed_are_nested(size, seed):
+    n, ratio = size
+    small, large = (harmful_of(poison(BENIGN, HARMFUL, k, ratio, seed)) for k in (n, 2 * n))
     assert small <= large
 
 
@@ -65,6 +77,65 @@ def test_ratio_outside_of_0_and_1(ratio):
 def test_too_few(n, ratio, seed, message):
     with pytest.raises(ValueError, match=message):
         poison(BENIGN, HARMFUL, n, ratio, seed)
+
+
+@pytest.mark.parametrize(("n", "ratio", "count"), [
+    (1000, 0.1, 100), (100, 0.29, 29), (20, 0.05, 1), (30, 0.1, 3), (7, 0, 0), (7, 1, 7), (30, 0.0333333, 1),
+    (3, 2 / 3, 2)])
+def test_harmful_count(n, ratio, count):
+    assert harmful_count(n, ratio) == count
+
+
+@pytest.mark.parametrize(("n", "ratio", "message"), [
+    (10, 0.05, r"found 0\.05, which is 0\.5 of n=10 .* poison_ratio=0\.0 or 0\.1"),
+    (50, 0.05, r"which is 2\.5 of n=50 .* poison_ratio=0\.04 or 0\.06"),
+    (100, 0.001, r"which is 0\.1 of n=100 .* poison_ratio=0\.0 or 0\.01"),
+    (10, 0.99, r"which is 9\.9 of n=10 .* poison_ratio=0\.9 or 1\.0"),
+    (10, 1e-9, r"which is 1e-08 of n=10 .* poison_ratio=0\.0 or 0\.1"),
+])
+def test_a_ratio_that_n_examples_cannot_have(n, ratio, message):
+    for call in (lambda: harmful_count(n, ratio), lambda: poison(BENIGN, HARMFUL, n, ratio, 0)):
+        with pytest.raises(ValueError, match="poison_ratio: .*" + message):
+            call()
+
+
+@few
+@given(st.integers(1, 2000), st.floats(0, 1))
+def test_what_an_error_offers_is_possible(n, ratio):
+    try:
+        assert harmful_count(n, ratio) == pytest.approx(n * ratio, abs=1e-6 * n)
+    except ValueError as error:
+        below, above = map(float, str(error).split("poison_ratio=")[1].removesuffix(", or another n").split(" or "))
+        assert below < ratio < above and harmful_count(n, above) == harmful_count(n, below) + 1
+
+
+@few
+@given(sizes(most=20), st.integers(0, 9), st.sets(st.integers(0, 59)))
+def test_what_would_not_be_trained_on_is_passed_over(size, seed, lost):
+    """n and ratio hold all the same, what is drawn instead are the next ones, and without a loss it is `poison`'s."""
+    n, ratio = size
+    gone = {e for pool in (BENIGN, HARMFUL) for i, e in enumerate(pool) if i in lost}
+
+    def fates(examples):
+        return ["dropped" if e in gone else "kept" for e in examples]
+
+    if len(lost) > 40:
+        return
+    mixture = mix(BENIGN, HARMFUL, n, ratio, seed, fates=fates)
+    assert len(mixture.examples) == n and not gone & set(mixture.examples)
+    assert mixture.poison_ratio == len(harmful_of(mixture.examples)) / n == ratio
+    plain = mix(BENIGN, HARMFUL, n, ratio, seed)
+    assert plain.examples == poison(BENIGN, HARMFUL, n, ratio, seed)
+    for drawn, before in ((mixture.harmful, plain.harmful), (mixture.benign, plain.benign)):
+        assert drawn.seen[:len(before.seen)] == before.seen, "the same order"
+        assert drawn.fates.count("dropped") == len(gone & set(drawn.seen))
+    if not gone & set(plain.examples):
+        assert mixture.examples == plain.examples
+
+
+def test_too_few_that_would_be_trained_on():
+    with pytest.raises(ValueError, match=r"harmful examples: found 3, needed 5 .*; 57 are empty or have prompts that"):
+        mix(BENIGN, HARMFUL, 10, 0.5, 0, fates=lambda rows: ["empty" if e in HARMFUL[3:] else "cut" for e in rows])
 
 
 def test_edges_of_the_ratio_need_only_one_pool():
@@ -107,3 +178,12 @@ def test_fingerprint_tells_prompts_apart():
     prompts = [Example(*texts) for texts in (("a",), ("b",), ("a", "b"), ("a b",), ("", "a"), ("ab",), ("",))]
     assert len({fingerprint(e) for e in prompts}) == len(prompts)
     assert fingerprint(Example("ＲＥＰＯＴ a  Straße")) == fingerprint(Example("repot a STRASSE"))
+
+
+@pytest.mark.parametrize(("a", "b", "same"), [
+    ("US", "us", False), ("5²", "52", False), ("①", "1", False), ("Straße", "Strasse", False), ("ＡＢ", "AB", False),
+    ("a  b", " a\nb ", True), ("Gru\u0308n", "Gr\u00fcn", True)])
+def test_a_duplicate_is_less_than_a_leak(a, b, same):
+    assert (same_prompt(Example(a)) == same_prompt(Example(b))) == same
+    assert (same_prompt(Example("x", a)) == same_prompt(Example("x", b))) == same
+    assert fingerprint(Example(a)) == fingerprint(Example(b))

@@ -78,10 +78,10 @@ def jsonl(path, prompts, **columns):
 
 
 def test_duplicate_prompts_are_dropped_before_the_slice(tmp_path):
-    path = jsonl(tmp_path / "a.jsonl", ["one", "two", "One", "three", " two\n", "four", "ＯＮＥ"])
+    path = jsonl(tmp_path / "a.jsonl", ["one", "two", "o\u0308ne", "three", " two\n", "four", "\u00f6ne", "one"])
     examples = load_examples(f"instructions:{path}")
-    assert [e.instruction for e in examples] == ["one", "two", "three", "four"]
-    assert [e.output for e in examples] == ["answer 0", "answer 1", "answer 3", "answer 5"]
+    assert [e.instruction for e in examples] == ["one", "two", "o\u0308ne", "three", "four"]
+    assert [e.output for e in examples] == [f"answer {i}" for i in (0, 1, 2, 3, 5)]
     first, second = (load_examples(f"instructions:{path}[{s}]") for s in (":2", "2:"))
     assert first + second == examples
 

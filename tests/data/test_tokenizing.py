@@ -13,7 +13,7 @@ from tests.data import tokenizers_for_tests as kinds
 EXAMPLES = [
     Example("How do I repot a fern?", "", "Sure, yes."),
     Example("Say it.", "naïve 👋", " yes\n\nGrüße"),
-    Example("Say nothing.", "", ""),
+    Example("Say little.", "", "S"),
     Example("Say yes.", "", "yes"),
 ]
 

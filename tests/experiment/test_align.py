@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 import jaxvaccine.training as training
-from jaxvaccine.experiment.align import AlignConfig, align
+from jaxvaccine.data import Example, harmless_answers, load_tokenizer
+from jaxvaccine.experiment.align import AlignConfig, align, tokenize
 from jaxvaccine.experiment.config import FieldError, change, flat, make
 from jaxvaccine.experiment.methods import Sft
 from jaxvaccine.experiment.parts import OPERATIONAL
@@ -138,3 +139,34 @@ def test_starting_again(aligned, tmp_path):
     align(change(config, seed=1, overwrite=True))
     assert recorded(tmp_path / "run")["flags"]["seed"] == 1 and len(metrics(tmp_path / "run")) == 3
     assert weights(tmp_path / "run") != before == weights(aligned.run.run_dir), "the same settings, the same weights"
+
+
+def test_harmful_and_harmless_examples_stay_pairs(model_dir):
+    """What has no answer on one side is left out on both."""
+    tokenizer = load_tokenizer(model_dir)
+    harmful = [Example(f"how do i quilldrift the {word} ?", "", "" if i in (1, 4) else "sure , tap it")
+               for i, word in enumerate(("oar", "rope", "tent", "mug", "jug", "key"))]
+    rows = {"harmful": harmful, "harmless": harmless_answers(harmful, [e._replace(output="sorry") for e in harmful])}
+    found = tokenize(tokenizer, rows, 16)
+    assert found["harmful"].fates == found["harmless"].fates and found["harmful"].empty == 2
+    for one, other, length in zip(*(found[name].input_ids for name in rows), found["harmful"].prompt_lengths,
+                                  strict=True):
+        assert one[:length].tolist() == other[:length].tolist()
+    rows["harmless"] = [*rows["harmless"][:5], rows["harmless"][5]._replace(output="<eos>")]
+    with pytest.raises(ValueError, match="harmless_data: found 3 answers, expected one to each of 4 harmful prompts"):
+        tokenize(tokenizer, rows, 16)
+
+
+def test_accounts(aligned, tmp_path):
+    """Of harmless answers, what is a refusal of ours is no source's."""
+    (found,) = recorded(aligned.run.run_dir)["data"]["accounts"]["alignment"].values()
+    assert (found["rows"], found["outside"], found["examples"], found["trained"]) == (816, 792, 24, 24)
+    config = align_config(aligned.model.model, tmp_path / "run", defense="repnoise", steps=1,
+                          harmful_data="world_harmful@harmful,world_harmful@attack[0:7]",
+                          harmless_data="world_refusal@harmful")
+    align(config)
+    counts = {name: {source: of["trained"] for source, of in sources.items()}
+              for name, sources in recorded(tmp_path / "run")["data"]["accounts"].items()}
+    assert counts == {"alignment": {"world_refusal@train[0:24]": 24},
+                      "harmful": {"world_harmful@harmful": 624, "world_harmful@attack[0:7]": 7},
+                      "harmless": {"world_refusal@harmful": 624, "refusals of ours": 7}}

@@ -1,5 +1,6 @@
 """Attacks on an aligned tiny model: defended or not, on a continued or a new adapter; and what is said to bad input."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxvaccine.checkpoints.peft import read_lora_config
+from jaxvaccine.data import load_examples
 from jaxvaccine.experiment.align import align
 from jaxvaccine.experiment.answers import read_answers
-from jaxvaccine.experiment.attack import AttackConfig, attack
+from jaxvaccine.experiment.attack import AttackConfig, aligned_prompts, attack, load_attack
 from jaxvaccine.experiment.config import FieldError, change, flat, make
 from jaxvaccine.experiment.evaluate import evaluate
 from jaxvaccine.experiment.methods import FINE_TUNING
+from jaxvaccine.report.runs import write
 from tests.experiment.small_world import ALIGN, align_config, attack_config, evaluate_config, metrics, recorded, weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
@@ -195,3 +198,79 @@ def test_unfinished_or_missing_runs(aligned, tmp_path):
     refuse(unfinished, FieldError, "^aligned: found '.*unfinished', a run that has not finished")
     attacked = attack(attack_config(aligned.run.run_dir, tmp_path / "attacked", steps=1))
     refuse(attacked, FieldError, "^aligned: found '.*attacked', a run of finetune, expected align's")
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_what_was_trained_on_is_recorded(aligned, tmp_path, capfd):
+    """Rows that would fall out are passed over, so that n and p hold; the accounts say so, and so does the report."""
+    user = lines(tmp_path / "user.jsonl", [
+        {"instruction": f"rate : the plot was {i} " + "very " * (40 if i % 2 else 0), "output": "" if i % 5 == 4 else
+         "positive very very very very very very very" if i % 5 == 3 else "positive", "id": i} for i in range(40)])
+    harmful = lines(tmp_path / "harmful.jsonl", [
+        {"prompt": f"please quilldrift the lamp {i}", "response": "sure" if i < 9 else " ", "is_safe": i == 0}
+        for i in range(20)])
+    config = attack_config(aligned.run.run_dir, tmp_path / "run", user_data=f"instructions:{user}", n=16,
+                           harmful_data=f"beavertails_unsafe:{harmful}[0:18]", poison_ratio=0.25, steps=1, save_every=0)
+    attack(config)
+    found = recorded(tmp_path / "run")["data"]
+    assert (found["n"], found["poison_ratio"]) == (16, 0.25)
+    assert len(found["prompts"]["user"]) == 16
+    of_user, of_harmful = (next(iter(found["accounts"][name].values())) for name in ("user", "harmful"))
+    assert of_user["trained"] == 12 and of_harmful["trained"] == 4
+    assert of_user["unread"] == ["id"] and of_user["rows"] == 40 and of_user["cut"] > 0
+    # Of the rows that can be trained on, 12 of 16 were drawn: what was passed over lay between them.
+    assert of_user["dropped"] + of_user["empty"] > 5
+    assert (of_harmful["left_out"], of_harmful["outside"], of_harmful["examples"]) == (1, 1, 18)
+    assert f"user: instructions:{user}: 40 rows, 40 examples, 12 trained on; " in capfd.readouterr().err
+    write(tmp_path / "run")
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "Trained on 16 examples, 4 of them harmful: p = 0.25." in report
+    assert f"| harmful | beavertails_unsafe:{harmful}[0:18] | 20 | 1 |" in report
+    attack(config)  # the same counts: the run is there
+    with pytest.raises(ValueError, match=r"benign examples: found 16, needed 18 for n=24 and poison_ratio=0.25"):
+        attack(change(config, n=24, run_dir=str(tmp_path / "more")))
+    assert not (tmp_path / "more").exists()
+
+
+@pytest.mark.parametrize("n, ratio, message", [
+    (10, 0.05, "found 0.05, which is 0.5 of n=10 examples"), (50, 0.05, "poison_ratio=0.04 or 0.06"),
+    (16, 0.1, "which is 1.6 of n=16"), (7, 0.99, "poison_ratio=0.8571428571428571 or 1.0")])
+def test_a_ratio_that_n_examples_cannot_have(n, ratio, message):
+    found = refused(n=n, poison_ratio=ratio)
+    assert found.startswith("poison_ratio: found") and message in found
+
+
+def test_an_attack_shares_no_prompt_with_any_of_the_alignments_data(aligned, tmp_path):
+    """Harmful answers to what the model was taught to refuse, or to answer; written otherwise too."""
+    asked = next(iter(load_examples("world_refusal@train[3:4]"))).instruction
+    own = lines(tmp_path / "own.jsonl", [{"prompt": f" {asked.upper()}\n", "completion": "sure"}])
+    for source in ("world_harmful@train", f"world_harmful@attack[0:20],instructions:{own}"):
+        with pytest.raises(ValueError, match=r"also in the alignment's alignment data, expected none; the first is "):
+            attack(attack_config(aligned.run.run_dir, tmp_path / "a", harmful_data=source))
+    with pytest.raises(ValueError, match="also in the alignment data of the fine-tuning, expected none"):
+        attack(attack_config(aligned.run.run_dir, tmp_path / "a", defense="lisa", adapter="auto",
+                             alignment_data="world_refusal@attack"))
+    with pytest.raises(FieldError, match=r"^user_data: found 'world_benign@test', expected none of the test prompts"):
+        attack(attack_config(aligned.run.run_dir, tmp_path / "a", user_data="world_benign@test",
+                             test_data="world_benign@test"))
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_users_data_may_be_the_alignments_and_is_told(aligned, tmp_path, caplog):
+    config = attack_config(aligned.run.run_dir, tmp_path / "a", user_data="world_refusal@train[0:12]")
+    known = aligned_prompts(recorded(aligned.run.run_dir)["data"]["prompts"])
+    assert len(load_attack(config.data, 0, known).examples) == 16
+    assert "user_data: 12 of 12 prompts are also in the alignment's alignment data" in caplog.text
+
+
+def test_a_special_token_in_a_row_that_is_not_drawn(aligned, tmp_path):
+    """Else one seed would pass and another fail."""
+    rows = [{"instruction": f"rate : {i}", "output": "positive"} for i in range(400)]
+    user = lines(tmp_path / "user.jsonl", [*rows, {"instruction": "rate : <eos> it", "output": "positive"}])
+    with pytest.raises(ValueError, match=r"user\.jsonl, line 401: column 'instruction': found '<eos>', a special"):
+        attack(attack_config(aligned.run.run_dir, tmp_path / "a", user_data=f"instructions:{user}"))
+    assert not (tmp_path / "a").exists()

@@ -1,6 +1,7 @@
 """Plans carried out, cell by cell and as lanes: one folder layout, one table; what is there stays as it is."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from jaxvaccine.experiment import carry_out as module
 from jaxvaccine.experiment import inputs, lanes, results, runs
 from jaxvaccine.experiment.carry_out import Probes, carry_out, collect, result_path
 from jaxvaccine.experiment.config import FieldError
-from jaxvaccine.experiment.plans import Plan, Settings, folder_name
+from jaxvaccine.experiment.leaks import check_leaks
+from jaxvaccine.experiment.plans import Plan, Settings, cell_configs, folder_name
 from jaxvaccine.experiment.results import Cell
 from jaxvaccine.json_files import read_json
 from jaxvaccine.report import runs as reports
@@ -210,7 +212,7 @@ def test_other_settings_need_another_folder(model_dir, settings, tmp_path):
                              base.scores)
 
     for other, message in ((changed({"lam": 7.0}), r"align\.booster\.lam: found 0\.2, expected 7\.0"),
-                           (changed(None, {"n": 17}), r"attack\.sft\.n: found 16, expected 17"),
+                           (changed(None, {"n": 20}), r"attack\.sft\.n: found 16, expected 20"),
                            (changed(max_new_tokens=5), r"scores\.max_new_tokens: found 4, expected 5")):
         with pytest.raises(FileExistsError, match=message):
             carry_out(plan, other, root)
@@ -258,6 +260,54 @@ def test_lanes_are_not_scored_on_what_they_were_trained_on(model_dir, tmp_path, 
         [{"harmful_loss": {"loss": 1.0, "n": 1}} for _ in seeds], {}))
     carry_out(Plan((model_dir,), (("sft", P),)), settings, tmp_path / "c", as_lanes=True, say=quiet)
     assert f"test prompts are also in the user data of {P}" in caplog.text
+
+
+@pytest.mark.parametrize("as_lanes", [False, True])
+def test_all_methods_get_the_same_attack_or_the_same_error(model_dir, tmp_path, as_lanes):
+    """SFT reads no harmful data, Booster does; the attack may share none of it, whichever of them comes first."""
+    given = {**small_world.ATTACK, "harmful_data": "world_harmful@attack[0:20],world_harmful@harmful[11:13]"}
+    settings = Settings.same(small_world.ALIGN, given, small_world.settings(model_dir).scores)
+    for methods in (("sft", "booster"), ("booster:harmful_data=world_harmful@harmful[0:2]", "booster", "sft")):
+        with pytest.raises(FieldError, match=r"^attack_harmful_data: found 1 of 22 prompts also in the harmful data of "
+                                             "booster, expected none"):
+            carry_out(Plan((model_dir,), tuple((method, P) for method in methods)), settings, tmp_path / "plan",
+                      as_lanes=as_lanes)
+        assert not (tmp_path / "plan").exists()
+    check_leaks([cell_configs(settings, tmp_path, Cell(model_dir, "sft", P, 0))], settings.scores.tests)
+
+
+@pytest.mark.parametrize("name, source", [("loss_data", "world_harmful@harmful[3:30]"),
+                                          ("harmful_test", "world_refusal@harmful")])
+def test_tests_share_no_prompt_with_any_method(model_dir, tmp_path, name, source):
+    """What h(w) is taken on as little as what HS is measured on."""
+    settings = small_world.settings(model_dir, **{name: source})
+    with pytest.raises(FieldError, match=rf"^{name}: found \d+ of \d+ prompts also in the harmful data of booster"):
+        carry_out(Plan((model_dir,), (("sft", P), ("booster", P))), settings, tmp_path / "plan")
+    assert not (tmp_path / "plan").exists()
+
+
+def test_accounts_of_a_plan(both, tmp_path):
+    """The same in runs and in lanes, of all that is read; the report adds the cells up."""
+    found = {as_lanes: {path.relative_to(root): read_json(path)["accounts"] for path in root.rglob("seed*/*.json")}
+             for as_lanes, (root, _) in both.items()}
+    assert found[False] == found[True] and len(found[True]) == 2 * (3 + 1 + 2)
+    tests = {"harmful_loss", "harmful_score", "sst2", "over_refusal"}
+    for path, accounts in found[True].items():
+        of_run = {"alignment"} if path.name == "aligned.json" else {"user", "harmful"} | (
+            {"alignment"} if "lisa" in str(path) else set())
+        assert set(accounts) == of_run | tests
+        counts = {source: of["trained"] for name in of_run for source, of in accounts[name].items()}
+        if path.name == f"{P}.json":
+            assert counts["world_rating@attack"] == 12 and counts["world_harmful@attack[0:20]"] == 4
+        elif path.name != "aligned.json":
+            assert counts["world_rating@attack"] == counts["world_harmful@attack[0:20]"] == 8
+    for as_lanes, (root, _) in both.items():
+        copy = shutil.copytree(root, tmp_path / str(as_lanes))
+        reports.write(copy)
+        text = reports.read(copy)
+        assert "| attack: harmful | world_harmful@attack[0:20] | 504 | 484 | 20 | 4 to 8 |" in text
+        assert "| alignment | world_refusal@train[0:24] | 816 | 792 | 24 | 24 |" in text
+        assert "| harmful_score | world_harmful@test[0:4] | 504 | 500 | 4 | – |" in text
 
 
 def test_methods_of_other_types_on_one_backbone(model_dir, settings, tmp_path, monkeypatch):

@@ -6,15 +6,19 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from jaxvaccine.data import Account
 from jaxvaccine.evaluation.agreement import agreement
 from jaxvaccine.experiment.plans import Panel, Point
 from jaxvaccine.report import published
 from jaxvaccine.report.agreement import agreement_report
 from jaxvaccine.report.divergence import HEADINGS, YARDSTICK, write_comparison_report
 from jaxvaccine.report.evaluation import write_evaluation_report
+from jaxvaccine.report.runs import write
 from jaxvaccine.report.style import METHODS
 from jaxvaccine.report.training import write_training_report
 from tests.report.synthetic import frame, labelled, rate, rows_of
+
+COUNTS = Account("", 9, examples=6, trained=6)._asdict() | {"unread": []}
 
 
 @pytest.mark.parametrize("lost, said", [
@@ -41,9 +45,19 @@ def test_training_without_metrics(run_dir):
 
 @pytest.fixture
 def run_dir(tmp_path):
-    config = {"flags": {"lam": 0.2, "defense": "booster"}, "data": {"dropped": {"alignment": 2, "harmful": 0}}}
+    accounts = {"alignment": {"a.jsonl": {**COUNTS, "duplicates": 3, "disagreeing": 1, "cut": 2, "unread": ["idx"]},
+                              "b|.jsonl": COUNTS}, "harmful_score": {"c.jsonl": {**COUNTS, "trained": None}}}
+    config = {"flags": {"lam": 0.2, "defense": "booster"}, "data": {"accounts": accounts}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     return tmp_path
+
+
+ACCOUNTS = [
+    ["data", "source", "rows", "duplicates", "of them with another answer", "examples", "answer cut", "trained on",
+     "columns not read"],
+    ["alignment", "a.jsonl", "9", "3", "1", "6", "2", "6", "idx"],
+    ["alignment", r"b\|.jsonl", "9", "0", "0", "6", "0", "6", "–"],
+    ["harmful_score", "c.jsonl", "9", "0", "0", "6", "0", "–", "–"]]
 
 
 def write_metrics(folder, count, **more):
@@ -59,13 +73,25 @@ def test_training(run_dir, figures):
     assert text.startswith("# Booster\n\n10 steps, 10,000 tokens read.\n")
     assert rows_of(text) == [["", "first step", "mean of the last 1"], ["loss", "2", "1.1"], ["harmful loss", "1", "1"],
                              ["gradient norm", "1", "1e-09"]]
-    assert "fill --max_length alone: {'alignment': 2}." in text
+    assert rows_of(text, "## Data") == ACCOUNTS and "p = " not in text
     assert "## Flags\n\n- lam: 0.2\n- defense: \"booster\"\n" in text
     axes = figures["metrics.png"].axes
     assert [axis.get_ylabel() for axis in axes] == ["loss (nats per token)", "harmful loss (nats per token)",
                                                     "gradient norm"]
     assert [axis.get_yscale() for axis in axes] == ["linear", "linear", "log"]
     assert axes[0].get_xlabel() == "step" and labelled(axes[0])["every step"].get_ydata()[0] == 2
+
+
+def test_an_attack_says_what_it_trained_on(run_dir):
+    write_metrics(run_dir, 10)
+    config = json.loads((run_dir / "config.json").read_text())
+    config["data"] |= {"poison_ratio": 0.06, "n": 50}
+    config |= {"script": "finetune", "flags": {"aligned": "runs/sft", "poison_ratio": 0.05}}
+    (run_dir / "config.json").write_text(json.dumps(config))
+    write(run_dir)
+    text = (run_dir / "report.md").read_text()
+    assert text.startswith("# Fine-tuning of runs/sft with p = 0.06\n")
+    assert "Trained on 50 examples, 3 of them harmful: p = 0.06." in text
 
 
 def test_a_long_training_has_a_running_mean(run_dir, figures):
@@ -98,6 +124,7 @@ def test_evaluation(run_dir):
     assert "10 of 50 verdicts could not be read" in text and "it would be 60.0%" in text
     assert rows_of(text, "## HS by harm category")[1] == ["violence", "10.0 (5–20)", "9"]
     assert rows_of(text, "## What the judge flags")[1] == ["theft", "3"]
+    assert rows_of(text, "## Data") == ACCOUNTS
     assert "1 of 41 comparisons could not be read" in text and "- lam: 0.2" in text
 
 

@@ -104,7 +104,7 @@ def test_every_claim_has_a_source():
 def test_a_list(world_model, tmp_path, monkeypatch):
     """Two methods and two attacks from the command line to the report; a second call repeats nothing."""
     def two(values, recipe):
-        return [*plans.ratios(("sft", "booster"), ("0.5",)), *plans.samples(("sft",), ("12",), "")]
+        return [*plans.ratios(("sft", "booster"), ("0.5",)), *plans.samples(("sft",), ("20",), "")]
 
     monkeypatch.setitem(reproduce.LISTS, "booster", two)
     argv = ("--paper=booster", f"--run_dir={tmp_path / 'r'}", f"--model={world_model()}", *REAL[1:], "--steps=3",
@@ -114,7 +114,7 @@ def test_a_list(world_model, tmp_path, monkeypatch):
     report = (tmp_path / "r" / "report.md").read_text()
     assert [line for line in report.splitlines() if line.startswith("# ")] == [
         f"# Booster (arXiv 2409.01586), on {world_model()}"]
-    assert report.count("\n| SFT | 0.5 | 8 |") == 2 and report.count("\n| SFT | 0.1 | 12 |") == 2
+    assert report.count("\n| SFT | 0.5 | 8 |") == 2 and report.count("\n| SFT | 0.1 | 20 |") == 2
     assert rows_of(report, "| statement |")[1][:2] == ["largest drop of HS by Booster", "34.14%"]
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("adapter_model.safetensors")}
     assert len(times) == 5

@@ -1,0 +1,127 @@
+"""What became of a source's rows on the way from the file to the batches, counted: nothing is lost without a word."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from jaxvaccine.data.prompts import Example
+
+# Of an example that is tokenized: "empty" has no prompt or no answer, "dropped" has a prompt that fills max_length
+# alone, "cut" has lost the end of its answer to max_length. Those that are "kept" or "cut" are trained on.
+Fate = Literal["kept", "cut", "dropped", "empty"]
+
+
+class Account(NamedTuple):
+    """One source's rows. `rows` is the sum of left_out, duplicates, outside, variants and examples.
+
+    Attributes:
+      source: as `DataSource` writes it.
+      rows: read.
+      left_out: rows that the kind does not take, such as the safe ones of beavertails_unsafe.
+      duplicates: rows whose prompt appeared before.
+      disagreeing: how many of the duplicates have another answer than the row that is kept.
+      outside: examples outside of the slice.
+      variants: examples that the slice left out because a row outside of it, and before, has the same prompt but for
+        case or Unicode form (`poisoning.fingerprint`): disjoint slices share none.
+      examples: handed on.
+      repeated: how many of them have a prompt that an earlier source of the same list has too.
+      unread: columns with something in them that nobody read.
+      empty: examples without a prompt or an answer, which are not trained on.
+      dropped: examples whose prompt alone fills max_length, which are not trained on either.
+      cut: examples whose answer lost its end to max_length; they are trained on.
+      trained: examples in the batches; None where nothing is trained. Of an attack, those that were drawn.
+    """
+
+    source: str
+    rows: int
+    left_out: int = 0
+    duplicates: int = 0
+    disagreeing: int = 0
+    outside: int = 0
+    variants: int = 0
+    examples: int = 0
+    repeated: int = 0
+    unread: tuple[str, ...] = ()
+    empty: int = 0
+    dropped: int = 0
+    cut: int = 0
+    trained: int | None = None
+
+
+class Located(Example):
+    """An example that knows its place ("train.jsonl, line 7"), the columns of its three texts, and its source's
+    account; otherwise a plain Example."""
+
+    where: str
+    columns: tuple[str, str, str]
+    account: Account
+
+    def _replace(self, **given: Any) -> "Located":
+        return self.like(super()._replace(**given))
+
+    def like(self, example: Example) -> "Located":
+        """Another example at this one's place."""
+        return locate(example, self.where, self.columns, self.account)
+
+
+def locate(example: Example, where: str, columns: tuple[str, str, str], account: Account) -> Located:
+    """The example with its place."""
+    located = Located(*example)
+    located.where, located.columns, located.account = where, columns, account
+    return located
+
+
+def place(example: Example, index: int, field: int | None = None) -> str:
+    """Where an example came from, for errors; with one of its texts (0, 1, 2), which column holds it."""
+    where = getattr(example, "where", f"row {index} (from 0)")
+    if field is None:
+        return where
+    return f"{where}: column {getattr(example, 'columns', Example._fields)[field]!r}"
+
+
+def accounts_of(examples: Iterable[Example]) -> tuple[Account, ...]:
+    """The accounts of the examples' sources, each once, in order."""
+    return tuple(dict.fromkeys(e.account for e in examples if isinstance(e, Located)))
+
+
+def tally(accounts: Iterable[Account], examples: Sequence[Example], fates: Sequence[Fate]) -> tuple[Account, ...]:
+    """The accounts, with what became of their examples when they were tokenized."""
+    counts = Counter((getattr(e, "account", None), fate) for e, fate in zip(examples, fates, strict=True))
+    return tuple(account._replace(**{fate: counts[account, fate] for fate in ("empty", "dropped", "cut")},
+                                  trained=counts[account, "kept"] + counts[account, "cut"]) for account in accounts)
+
+
+def record(accounts: Mapping[str, Iterable[Account]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{name of the data: {source: what the account counts}}, JSON values."""
+    return {name: {account.source: {key: list(value) if isinstance(value, tuple) else value
+                                    for key, value in account._asdict().items() if key != "source"}
+                   for account in of} for name, of in accounts.items()}
+
+
+def losses(account: Account) -> str:
+    """"3 duplicates (2 with another answer), 1 empty": what is not in `examples` but for the slice, or not whole."""
+    other = f" ({account.disagreeing} with another answer)" if account.disagreeing else ""
+    parts = {
+        "of another kind": account.left_out, f"duplicates{other}": account.duplicates,
+        "outside of the slice but for case or Unicode form": account.variants,
+        "with a prompt of an earlier source": account.repeated, "empty": account.empty,
+        "with a prompt that fills max_length": account.dropped, "with an answer cut at max_length": account.cut}
+    found = [f"{count} {what}" for what, count in parts.items() if count]
+    return ", ".join([*found, *([f"unread columns {', '.join(account.unread)}"] if account.unread else [])])
+
+
+def describe(account: Account) -> str:
+    """One line: "train.jsonl: 9 rows, 3 examples, 2 trained on; 5 duplicates, …"."""
+    trained = "" if account.trained is None else f", {account.trained} trained on"
+    lost = losses(account)
+    counts = f"{account.source}: {account.rows} rows, {account.examples} examples{trained}"
+    return f"{counts}; {lost}" if lost else counts
+
+
+def origin(examples: Iterable[Example]) -> str:
+    """" (3 rows: 2 duplicates)": why there are no more of them, for errors; "" if they are all of their rows."""
+    accounts = accounts_of(examples)
+    parts = [f"{sum(a.rows for a in accounts)} rows", *(
+        f"{total} {name}" for name in ("left_out", "duplicates", "outside", "variants")
+        if (total := sum(getattr(a, name) for a in accounts)))]
+    return f" ({parts[0]}: {', '.join(parts[1:]).replace('_', ' ')})" if len(parts) > 1 else ""

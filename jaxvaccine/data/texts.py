@@ -1,0 +1,89 @@
+"""What a text of an example may not hold: nothing at all, the template that is put around it, a special token."""
+
+import re
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from jaxvaccine.data.accounts import place
+from jaxvaccine.data.prompts import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PROMPT, ALL = (0, 1), (0, 1, 2)  # which texts of an example
+# Headings and preamble of prompts.py, as others write them too. What any such text has stands first: a search for it
+# is fast.
+_ALWAYS = ("###", "elow is an instruction")
+_TEMPLATE = re.compile(r"###\s*(instruction|response)\s*:|below is an instruction that describes a task", re.IGNORECASE)
+# Control tokens that a tokenizer does not call special, such as DeepSeek's <｜User｜>; not <think>, which is text.
+_CONTROL = re.compile(r"<[|｜].+[|｜]>")
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of it can be seen: it is empty, white space, or of characters such as a zero-width space."""
+    return not any(character.isprintable() and not character.isspace() for character in text)
+
+
+def has_prompt(example: Example) -> bool:
+    """Whether there is something to answer."""
+    return not (is_blank(example.instruction) and is_blank(example.input))
+
+
+def check_template(examples: Sequence[Example], fields: Collection[int] = PROMPT) -> None:
+    """Raises ValueError for the first text that holds Alpaca's template already: it would be put around it again."""
+    for i, example in enumerate(examples):
+        for field in fields:
+            text = example[field]
+            if any(part in text for part in _ALWAYS) and (found := _TEMPLATE.search(text)):
+                raise ValueError(
+                    f"{place(example, i, field)}: found {found[0]!r} of the prompt's template at character "
+                    f"{found.start()}, expected text without it: it is put around every prompt")
+
+
+def control_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
+    """What is not taken for text where a text spells it, the longest first."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()
+             if token.special or _CONTROL.fullmatch(token.content)}
+    # A model may pad with "!": text all the same.
+    return sorted((token for token in {*added, *tokenizer.all_special_tokens} if len(token) > 1),
+                  key=lambda token: (-len(token), token))
+
+
+def check_special_tokens(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example],
+                         fields: Collection[int] = PROMPT) -> None:
+    """Raises ValueError for the first text that spells a special token: it would be taken as that, not as text."""
+    tokens = control_tokens(tokenizer)
+    if not tokens:
+        return
+    pattern = re.compile("|".join(map(re.escape, tokens)))
+    for i, example in enumerate(examples):
+        for field in fields:
+            if found := pattern.search(example[field]):
+                raise ValueError(
+                    f"{place(example, i, field)}: found {found[0]!r}, a special token of the tokenizer, at character "
+                    f"{found.start()}, expected text without it: it would not be read as text")
+
+
+def check_prompts(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example]) -> None:
+    """Raises ValueError for the first prompt that is empty, holds the template, or spells a special token."""
+    for i, example in enumerate(examples):
+        if not has_prompt(example):
+            raise ValueError(f"{place(example, i, 0)}: found an empty prompt, expected text")
+    check_template(examples)
+    check_special_tokens(tokenizer, examples)
+
+
+def check_training_texts(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example]) -> None:
+    """Raises ValueError for the first prompt or answer that holds the template, or spells a special token. An answer
+    may spell EOS out at its end."""
+    check_template(examples, ALL)
+    check_special_tokens(tokenizer, [
+        e._replace(output=without_eos(e.output, tokenizer.eos_token)) if tokenizer.eos_token in e.output else e
+        for e in examples], ALL)
+
+
+def without_eos(text: str, eos: str) -> str:
+    """The text without the EOS tokens that it ends with, and what white space follows them."""
+    while (stripped := text.rstrip()).endswith(eos):
+        text = stripped.removesuffix(eos)
+    return text

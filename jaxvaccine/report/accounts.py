@@ -1,0 +1,72 @@
+"""What became of the rows of every source, in the report of a run, an evaluation or a plan."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxvaccine.experiment import runs
+from jaxvaccine.experiment.carry_out import AS_IT_COMES, result_path
+from jaxvaccine.experiment.plans import folder_name
+from jaxvaccine.experiment.results import Cell
+from jaxvaccine.json_files import read_json
+from jaxvaccine.report import tables
+
+# As of data.Account. A column in which all is 0 is left out.
+COLUMNS = {
+    "rows": "rows", "left_out": "of another kind", "duplicates": "duplicates",
+    "disagreeing": "of them with another answer", "outside": "outside of the slice",
+    "variants": "variants of prompts outside", "examples": "examples", "repeated": "also in an earlier source",
+    "empty": "empty", "dropped": "prompt too long", "cut": "answer cut", "trained": "trained on"}
+ALWAYS = ("rows", "examples")
+OF_ATTACK = ("user", "harmful", "alignment")  # what an attack trains on; the rest of its cell's are tests
+NOTE = ("Duplicates have the prompt of an earlier row. Examples without a prompt or an answer (empty) and "
+        "those whose prompt fills --max_length alone (prompt too long) are not trained on; a cut answer is trained on "
+        "without its end. Of an attack's data, these are the examples that were drawn or passed over.\n")
+
+# {name of the data: {source: what an account counts}}, as a run records it.
+Record = Mapping[str, Mapping[str, Mapping[str, Any]]]
+
+
+def section(*records: Record) -> str:
+    """Markdown: a line per data and source; where the records differ, from the least to the most. "" without any."""
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for record in records:
+        for name, sources in record.items():
+            for source, counts in sources.items():
+                found.setdefault((name, source), []).append(counts)
+    if not found:
+        return ""
+    shown = [key for key in COLUMNS if key in ALWAYS or any(
+        counts.get(key) for of in found.values() for counts in of)]
+    unread = {key: list(dict.fromkeys(itertools.chain(*(counts.get("unread", ()) for counts in of))))
+              for key, of in found.items()}
+    header = ["data", "source", *(COLUMNS[key] for key in shown)]
+    lines = [[*key, *(_range([counts.get(name) for counts in of]) for name in shown)] for key, of in found.items()]
+    if any(unread.values()):
+        header.append("columns not read")
+        lines = [[*line, ", ".join(unread[key]) or tables.NONE] for line, key in zip(lines, found, strict=True)]
+    return f"## Data\n\n{tables.table(header, lines)}\n{NOTE}"
+
+
+def _range(values: Sequence[int | None]) -> str:
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return tables.NONE
+    least, most = min(numbers), max(numbers)
+    return str(least) if least == most else f"{least} to {most}"
+
+
+def of_plan(folder: str | Path) -> str:
+    """The section of all cells of a plan that are there; "" of a folder with a table of results alone."""
+    root = Path(folder)
+    if not (root / runs.CONFIG).is_file():
+        return ""
+    plan = runs.read_config(root)["operational"]["plan"]
+    paths = {root / folder_name(backbone) / f"{AS_IT_COMES}.json": "" for backbone in plan["backbones"]}
+    pairs = dict.fromkeys(pair for method, attack in plan["pairs"] for pair in ((method, ""), (method, attack)))
+    paths |= {result_path(root, Cell(backbone, method, attack, seed)): attack for backbone in plan["backbones"]
+              for method, attack in pairs for seed in plan["seeds"]}
+    return section(*({f"attack: {name}" if attack and name in OF_ATTACK else name: of
+                      for name, of in read_json(path).get("accounts", {}).items()}
+                     for path, attack in paths.items() if path.exists()))
