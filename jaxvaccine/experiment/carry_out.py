@@ -16,12 +16,13 @@ from jaxvaccine import data
 from jaxvaccine.checkpoints import hugging_face
 from jaxvaccine.checkpoints.peft import load_adapter, save_adapter
 from jaxvaccine.evaluation import ALPACA_EVAL, evaluate_prompts, mean_loss
+from jaxvaccine.evaluation.tasks import HARMFUL_SCORE
 from jaxvaccine.experiment import lanes, results, runs, stage
 from jaxvaccine.experiment.align import AlignConfig, Examples, align, batch_sources, check_layers, load_data, tokenize
 from jaxvaccine.experiment.attack import AttackConfig, attack, load_attack
 from jaxvaccine.experiment.config import flat, require
 from jaxvaccine.experiment.evaluate import LOSS, TESTS, EvaluateConfig, check_unseen, evaluate, summary
-from jaxvaccine.experiment.judging import make_judge
+from jaxvaccine.experiment.judging import check_prompts, make_judge
 from jaxvaccine.experiment.methods import Ewc
 from jaxvaccine.experiment.plans import (
     ALIGNED,
@@ -219,6 +220,7 @@ class Scorer:
 
     def __init__(self, config: EvaluateConfig, tokenizer: Any):
         self.config, self.tokenizer, self.examples = config, tokenizer, config.tests.load()
+        check_prompts(config.judge, self.examples.get(HARMFUL_SCORE, ()))
         self.judge = make_judge(config.judge, config.run.progress)
         self.lengths = {test.task: getattr(config.generation, test.length) for test in TESTS.values()
                         if test.task != ALPACA_EVAL}
@@ -241,7 +243,7 @@ class Scorer:
                     of.model, adapter, frozen, self.tokenizer, rows, task=task, judge=self.judge,
                     max_new_tokens=self.lengths[task], batch_size=generation.eval_batch_size,
                     bucket=generation.eval_bucket, sampling=generation.sampling(seed))
-                scores[task] = summary(result)
+                scores[result.name] = summary(result)
                 answers.setdefault(task, [[p.prompt, p.answer] for p in result.predictions[:SHOWN]])
             found.append(scores)
         return found, answers
