@@ -36,7 +36,7 @@ _OTHER_EXPONENT = re.compile(r"(?<![0-9\s*^])\s?\^\s?(?:\{\s?-?[0-9]+\s?\}|-?[0-
 # Digits in groups: 1,234 and 1 234 and 1'234 and 1_234; 1,00,000 as in India; 1.234,50 and 1.234.567 as in Europe,
 # where nothing else can be meant. Other commas and points separate numbers or end a sentence.
 _GROUPED = "|".join(rf"[0-9]{{1,3}}(?:{separator}[0-9]{{3}})+" for separator in (",", _THIN, "'", "_"))
-_EUROPEAN = r"[0-9]{1,3}(?:\.[0-9]{3})+,[0-9]{1,2}(?![0-9,])|[0-9]{1,3}(?:\.[0-9]{3}){2,}(?![0-9.])"
+_EUROPEAN = r"[0-9]{1,3}(?:\.[0-9]{3})+,[0-9]{1,2}(?![0-9]|,[0-9])|[0-9]{1,3}(?:\.[0-9]{3}){2,}(?!\.?[0-9])"
 _PLAIN = rf"(?:(?:(?:{_GROUPED}|[0-9]{{1,2}}(?:,[0-9]{{2}})+,[0-9]{{3}})(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 _POWER = r"\s?(?:\^|\*\*)\s?\{?\s?"
 _VALUE = re.compile("|".join((

@@ -21,7 +21,7 @@ _QUOTATION = re.compile(rf"{_QUOTES}.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
 _OPEN_QUOTATION = re.compile(rf"^[ \t]*{_QUOTES}.*", re.IGNORECASE | re.DOTALL | re.MULTILINE)
 _FENCE = re.compile(r"^[ \t]*(?P<marks>`{3,}|~{3,}).*?(?:^[ \t]*(?P=marks)[`~]*[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 # No words, and no quotation mark: what began on an earlier line would end there.
-_END = r"[^\w#\"'“”„«»‘’]*\Z"
+_END = r"(?:[^\w#\"'“”„«»‘’]|_)*\Z"
 _QUOTED_LINE = re.compile(r"^[ \t]*[>|│┃].*$", re.MULTILINE)
 
 

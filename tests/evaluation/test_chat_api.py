@@ -269,6 +269,84 @@ def test_the_key_comes_from_the_environment(monkeypatch):
         key_from_environment("https://api.openai.com/v1", "SOME_KEY")
 
 
+def choice(content, finish="stop", **message):
+    return {"choices": [{"message": {"content": content, **message}, "finish_reason": finish}]}
+
+
+@pytest.mark.parametrize("first, reason", [
+    (choice(None, "length", reasoning_content="thoughts"), "no text in the reply (finish_reason length)"),
+    (choice("#thescore: 5", "length"), "the judge's reply is not whole (finish_reason length)"),
+    (choice("It is\n#thescore: 5", "content_filter"), "the judge's reply is not whole (finish_reason content_filter)"),
+    (choice("#thescore: 5", "MAX_TOKENS"), "the judge's reply is not whole (finish_reason MAX_TOKENS)"),
+    (choice(None), "no text in the reply (finish_reason stop)"), (choice("  \n"), "no text in the reply"),
+    (choice(None, None, refusal="I will not."), "no text in the reply (finish_reason none): 'I will not.'"),
+    (choice([], "stop"), "no text in the reply"), (choice([{"type": "refusal", "refusal": "No."}]), "no text in"),
+    (choice([{"type": "thinking", "thinking": "#thescore: 5"}]), "no text in the reply"),
+])  # fmt: skip
+def test_what_is_no_whole_text_is_unread_and_asked_again(serve, tmp_path, first, reason):
+    server = serve(lambda n, body: first if n == 1 else choice("#thescore: 2"))
+    (verdict,) = judge(server, cache=tmp_path)
+    assert verdict.harmful is None and verdict.reason.startswith(reason) and not list(tmp_path.iterdir())
+    assert judge(server, cache=tmp_path)[0].score == 2 and judge(server, cache=tmp_path)[0].score == 2
+    assert len(server.requests) == 2, "and then kept"
+
+
+@pytest.mark.parametrize("content", [
+    [{"type": "text", "text": "It helps.\n#thesc"}, {"type": "text", "text": "ore: 5"}], ["#thescore: ", "5"],
+    [{"type": "thinking", "thinking": [{"type": "text", "text": "#thescore: 1"}]}, {"type": "text", "text":
+     "#thescore: 5"}], [{"type": "output_text", "text": "#thescore: 5"}], [{"text": "#thescore: 5"}],
+])  # fmt: skip
+def test_a_text_in_parts_is_one_text(serve, content):
+    assert judge(serve(lambda n, body: choice(content)))[0].score == 5
+
+
+@pytest.mark.parametrize("finish", ["stop", None, "", "eos", "end_turn", "STOP"])
+def test_how_servers_say_that_a_reply_is_whole(serve, finish):
+    assert judge(serve(lambda n, body: choice("#thescore: 1", finish)))[0].score == 1
+
+
+def test_replies_that_earlier_versions_kept_are_asked_again(serve, tmp_path):
+    """They kept what was empty or cut off as well."""
+    server = serve(lambda n, body: choice("#thescore: 3"))
+    judge(server, cache=tmp_path)
+    (path,) = tmp_path.iterdir()
+    stored = json.loads(path.read_text())
+    for old in ({"request": stored["request"], "reply": ""}, {"request": stored["request"], "reply": "#thescore: 5"}):
+        path.write_text(json.dumps(old))
+        assert judge(server, cache=tmp_path)[0].score == 3
+    assert len(server.requests) == 3
+
+
+OF_ONE = [(400, b"filtered"), (403, b"your input was flagged"), (413, b"too large"), (422, b"too long"), (451, b""),
+          {"error": {"code": 403, "message": "moderation"}}, {"error": {"code": 400}}]
+
+
+@pytest.mark.parametrize("refusal", OF_ONE)
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_prompt_that_is_refused_costs_itself(serve, tmp_path, refusal, place):
+    """Also the first one, and again on a re-run, which asks for it alone."""
+    server = serve(lambda n, body: refusal if f"prompt {place}" in body["messages"][1]["content"] else
+                   choice("#thescore: 5"))
+    prompts = [f"prompt {i}" for i in range(5)]
+    for asked in (5, 6):
+        verdicts = judge(server, prompts, ["So."] * 5, workers=1, cache=tmp_path)
+        assert [v.word for v in verdicts] == ["unread" if i == place else "harmful" for i in range(5)]
+        assert verdicts[place].reason.startswith(("HTTP 4", "error 40")) and len(server.requests) == asked
+
+
+@pytest.mark.parametrize("refusal", [
+    (400, b"temperature 0 is not supported"), (403, b"no such key"), (422, b"bad option"),
+    {"error": {"code": 400, "message": "no such option"}},
+])  # fmt: skip
+@pytest.mark.parametrize("count", [1, 7, 60])
+def test_what_is_refused_to_all_is_an_error_with_the_servers_words(serve, refusal, count):
+    server = serve(lambda n, body: refusal)
+    words = refusal[1].decode() if isinstance(refusal, tuple) else refusal["error"]["message"]
+    with pytest.raises(ValueError, match=f"(HTTP|error) 4[0-9]+: {words} "):
+        judge(server, [f"p{i}" for i in range(count)], ["So."] * count, workers=2)
+    assert len(server.requests) <= 20 + 4, "and it is found early"
+
+
 def test_cache_files_are_whole(tmp_path, serve):
     judge(serve(lambda n, body: reply("#thescore: 1")), cache=tmp_path)
     (path,) = tmp_path.iterdir()
