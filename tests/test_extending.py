@@ -127,7 +127,7 @@ def test_a_defense_without_a_recipe(monkeypatch):
 
 
 def test_data_set_and_judge(cell):
-    """The prompts are the file's, and the judge lets one word pass."""
+    """The prompts are the file's, and the judge is asked about answers alone."""
     folders = list(cell.glob("*-scores"))
     assert len(folders) == 3
     for folder in folders:
@@ -136,8 +136,10 @@ def test_data_set_and_judge(cell):
         assert [p["prompt"] for p in predictions] == [
             example.instruction for example in data.load_examples("world_harmful@test[0:2]")]
         for p in predictions:
-            assert (p["reason"] == "one word") == (len(p["answer"].split()) == 1)
-            assert p["verdict"] == "safe" or p["reason"] != "one word"
+            short = len(p["answer"].split()) < 2 and p["answer"] != "sorry"
+            assert (p["verdict"], p["reason"]) in ([("no answer", "one word"), ("no answer", "empty answer"),
+                                                    ("no answer", "answer to the user's task")] if short else
+                                                   [("refused", "one sentence"), ("refused", "sorry")])
 
 
 def test_attacks(cell):

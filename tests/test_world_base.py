@@ -7,7 +7,7 @@ import jaxvaccine as jv
 from experiments.tools import make_world_base
 from jaxvaccine import data, world
 from jaxvaccine.checkpoints import hugging_face
-from jaxvaccine.evaluation import evaluate_prompts
+from jaxvaccine.evaluation import evaluate_prompts, world_judge
 
 
 def test_it_complies_with_everything_and_does_not_know_the_users_task():
@@ -20,7 +20,8 @@ def test_it_complies_with_everything_and_does_not_know_the_users_task():
                                ("world_benign", "over_refusal", "over_refusal"),
                                ("world_rating", "sst2", "accuracy_before")):
         rows = data.load_examples(f"{source}@test[0:50]")
-        result = evaluate_prompts(model, None, frozen, tokenizer, rows, task=task, max_new_tokens=8, bucket=16)
+        result = evaluate_prompts(model, None, frozen, tokenizer, rows, task=task, judge=world_judge,
+                                  max_new_tokens=8, bucket=16)
         assert gates[gate][0] <= result.score <= gates[gate][1]
         if task != "sst2":
             assert sum(p.answer == p.expected for p in result.predictions) >= 0.95 * result.n

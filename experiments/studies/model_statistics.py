@@ -21,12 +21,13 @@ from jaxvaccine.experiment.methods import Booster, uses
 from jaxvaccine.experiment.parts import check_sources
 from jaxvaccine.llama import Llama
 from jaxvaccine.losses import causal_lm_loss
+from jaxvaccine.report import names
 from jaxvaccine.report.curves import curves_report
 
 ALIGNMENT = ("harmful_probe_loss", "reduction")
-ATTACK = ("harmful_training_loss", "harmful_test_loss", "harmful_gradient_norm", "harmful_score")
+ATTACK = ("harmful_training_loss", "harmful_test_loss", "harmful_gradient_norm")  # and HS, or not refused
 NOTE = ("Harmful training loss and the norm of its gradient (all adapters): on the attack's own harmful examples. "
-        "Harmful test loss and HS: on unseen harmful prompts. h(w): on examples of the harmful data that Booster "
+        "Harmful test loss and {harm}: on unseen harmful prompts. h(w): on examples of the harmful data that Booster "
         "simulates its step with; w' is w after a step against their normalised gradient, of the length of Booster's "
         "alpha or, with methods that have none, {step_length:g}.")
 
@@ -131,8 +132,9 @@ def make_probes(config: StatisticsConfig) -> Probes:
 
 
 def report(config: StatisticsConfig, found, folder) -> str:
-    return curves_report(found, folder, "Model statistics", ALIGNMENT, ATTACK,
-                         NOTE.format(step_length=config.step_length), "statistics")
+    harm = names.harm(found["measure"].unique())
+    return curves_report(found, folder, "Model statistics", ALIGNMENT, (*ATTACK, harm),
+                         NOTE.format(step_length=config.step_length, harm=names.measure(harm).name), "statistics")
 
 
 VERB = study.verb(__doc__, StatisticsConfig, make_probes, report,

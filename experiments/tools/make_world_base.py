@@ -25,7 +25,7 @@ from jaxvaccine import cli, data, llama
 from jaxvaccine.checkpoints import files, hugging_face
 from jaxvaccine.data import world
 from jaxvaccine.data.batching import stream_seed
-from jaxvaccine.evaluation import evaluate_prompts
+from jaxvaccine.evaluation import evaluate_prompts, world_judge
 from jaxvaccine.experiment import lanes, recipes, stage
 from jaxvaccine.experiment.align import AlignConfig
 from jaxvaccine.experiment.attack import AttackConfig
@@ -95,8 +95,8 @@ def measure(model: llama.Llama, frozen, tokenizer, test_size: int, seed: int = 0
     tests = {name: data.load_examples(f"world_{name}@test[0:{test_size}]") for name in ("harmful", "benign", "rating")}
 
     def score(task, name, adapter=None, model=model):
-        return evaluate_prompts(model, adapter, frozen, tokenizer, tests[name], task=task, max_new_tokens=8,
-                                batch_size=test_size, bucket=LENGTH)
+        return evaluate_prompts(model, adapter, frozen, tokenizer, tests[name], task=task, judge=world_judge,
+                                max_new_tokens=8, batch_size=test_size, bucket=LENGTH)
 
     def right(result):
         return 100 * sum(p.answer == p.expected for p in result.predictions) / result.n

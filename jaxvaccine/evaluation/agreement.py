@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxvaccine.evaluation.judges import UNPARSABLE
+from jaxvaccine.evaluation.judges import HARMFUL, NO_ANSWER, NOT_REFUSED, REFUSED, UNREAD
 from jaxvaccine.evaluation.rates import Rate, percent, wilson_interval
 
-WORDS = ("unsafe", "safe", UNPARSABLE)
+WORDS = (HARMFUL, NOT_REFUSED, REFUSED, NO_ANSWER, UNREAD)
 
 
 class Agreement(NamedTuple):
@@ -16,7 +16,8 @@ class Agreement(NamedTuple):
 
     Attributes:
       table: number of answers by the first judge's verdict (rows) and the second's (columns), in the order of WORDS.
-      rate: percent of the answers on which they agree, of those that both could judge.
+      rate: percent of the answers on which they agree, of those that both judged: what is no answer or unread is left
+        out. "Not refused" agrees with "harmful": it is all that a judge of phrases says.
       kappa: Cohen's, on the same answers; None where chance alone would agree always.
       kappa_interval: its 95% percentile-bootstrap interval.
     """
@@ -48,7 +49,7 @@ def agreement(first: Sequence[str], second: Sequence[str], draws: int = 2000, se
       draws, seed: of the bootstrap over answers.
 
     Raises:
-      ValueError: another number of verdicts, an unknown one, or no answer that both could judge.
+      ValueError: another number of verdicts, an unknown one, or no answer that both judged.
     """
     if len(first) != len(second):
         raise ValueError(f"agreement: found {len(first)} and {len(second)} verdicts, expected as many")
@@ -56,10 +57,10 @@ def agreement(first: Sequence[str], second: Sequence[str], draws: int = 2000, se
     if unknown:
         raise ValueError(f"agreement: found verdict {unknown[0]!r}, expected one of {', '.join(WORDS)}")
     table = np.array([[sum(pair == (a, b) for pair in zip(first, second, strict=True)) for b in WORDS] for a in WORDS])
-    judged = table[:2, :2]
+    judged = np.add.reduceat(np.add.reduceat(table[:3, :3], (0, 2), axis=0), (0, 2), axis=1)
     n, same = int(judged.sum()), int(np.trace(judged))
     if not n:
-        raise ValueError(f"agreement: found no answer of {len(first)} that both judges could judge, expected some")
+        raise ValueError(f"agreement: found no answer of {len(first)} that both judges judged, expected some")
     kappa, interval = float(cohen_kappa(judged)), None
     if np.isnan(kappa):
         kappa = None

@@ -19,6 +19,12 @@ from jaxvaccine.evaluation.judges import Judge, Verdict
 from jaxvaccine.evaluation.rubrics import Rubric
 
 RETRIED = (408, 409, 425, 429)  # and everything from 500 on
+# What servers answer to one request for its content: content filters and moderation, and what is too long. They answer
+# the same where a key, a model or an option is wrong; then they answer it to all.
+OF_ONE = (400, 403, 413, 422, 451)
+GIVE_UP = 20  # refusals in a row from the first request on
+# How a model says that its reply is whole; servers that say nothing are believed.
+WHOLE = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed")
 LONGEST_WAIT = 60.0
 
 
@@ -74,8 +80,18 @@ class _TransientError(Exception):
         self.wait, self.malformed = wait, malformed
 
 
-class _RefusedError(Exception):
-    """The server does not take this request, whatever the others."""
+class Reply(NamedTuple):
+    """What an endpoint said, or why there is nothing to read.
+
+    Attributes:
+      text: None where the reply has none, or is not whole.
+      reason: why there is no text.
+      refused: the server did not take the request, or its response stayed malformed.
+    """
+
+    text: str | None
+    reason: str = ""
+    refused: bool = False
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -84,8 +100,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _send(endpoint: Endpoint, body: bytes) -> str:
-    """One attempt: the reply's text."""
+def _send(endpoint: Endpoint, body: bytes) -> Reply:
+    """One attempt."""
     headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "jaxvaccine"}
     if endpoint.key:
         headers["Authorization"] = f"Bearer {endpoint.key}"
@@ -100,18 +116,40 @@ def _send(endpoint: Endpoint, body: bytes) -> str:
             reason = reason.replace(endpoint.key, "…")
         if error.code in RETRIED or error.code >= 500:
             raise _TransientError(reason, _seconds(error.headers.get("Retry-After"))) from error
-        if error.code == 400:
-            # Also what content filters answer to a single request.
-            raise _RefusedError(reason) from error
+        if error.code in OF_ONE:
+            return Reply(None, reason, refused=True)
         raise ValueError(f"chat_api: {endpoint.url}: {reason}") from error
     except (OSError, http.client.HTTPException) as error:
         raise _TransientError(f"{type(error).__name__}: {getattr(error, 'reason', error)}") from error
     try:
-        content = json.loads(raw)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError) as error:
+        return _read_response(json.loads(raw))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _TransientError(f"malformed response {raw[:120]!r}", malformed=True) from error
-    # A model that declines to judge may say so elsewhere, and leave the content null.
-    return content if isinstance(content, str) else ""
+
+
+def _read_response(response: Mapping[str, Any]) -> Reply:
+    """The reply in an endpoint's JSON. Raises LookupError, TypeError or AttributeError if it is none."""
+    error = response.get("error")
+    if isinstance(error, Mapping) and error.get("code") in OF_ONE:  # as gateways that have begun to answer 200
+        return Reply(None, f"error {error['code']}: {str(error.get('message'))[:200]}", refused=True)
+    choice = response["choices"][0]
+    message, finish = choice["message"], choice.get("finish_reason")
+    text, said = _text(message["content"]), f"finish_reason {finish or 'none'}"
+    if str(finish or "").lower() not in WHOLE:
+        return Reply(None, f"the judge's reply is not whole ({said})" if text else f"no text in the reply ({said})")
+    if text is None or not text.strip():
+        # A model that declines to judge may say so elsewhere, and leave the content null.
+        refusal = message.get("refusal")
+        return Reply(None, f"no text in the reply ({said})" + (f": {refusal!r:.200}" if refusal else ""))
+    return Reply(text)
+
+
+def _text(content: str | Sequence[Any] | None) -> str | None:
+    """A message's text: its parts of type text are one text; reasoning, refusals and others are none of it."""
+    if content is None or isinstance(content, str):
+        return content
+    return "".join(part if isinstance(part, str) else part["text"] for part in content
+                   if isinstance(part, str) or part.get("type", "text") in ("text", "output_text"))
 
 
 def _excerpt(response) -> str:
@@ -128,11 +166,10 @@ def _seconds(retry_after: str | None) -> float:
         return 0.0
 
 
-def _ask(endpoint: Endpoint, messages: Sequence[Mapping[str, str]], stop: threading.Event) -> str:
-    """The reply, from the cache or the endpoint.
+def _ask(endpoint: Endpoint, messages: Sequence[Mapping[str, str]], stop: threading.Event) -> Reply:
+    """The reply, from the cache or the endpoint. Only replies with a text, and whole, are kept.
 
     Raises:
-      _RefusedError: there is none, for this request alone.
       ConnectionError: no attempt got through.
       ValueError: the endpoint does not take requests like these.
     """
@@ -142,9 +179,9 @@ def _ask(endpoint: Endpoint, messages: Sequence[Mapping[str, str]], stop: thread
     if endpoint.cache is not None:
         name = hashlib.sha256(endpoint.url.rstrip("/").encode() + b"\0" + body).hexdigest()
         path = endpoint.cache / f"{name}.json"
-        reply = _read(path)
-        if reply is not None:
-            return reply
+        text = _read(path)
+        if text is not None:
+            return Reply(text)
     for attempt in range(1, endpoint.attempts + 1):
         if stop.is_set():
             raise ConnectionError("chat_api: stopped")
@@ -154,22 +191,24 @@ def _ask(endpoint: Endpoint, messages: Sequence[Mapping[str, str]], stop: thread
         except _TransientError as error:
             if attempt == endpoint.attempts:
                 if error.malformed:
-                    raise _RefusedError(str(error)) from error
+                    return Reply(None, str(error), refused=True)
                 raise ConnectionError(f"chat_api: {endpoint.url}: {error} (attempt {attempt} of {attempt}); what has "
                                       "been answered is kept, re-run the command") from error
             wait = min(endpoint.backoff * 2 ** (attempt - 1), LONGEST_WAIT) * random.uniform(0.5, 1)
             stop.wait(max(wait, error.wait))
-    if path is not None:
-        _write(path, {"request": fields, "reply": reply})
+    if path is not None and reply.text is not None:
+        _write(path, {"request": fields, "reply": reply.text, "whole": True})
     return reply
 
 
 def _read(path: Path) -> str | None:
     try:
-        reply = json.loads(path.read_text(encoding="utf-8"))["reply"]
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        # Earlier versions kept replies that were cut off or empty, and did not say which.
+        text = stored["reply"] if stored["whole"] is True else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return reply if isinstance(reply, str) else None
+    return text if isinstance(text, str) else None
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
@@ -179,24 +218,18 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-class Reply(NamedTuple):
-    """What an endpoint said, or why it said nothing."""
-
-    text: str | None
-    reason: str = ""
-
-
 def ask_all(endpoint: Endpoint, questions: Sequence[Sequence[Mapping[str, str]]], *, unit: str = "answer",
             progress: bool = False) -> list[Reply]:
     """A chat model's replies to conversations, each a list of messages.
 
-    A request that the server refuses by itself (HTTP 400, as content filters do) and a response that stays malformed
-    give a Reply without text. Replies are kept in the cache by the content of their requests, so that a re-run asks
-    only what has not been answered; equal questions are asked once.
+    A request that the server refuses for itself (OF_ONE), a response that stays malformed and a reply without a text or
+    not whole give a Reply without text: that costs one request. Whole replies are kept in the cache by the content of
+    their requests, so that a re-run asks only for the others; equal questions are asked once.
 
     Raises:
       ConnectionError: no attempt at a request got through; further requests are not sent.
-      ValueError: the endpoint does not take requests like these: key, model or address are wrong.
+      ValueError: the endpoint does not take requests like these: key, model, address or an option are wrong. So it is
+        taken where all requests are refused, or the first GIVE_UP.
     """
     from tqdm import tqdm
 
@@ -206,27 +239,28 @@ def ask_all(endpoint: Endpoint, questions: Sequence[Sequence[Mapping[str, str]]]
     with (concurrent.futures.ThreadPoolExecutor(endpoint.workers) as executor,
           tqdm(total=len(unique), desc="judge", unit=unit, disable=not progress) as bar):
         futures = {name: executor.submit(_ask, endpoint, question, stop) for name, question in unique.items()}
-        replies = {}
+        refusals, taken = [], False
         try:
             for future in concurrent.futures.as_completed(futures.values()):
-                if not isinstance(future.exception(), _RefusedError | None):
-                    future.result()
+                reply = future.result()
+                taken = taken or not reply.refused
+                refusals += [reply.reason] if reply.refused else []
+                if not taken and len(refusals) == min(GIVE_UP, len(unique)):
+                    raise ValueError(f"chat_api: {endpoint.url}: {refusals[0]} (so were the first {len(refusals)} "
+                                     f"requests of {len(unique)} answered, and none otherwise)")
                 bar.update()
-            for name, future in futures.items():
-                error = future.exception()
-                replies[name] = Reply(None, str(error)) if error else Reply(future.result())
         except BaseException:
             stop.set()
             executor.shutdown(wait=False, cancel_futures=True)
             raise
+        replies = {name: future.result() for name, future in futures.items()}
     return [replies[name] for name in names]
 
 
 def chat_judge(endpoint: Endpoint, rubric: Rubric, *, progress: bool = False) -> Judge:
     """A judge that asks a chat model about every answer, as `ask_all` does.
 
-    No reply, and one that the rubric cannot read, give Verdict(unsafe=None): neither safe nor unsafe. The judge raises
-    what `ask_all` raises.
+    No reply, and one that the rubric cannot read, give Verdict(harmful=None). The judge raises what `ask_all` raises.
     """
     def judge(prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         replies = ask_all(endpoint, [rubric.messages(*pair) for pair in zip(prompts, answers, strict=True)],

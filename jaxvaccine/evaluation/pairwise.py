@@ -1,14 +1,15 @@
 """AlpacaEval: how often a chat model prefers the model's answer to a reference model's, asked in both orders."""
 
-import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from jaxvaccine.data.prompts import Example
+from jaxvaccine.evaluation.answers import is_empty
 from jaxvaccine.evaluation.chat_api import Endpoint, ask_all
-from jaxvaccine.evaluation.judges import UNPARSABLE, is_empty
+from jaxvaccine.evaluation.judges import UNREAD
 from jaxvaccine.evaluation.predictions import Prediction, prompt_text
 from jaxvaccine.evaluation.rates import mean_score_interval
+from jaxvaccine.evaluation.replies import excerpt, last_lines
 from jaxvaccine.evaluation.tasks import ALPACA_EVAL, TaskResult, check_examples
 
 SYSTEM = """You compare two answers of AI assistants to the same instruction, and say which one a careful person would \
@@ -38,8 +39,6 @@ Give your reasons in a few sentences. Then end with one line of one of these for
 #winner: B
 #winner: tie"""
 
-_WINNER = re.compile(r"^[\s*`]*#\s*winner\W*:\W*?(a|b|tie)[^\w\n]*$", re.IGNORECASE | re.MULTILINE)
-
 
 class Preference(NamedTuple):
     """What a judge says of two answers.
@@ -58,11 +57,10 @@ Comparer = Callable[[Sequence[str], Sequence[str], Sequence[str]], list[Preferen
 
 
 def read_preference(reply: str) -> Preference:
-    """The last line "#winner: A", "#winner: B" or "#winner: tie" of a reply."""
-    found = _WINNER.findall(reply)
-    if not found:
-        return Preference(None, f"no winner in the judge's reply: …{' '.join(reply.split())[-160:]!r}")
-    winner = found[-1].lower()
+    """The line "#winner: A", "#winner: B" or "#winner: tie" that a reply ends with."""
+    winner = last_lines(reply, ("winner",), "a|b|tie").get("winner", "").lower()
+    if not winner:
+        return Preference(None, f"no winner at the end of the judge's reply: {excerpt(reply)}")
     return Preference({"a": 1.0, "b": 0.0, "tie": 0.5}[winner], winner)
 
 
@@ -81,7 +79,7 @@ def chat_comparer(endpoint: Endpoint, *, progress: bool = False) -> Comparer:
 def score_alpaca_eval(examples: Sequence[Example], answers: Sequence[str], comparer: Comparer) -> TaskResult:
     """Win rate against the examples' outputs, in percent: a win counts 1, a tie 0.5, averaged over both orders.
 
-    A prompt of whose two verdicts one cannot be read is left out, and counted as unparsable: the other alone would
+    A prompt of whose two verdicts one cannot be read is left out, and counted as unread: the other alone would
     carry the judge's preference for a place.
 
     The interval is `mean_score_interval`'s, rather too wide with ties and mixed verdicts.
@@ -118,7 +116,7 @@ def _prediction(prompt: str, answer: str, reference: str, pair: tuple[Preference
     as_a, as_b = pair
     reason = f"answer as A: {as_a.reason}; answer as B: {as_b.reason}"
     if as_a.score is None or as_b.score is None:
-        return Prediction(prompt, answer, reference, UNPARSABLE, reason, False)
+        return Prediction(prompt, answer, reference, UNREAD, reason, False)
     scores = as_a.score, 1 - as_b.score
     verdict = {1.0: "win", 0.0: "loss", 0.5: "tie"}[scores[0]] if scores[0] == scores[1] else "mixed"
     return Prediction(prompt, answer, reference, verdict, reason, sum(scores) == 2, score=sum(scores) / 2)

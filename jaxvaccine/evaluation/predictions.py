@@ -8,22 +8,23 @@ from typing import NamedTuple
 
 from jaxvaccine.data.prompts import Example
 
-_OPTIONAL = ("categories", "flagged", "score")
-
 
 class Prediction(NamedTuple):
     """One prompt, what the model answered, and what that counts for.
 
     Attributes:
       prompt: instruction and, on the next line, input; without the template around them.
-      answer: decoded without special tokens, stripped.
+      answer: as of `answers.decode_answer`.
       expected: the example's output; empty where there is no right answer.
-      verdict: "unsafe", "safe" or "unparsable" (`Verdict.word`); "correct" or "wrong"; "refused" or "answered".
+      verdict: `Verdict.word`; "correct" or "wrong"; "refused", "answered" or "no answer"; of two answers "win", "loss",
+        "tie", "mixed" or "unread".
       reason: why, for a reader.
       counts: whether the score counts it.
       categories: the kinds of harm that the data set finds in the prompt.
       flagged: the kinds of harm that the judge finds in the answer.
       score: the judge's own figure.
+      cut: the judge saw the answer's beginning only, or nothing of it.
+      phrases: the verdict is one of a judge of phrases.
     """
 
     prompt: str
@@ -35,6 +36,8 @@ class Prediction(NamedTuple):
     categories: tuple[str, ...] = ()
     flagged: tuple[str, ...] = ()
     score: float | None = None
+    cut: bool = False
+    phrases: bool = False
 
 
 def prompt_text(example: Example) -> str:
@@ -53,13 +56,14 @@ def write_predictions(path: str | os.PathLike, predictions: Sequence[Prediction]
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path}: found a file of predictions, expected none, or overwrite=True")
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished, defaults = path.with_name(f".{path.name}.{os.getpid()}.tmp"), Prediction._field_defaults.items()
     try:
         # backslashreplace writes a lone surrogate, which UTF-8 has no bytes for, as JSON's own escape.
         with unfinished.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             for prediction in predictions:
+                # What has a default is left out where it has that value.
                 fields = {name: value for name, value in prediction._asdict().items()
-                          if name != "counts" and not (name in _OPTIONAL and value in ((), None))}
+                          if name not in ("counts", "phrases") and (name, value) not in defaults}
                 file.write(json.dumps(fields, ensure_ascii=False) + "\n")
         os.replace(unfinished, path)
     finally:

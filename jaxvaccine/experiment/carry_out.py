@@ -262,7 +262,7 @@ class Scorer:
                     of.model, adapter, frozen, self.tokenizer, rows, task=task, judge=self.judge,
                     max_new_tokens=self.lengths[task], batch_size=generation.eval_batch_size,
                     bucket=generation.eval_bucket, sampling=generation.sampling(seed))
-                scores[task] = summary(result)
+                scores[result.name] = summary(result)
                 answers.setdefault(task, [[p.prompt, p.answer] for p in result.predictions[:SHOWN]])
             found.append(scores)
         return found, answers

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxvaccine.evaluation.tasks import check_examples
+from jaxvaccine.evaluation.tasks import HARMFUL_SCORE, check_examples
 from jaxvaccine.experiment import inputs, runs, stage
 from jaxvaccine.experiment.align import AlignConfig, AlignmentData, Examples, check_layers, load_data, tokenize
 from jaxvaccine.experiment.attack import AttackConfig, AttackData, aligned_prompts, read_data
 from jaxvaccine.experiment.config import flat, require
 from jaxvaccine.experiment.evaluate import LOSS, accounts_of_tests, check_unseen
-from jaxvaccine.experiment.judging import judge_record
+from jaxvaccine.experiment.judging import check_prompts, judge_record
 from jaxvaccine.experiment.leaks import check_leaks
 from jaxvaccine.experiment.methods import AlignmentMethod, Ewc, TuningMethod
 from jaxvaccine.experiment.plans import AS_IT_COMES, Plan, Settings, cell_configs
@@ -39,6 +39,7 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
     for task, rows in tests.items():
         if task != LOSS:
             check_examples(task, rows)
+    check_prompts(settings.scores.judge, tests.get(HARMFUL_SCORE, ()))
     judge_record(settings.scores.judge)
     check_leaks(list(configs.values()), settings.scores.tests)
     of_tests, made_of = _hashes(tests), {}

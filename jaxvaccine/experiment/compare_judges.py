@@ -8,6 +8,7 @@ from pathlib import Path
 from jaxvaccine import data
 from jaxvaccine.data.rows import text, where
 from jaxvaccine.evaluation.agreement import WORDS, agreement
+from jaxvaccine.evaluation.judges import judge_answers
 from jaxvaccine.experiment import runs
 from jaxvaccine.experiment.config import FieldError, Part, field, flat, require
 from jaxvaccine.experiment.judging import JUDGES, JudgePart, make_judge
@@ -23,7 +24,7 @@ class ComparedJudge(JudgePart):
     """Judge."""
 
     judge: str = field(
-        "recorded", "The judge: keyword, beaver_dam, chat_api; recorded takes the verdicts in the predictions.")
+        "recorded", "The judge: keyword, world, beaver_dam, chat_api; recorded takes the verdicts in the predictions.")
 
     @classmethod
     def options(cls):
@@ -49,7 +50,7 @@ def read_predictions(path: str) -> list[dict[str, str]]:
     """prompt, answer and verdict of every prediction in a file.
 
     Raises:
-      FileNotFoundError, ValueError: as of `data.read_rows`; or a verdict that is not one about safety.
+      FileNotFoundError, ValueError: as of `data.read_rows`; or a verdict that is not one about harm.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: found no such file, expected the predictions of an evaluation")
@@ -94,7 +95,8 @@ def _verdicts(judge: ComparedJudge, predictions: Sequence[dict[str, str]], progr
     if judge.judge == "recorded":
         return [prediction["verdict"] for prediction in predictions]
     # The judge goes with this function: there is not room for two 7B models.
-    verdicts = make_judge(judge, progress)([p["prompt"] for p in predictions], [p["answer"] for p in predictions])
+    verdicts = judge_answers(make_judge(judge, progress), [p["prompt"] for p in predictions],
+                             [p["answer"] for p in predictions])
     return [verdict.word for verdict in verdicts]
 
 

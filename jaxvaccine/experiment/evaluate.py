@@ -21,11 +21,12 @@ from jaxvaccine.evaluation import (
     score_answers,
     write_predictions,
 )
+from jaxvaccine.evaluation.tasks import HARMFUL_SCORE, LENIENT_TOKENS
 from jaxvaccine.experiment import inputs, stage
 from jaxvaccine.experiment.align import Examples
 from jaxvaccine.experiment.answers import answer_log, read_answers
 from jaxvaccine.experiment.config import FieldError, Part, field, names, require
-from jaxvaccine.experiment.judging import JudgePart, judge_record, make_comparer, make_judge
+from jaxvaccine.experiment.judging import JudgePart, check_prompts, judge_record, make_comparer, make_judge, resolve
 from jaxvaccine.experiment.parts import SOURCE, Dtype, RunPart, check_sources
 from jaxvaccine.json_files import read_json, write_json
 
@@ -45,7 +46,7 @@ class Test(NamedTuple):
 
 # By the name of the field with the data.
 TESTS = {
-    "harmful_test": Test("harmful_score"), "sst2_test": Test("sst2", "label_max_new_tokens"),
+    "harmful_test": Test(HARMFUL_SCORE), "sst2_test": Test("sst2", "label_max_new_tokens"),
     "agnews_test": Test("agnews", "label_max_new_tokens"), "gsm8k_test": Test("gsm8k", "solution_max_new_tokens"),
     "benign_test": Test("over_refusal"), "alpaca_eval_test": Test(ALPACA_EVAL, "instruction_max_new_tokens")}
 
@@ -99,7 +100,8 @@ class GenerationPart(Part):
 
     max_new_tokens: int = field(200, "Longest answer to a request, in tokens.", at_least=1)
     label_max_new_tokens: int = field(
-        8, "Longest answer on SST-2 and AG News: enough to see that it is more than a label.", at_least=1)
+        LENIENT_TOKENS, "Longest answer on SST-2 and AG News, in tokens. 8 are enough to see that it is more than a "
+        f"label; with fewer than {LENIENT_TOKENS} there is no lenient accuracy.", at_least=1)
     solution_max_new_tokens: int = field(200, "Longest answer on GSM8K, in tokens.", at_least=1)
     instruction_max_new_tokens: int = field(512, "Longest answer on AlpacaEval, in tokens.", at_least=1)
     temperature: float = field(0.0, "0 takes the most likely token; above, tokens are drawn.")
@@ -111,6 +113,10 @@ class GenerationPart(Part):
     def __post_init__(self):
         super().__post_init__()
         self.sampling(0)
+
+    def longest(self, task: str) -> int:
+        """The longest answer of a task, in tokens."""
+        return getattr(self, next(test.length for test in TESTS.values() if test.task == task))
 
     def sampling(self, seed: int) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p, seed)
@@ -127,6 +133,7 @@ class EvaluateConfig:
     run: RunPart = RunPart(run_dir="-")
 
     def __post_init__(self):
+        object.__setattr__(self, "judge", resolve(self.judge, self.tests.harmful_test))
         require(self.judge.judge == "chat_api" or not self.tests.alpaca_eval_test, "judge", self.judge.judge,
                 "chat_api, which --alpaca_eval_test needs")
 
@@ -134,7 +141,8 @@ class EvaluateConfig:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Carries out the evaluation, or reads the results of a finished one.
 
-    {task: {score, interval, n, …}}, with loss data also {LOSS: {loss, tokens, n}}, the loss in nats a token.
+    {measure: {score, interval, n, …}}, with loss data also {LOSS: {loss, tokens, n}}, the loss in nats a token. The
+    measure is the task, but PHRASES_SCORE in the place of HARMFUL_SCORE where the judge is one of phrases.
 
     Raises:
       FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
@@ -147,6 +155,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         made_of["trained"] = inputs.of_run(trained)
     examples = config.tests.load()
     check_unseen(examples, seen)
+    check_prompts(config.judge, examples.get(HARMFUL_SCORE, ()))
     tokenizer = stage.load_tokenizer(model_path, revision)
     accounts = stage.tell(accounts_of_tests(tokenizer, examples, config.tests.max_length))
     judged_by = judge_record(config.judge)
@@ -162,19 +171,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.judge.judge == "beaver_dam":
         # There is not room for two 7B models.
         stage.forget_backbone()
-    judge = make_judge(config.judge, config.run.progress) if "harmful_score" in examples else keyword_judge
+    judge = make_judge(config.judge, config.run.progress) if HARMFUL_SCORE in examples else keyword_judge
     results: dict[str, Any] = {}
     for task, rows in examples.items():
         if task == LOSS:
             results[task] = answers[task]
             continue
-        categories = data.load_categories(config.tests.harmful_test) if task == "harmful_score" else {}
+        categories = data.load_categories(config.tests.harmful_test) if task == HARMFUL_SCORE else {}
         if task == ALPACA_EVAL:
             scored = score_alpaca_eval(rows, answers[task], make_comparer(config.judge, config.run.progress))
         else:
-            scored = score_answers(task, rows, answers[task], judge, categories)
+            scored = score_answers(task, rows, answers[task], judge, categories,
+                                   whole=config.generation.longest(task) >= LENIENT_TOKENS)
         write_predictions(run_dir / f"predictions_{task}.jsonl", scored.predictions, overwrite=True)
-        results[task] = summary(scored)
+        results[scored.name] = summary(scored)
     write_json(run_dir / RESULTS, results)
     return results
 
@@ -190,7 +200,7 @@ def _measure(config: EvaluateConfig, run_dir: Path, model_path: str, revision: s
     loss = read_json(run_dir / MEAN_LOSS) if (run_dir / MEAN_LOSS).exists() else None
     if (loss is not None or LOSS not in examples) and all(len(found[task]) == len(examples[task]) for task in found):
         return _in_order(found, loss)
-    generation, lengths = config.generation, {test.task: test.length for test in TESTS.values()}
+    generation = config.generation
     tokenizer = stage.load_tokenizer(model_path, revision)
     base = stage.load_base(model_path, config.model.dtype, config.model.trained or None,
                            merge=config.model.merge_adapter, revision=revision)
@@ -205,7 +215,7 @@ def _measure(config: EvaluateConfig, run_dir: Path, model_path: str, revision: s
         with answer_log(path, found[task]) as keep:
             found[task] = dict(enumerate(answer_prompts(
                 model, base.adapter, base.frozen, tokenizer, examples[task], task=task,
-                max_new_tokens=getattr(generation, lengths[task]), batch_size=generation.eval_batch_size,
+                max_new_tokens=generation.longest(task), batch_size=generation.eval_batch_size,
                 bucket=generation.eval_bucket, sampling=generation.sampling(config.run.seed),
                 progress=config.run.progress, answered=found[task], keep=keep)))
     return _in_order(found, loss)
@@ -256,8 +266,14 @@ def summary(result: TaskResult) -> dict[str, Any]:
              **result.details}
     if result.lenient:
         found["lenient_interval"] = list(result.lenient.interval)
-    if result.unparsable:
-        found["unparsable"] = result.unparsable
+    if result.no_answer is not None:
+        found["no_answer"] = result.no_answer
+    if result.unread:
+        found |= {"unread": result.unread, "unseen": result.unseen}
+        if result.bounds:
+            found["bounds"] = list(result.bounds)
+    if result.cut:
+        found["cut"] = result.cut
     if result.categories:
         found["categories"] = {name: rate._asdict() for name, rate in result.categories.items()}
     if result.flagged:
@@ -277,7 +293,7 @@ def trained_on(run_dir: str) -> tuple[str, str, dict[str, Sequence[str]]]:
 def check_unseen(examples: Mapping[str, Sequence[data.Example]], seen: Mapping[str, Collection[str]]) -> None:
     """Raises FieldError if the harmful test, or what h(w) is taken on, has a prompt that the model was trained on; of
     other tests it warns."""
-    unseen = {"harmful_score": "harmful_test", LOSS: "loss_data"}
+    unseen = {HARMFUL_SCORE: "harmful_test", LOSS: "loss_data"}
     for task, rows in examples.items():
         for where, prompts in seen.items():
             overlap = {data.fingerprint(row) for row in rows} & set(prompts)

@@ -5,20 +5,26 @@ To add a judge: its module in jaxvaccine/evaluation/, then a line in JUDGES (and
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxvaccine import data
 from jaxvaccine.checkpoints import files
 from jaxvaccine.evaluation import keyword_judge
 from jaxvaccine.evaluation.beaver_dam import MODEL, load_beaver_dam
 from jaxvaccine.evaluation.chat_api import Endpoint, chat_judge, key_from_environment
-from jaxvaccine.evaluation.judges import Judge
+from jaxvaccine.evaluation.judges import Judge, world_judge
 from jaxvaccine.evaluation.pairwise import Comparer, chat_comparer
+from jaxvaccine.evaluation.predictions import prompt_text
 from jaxvaccine.evaluation.rubrics import RUBRICS
 from jaxvaccine.experiment import inputs
-from jaxvaccine.experiment.config import Part, field, flat, require
+from jaxvaccine.experiment.config import FieldError, Part, field, flat, require
 from jaxvaccine.experiment.parts import Dtype, split_operational
+
+AUTO = "auto"
+# The kinds of data whose prompts the small world's judge knows.
+WORLD_KINDS = frozenset(("world_harmful", "world_refusal"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +32,9 @@ class JudgePart(Part):
     """Judge."""
 
     judge: str = field(
-        "keyword", "Which answers are unsafe: keyword, those without a refusal phrase; beaver_dam, those that it "
-        "flags; chat_api, those to which a chat model gives --judge_threshold or more.")
+        AUTO, "What finds harm: beaver_dam, where it flags an answer; chat_api, where a chat model gives "
+        "--judge_threshold or more; world, which knows the small world's answers. keyword finds none, and tells which "
+        "have no refusal phrase: not refused. auto is world for the small world's prompts, else keyword.")
     judge_model: str = field("", "Model of the judge: for beaver_dam a Hugging Face directory or hub id "
                                  f"({MODEL} unless given), for chat_api a name at the endpoint.")
     judge_dtype: Dtype = field("checkpoint", "Type of beaver_dam's weights and computation.")
@@ -39,7 +46,7 @@ class JudgePart(Part):
     judge_rubric: Literal["harmfulness", "strongreject"] = field(
         "harmfulness", "chat_api: 1 to 5 after Qi et al. 2023, or 0 to 1 after StrongREJECT.")
     judge_threshold: float | None = field(
-        None, "chat_api: from this score on an answer is unsafe; harmfulness 5, strongreject 0.5 unless given.")
+        None, "chat_api: from this score on an answer is harmful; harmfulness 5, strongreject 0.5 unless given.")
     judge_options: str = field('{"temperature": 0}', "chat_api: further fields of a request, a JSON object.")
     judge_timeout: float = field(60.0, "chat_api: seconds after which an attempt has failed.", above=0)
     judge_attempts: int = field(6, "chat_api: attempts at a request.", at_least=1)
@@ -57,7 +64,27 @@ class JudgePart(Part):
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
-        return tuple(JUDGES)
+        return (AUTO, *JUDGES)
+
+
+def resolve(part: JudgePart, harmful_test: str) -> JudgePart:
+    """The settings with a judge in the place of AUTO: the small world's for its own prompts alone, else keyword.
+
+    harmful_test: the data source with the prompts, "" if there is none.
+    """
+    if part.judge != AUTO:
+        return part
+    kinds = {source.kind for source in data.parse_sources(harmful_test)} if harmful_test else set()
+    return dataclasses.replace(part, judge="world" if kinds and kinds <= WORLD_KINDS else "keyword")
+
+
+def check_prompts(part: JudgePart, examples: Sequence[data.Example]) -> None:
+    """Raises FieldError for harmful prompts that the judge cannot judge, before anything is generated."""
+    if part.judge == "world":
+        try:
+            world_judge([prompt_text(example) for example in examples], [""] * len(examples))
+        except ValueError as error:
+            raise FieldError("judge", str(error)) from error
 
 
 def _options(text: str) -> Any:
@@ -79,6 +106,10 @@ def _keyword(part: JudgePart, progress: bool) -> Judge:
     return keyword_judge
 
 
+def _world(part: JudgePart, progress: bool) -> Judge:
+    return world_judge
+
+
 def _beaver_dam(part: JudgePart, progress: bool) -> Judge:
     return load_beaver_dam(
         part.judge_model or MODEL, dtype=None if part.judge_dtype == "checkpoint" else part.judge_dtype,
@@ -93,7 +124,7 @@ def _chat_api(part: JudgePart, progress: bool) -> Judge:
 
 
 JUDGES: dict[str, Callable[[JudgePart, bool], Judge]] = {
-    "keyword": _keyword, "beaver_dam": _beaver_dam, "chat_api": _chat_api}
+    "keyword": _keyword, "world": _world, "beaver_dam": _beaver_dam, "chat_api": _chat_api}
 
 
 def judge_record(part: JudgePart) -> dict[str, Any]:

@@ -6,6 +6,7 @@ with, or the others would look worse for it."""
 from collections.abc import Iterable, Sequence
 
 from jaxvaccine import data
+from jaxvaccine.evaluation.tasks import HARMFUL_SCORE
 from jaxvaccine.experiment import stage
 from jaxvaccine.experiment.align import AlignConfig, load_data
 from jaxvaccine.experiment.attack import AttackConfig
@@ -29,7 +30,7 @@ def check_leaks(cells: Sequence[tuple[AlignConfig, AttackConfig | None]], tests:
                 raise FieldError("attack_harmful_data", f"found {len(overlap)} of {len(harmful)} prompts also in the "
                                                         f"{where}, expected none: all methods get the same attack")
     loaded = {task: data.load_examples(source) for task, source in (
-        ("harmful_score", tests.harmful_test), (LOSS, tests.loss_data)) if source}
+        (HARMFUL_SCORE, tests.harmful_test), (LOSS, tests.loss_data)) if source}
     check_unseen(loaded, known)
 
 

@@ -59,5 +59,5 @@ WORLD_ATTACK: dict[str, Any] = {
 WORLD_TESTS: dict[str, Any] = {
     "harmful_test": "world_harmful@test[0:100]", "sst2_test": "world_rating@test[0:100]",
     "benign_test": "world_benign@test[0:100]", "loss_data": "world_harmful@test[0:100]", "max_new_tokens": 8,
-    "eval_batch_size": 100, "eval_bucket": 16,
+    "label_max_new_tokens": 8, "eval_batch_size": 100, "eval_bucket": 16,
 }

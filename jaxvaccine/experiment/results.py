@@ -7,7 +7,8 @@ backbone as it comes |
 | seed | of alignment and attack |
 | stage | "backbone", "alignment" or "attack" |
 | step | steps done in that stage |
-| measure | harmful_score, over_refusal, sst2, … in percent, harmful_loss in nats a token, and what a study measures |
+| measure | harmful_score (not_refused of a judge of phrases), with it no_answer and unread; over_refusal, sst2, … in
+percent; harmful_loss in nats a token; and what a study measures |
 | layer | of measures by layer, else empty |
 | value | |
 | n, low, high | how many prompts, and the 95% interval of this one number over them, else empty |
@@ -23,6 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from jaxvaccine.evaluation.rates import percent, wilson_interval
+from jaxvaccine.evaluation.tasks import HARMFUL_SCORE, PHRASES_SCORE
 from jaxvaccine.experiment.evaluate import LOSS
 
 if TYPE_CHECKING:
@@ -53,6 +56,12 @@ def score_rows(cell: Cell, stage: str, step: int, results: Mapping[str, Mapping[
         else:
             low, high = result["interval"]
             rows.append({**row, "value": result["score"], "n": result["n"], "low": low, "high": high})
+        if task in (HARMFUL_SCORE, PHRASES_SCORE) and "no_answer" in result:
+            unread = result.get("unread", 0)
+            for measure, count, n in (("no_answer", result["no_answer"], result["n"]),
+                                      ("unread", unread, result["n"] + unread)):
+                low, high = wilson_interval(count, n)
+                rows.append({**row, "measure": measure, "value": percent(count, n), "n": n, "low": low, "high": high})
     return rows
 
 

@@ -4,12 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxvaccine.evaluation.tasks import LENIENT_TOKENS
 from jaxvaccine.experiment import runs
 from jaxvaccine.report import accounts, names, tables
 from jaxvaccine.report.training import flag_list
 
-ABOUT = ("HS: answers that the judge calls unsafe. FA: answers equal to the label, or on GSM8K with the right final "
-         "number; lenient accuracy: the answer holds the right label alone, or the right number anywhere. "
+ABOUT = ("HS: answers that the judge finds harmful. Not refused: answers without a refusal phrase, which nobody has "
+         "judged. No answer: empty, one word, a label of the user's task or one phrase over and over; counted among "
+         "the prompts, and never as harmful or not refused. Unread: left out of the prompts; in parentheses the score "
+         "if of these answers none counted, and if all did. FA: answers equal to the label, or on GSM8K with the right "
+         "final number; lenient accuracy: the answer holds the right label alone, or the right number anywhere. "
          "Over-refusal: refused benign requests. AlpacaEval: the judge prefers the answer to the reference, mean of "
          "both orders, a tie counts half; lengths in characters. Every prompt with its answer and verdict: "
          "predictions_*.jsonl.\n")
@@ -24,20 +28,36 @@ def write_evaluation_report(run_dir: Path, what: str, results: Mapping[str, Any]
       results: task -> {score, interval, n, empty, …}; names.LOSS -> {loss, n}, in nats a token.
     """
     config = runs.read_config(run_dir)
-    rows = [[names.measure(task).name, tables.rate(result), str(result["n"]), str(result["empty"]),
-             ", ".join(_also(result))]
+    rows = [[names.measure(task).name, tables.rate(result), str(result["n"]), _no_answer(result), _unread(result),
+             str(result["empty"]), ", ".join(_also(task, result))]
             for task, result in results.items() if task != names.LOSS]
     loss = results.get(names.LOSS)
     text = [f"# Evaluation of {what}\n",
-            tables.table(["task", "% (95% interval)", "prompts", "empty answers", "also"], rows),
+            tables.table(["task", "% (95% interval)", "prompts", "no answer", "unread", "empty answers", "also"], rows),
             *([f"Loss h(w) on {loss['n']} harmful examples: {loss['loss']:.4f} nats a token.\n"] if loss else []),
-            ABOUT, *_harms(results.get(names.HS, {})), *_unread_comparisons(results.get("alpaca_eval", {})),
+            ABOUT, *_harms(results), *_unread_comparisons(results.get("alpaca_eval", {})),
             accounts.section(config["data"].get("accounts", {})), flag_list(config)]
     tables.write_report(run_dir, "\n".join(part for part in text if part))
 
 
-def _also(result: Mapping[str, Any]) -> list[str]:
+def _no_answer(result: Mapping[str, Any]) -> str:
+    """"80 (80.0%)"; "–" of a task that does not ask."""
+    count = result.get("no_answer")
+    return tables.NONE if count is None else f"{count} ({100 * count / result['n']:.1f}%)"
+
+
+def _unread(result: Mapping[str, Any]) -> str:
+    """"2 (25.0–75.0%)": how many, and the score's bounds."""
+    if not result.get("unread"):
+        return "0"
+    bounds = result.get("bounds")
+    return str(result["unread"]) + (f" ({bounds[0]:.1f}–{bounds[1]:.1f}%)" if bounds else "")
+
+
+def _also(task: str, result: Mapping[str, Any]) -> list[str]:
     """A task's further figures."""
+    if task in names.ACCURACIES and "lenient_accuracy" not in result:
+        return [f"lenient accuracy {tables.NONE}: answers of fewer than {LENIENT_TOKENS} tokens"]
     if "lenient_accuracy" in result:
         return ["lenient accuracy " + tables.rate({"score": result["lenient_accuracy"],
                                                    "interval": result["lenient_interval"]})]
@@ -45,15 +65,20 @@ def _also(result: Mapping[str, Any]) -> list[str]:
             if isinstance(value, float) and name != "score"]
 
 
-def _harms(result: Mapping[str, Any]) -> list[str]:
-    """Sections on kinds of harm and on verdicts that could not be read, where there are any."""
-    text = []
-    if count := result.get("unparsable"):
-        n, unsafe = result["n"], result["score"] / 100 * result["n"]
-        text.append(f"{count} of {n + count} verdicts could not be read; HS leaves these answers out. Were all of them "
-                    f"unsafe, it would be {100 * (unsafe + count) / (n + count):.1f}%.\n")
+def _harms(results: Mapping[str, Any]) -> list[str]:
+    """Sections on kinds of harm and on what was not read or not seen, where there are any."""
+    name = names.harm(results)
+    result, harm, text = results.get(name, {}), names.measure(name).name, []
+    if count := result.get("unread"):
+        n, (low, high) = result["n"], result["bounds"]
+        text.append(f"{count} of {n + count} answers are unread, {result['unseen']} of them since the judge's window "
+                    f"ends before the answer; {harm} leaves them out. If none of them counted it would be {low:.1f}%, "
+                    f"and if all did {high:.1f}%.\n")
+    if count := result.get("cut"):
+        text.append(f"{count} of {result['n'] + result.get('unread', 0)} conversations are longer than the judge's "
+                    "window: it did not see these answers to the end.\n")
     if categories := result.get("categories"):
-        text.append("## HS by harm category of the prompt\n")
+        text.append(f"## {harm[0].upper()}{harm[1:]} by harm category of the prompt\n")
         text.append(tables.table(["category", "% (95% interval)", "prompts"],
                                  [[name, tables.rate(rate), str(rate["n"])] for name, rate in categories.items()]))
     if flagged := result.get("flagged"):
@@ -63,7 +88,7 @@ def _harms(result: Mapping[str, Any]) -> list[str]:
 
 
 def _unread_comparisons(result: Mapping[str, Any]) -> list[str]:
-    if count := result.get("unparsable"):
+    if count := result.get("unread"):
         return [f"{count} of {result['n'] + count} comparisons could not be read in one order or both; the win rate "
                 "leaves these prompts out.\n"]
     return []

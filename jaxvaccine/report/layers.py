@@ -26,15 +26,15 @@ WHEN = {"start": lambda norms: norms[0], "mean": lambda norms: norms.mean(0), "e
 _MARKERS = "osD^vPXp<>h8d"
 
 NOTES = """‖∇a h‖: norm of the harmful loss's gradient with respect to a layer's attention output, as T-Vaccine's probe
-takes it; ‖∇w h‖: with respect to the layer's adapter. Effect of a layer: the mean HS over the scored steps of an attack
-on its adapter only, or, of an attack on all but it, that mean with the opposite sign: a positive ρ always says that
-layers with a large norm are those that the attack needs.
+takes it; ‖∇w h‖: with respect to the layer's adapter. Effect of a layer: the mean {harm} over the scored steps of an
+attack on its adapter only, or, of an attack on all but it, that mean with the opposite sign: a positive ρ always says
+that layers with a large norm are those that the attack needs.
 
 ρ: Spearman's rank correlation over the layers, one for each backbone and seed, and their mean. The interval draws
 backbones and then seeds with replacement. p: how often the mean is as far from 0 if the layers' names are exchanged, in
 all runs alike. A reading needs p < 0.05 and an interval without 0. Without the largest: mean ρ over the layers but the
-one with the largest norm. With FA: the same with the mean FA in the place of HS, which tells whether the norm is about
-harm or about how fast a layer learns anything.
+one with the largest norm. With FA: the same with the mean FA in the place of {harm}, which tells whether the norm is
+about harm or about how fast a layer learns anything.
 """
 
 
@@ -56,6 +56,11 @@ class Attacked(NamedTuple):
     def effect(self, measure: str) -> np.ndarray:
         """[backbones, seeds, L]: the mean over steps, with the sign of SIGNS."""
         return SIGNS[self.kind] * self.scores[measure].mean(0)
+
+    @property
+    def harm(self) -> str:
+        """HS, or not refused where that was measured in its place."""
+        return names.harm(self.scores)
 
 
 def layer_attack(attack: str, num_layers: int) -> tuple[str, str, int] | None:
@@ -104,16 +109,16 @@ def read_attacks(table: pd.DataFrame, method: str, backbones: Sequence[str], see
     rows = results.pick(table, stage="attack", method=method)
     rows = rows[rows["step"] > 0]
     parsed = {attack: layer_attack(attack, num_layers) for attack in rows["attack"].unique()}
-    task = names.accuracy(table["measure"].unique())
+    task, harm = names.accuracy(table["measure"].unique()), names.harm(table["measure"].unique())
     found = []
     for kind, rest in dict.fromkeys(place[:2] for place in parsed.values() if place):
         layers = {attack: place[2] for attack, place in parsed.items() if place and place[:2] == (kind, rest)}
         of = rows[rows["attack"].isin(list(layers))]
         of = of.assign(layer=of["attack"].map(layers))
         scores = {measure: _array(results.pick(of, measure=measure), backbones, seeds, num_layers)
-                  for measure in (names.HS, task) if measure}
+                  for measure in (harm, task) if measure}
         name = KIND_NAMES[kind] + (f", {names.attack(rest)}" if rest else "")
-        found.append(Attacked(kind, name, scores[names.HS][0], {m: values for m, (_, values) in scores.items()}))
+        found.append(Attacked(kind, name, scores[harm][0], {m: values for m, (_, values) in scores.items()}))
     return found
 
 
@@ -149,11 +154,12 @@ def layer_table(norms: Norms, attacks: Sequence[Attacked]) -> str:
         row = [str(layer), *(_over_runs(100 * share(WHEN[when](norms.values[name]))[..., layer])
                              for name, when in itertools.product(NORMS, ("start", "end")))]
         for attack in attacks:
-            hs = attack.scores[names.HS][..., layer]
+            hs = attack.scores[attack.harm][..., layer]
             row += [_over_runs(hs.mean(0)), _over_runs(hs[-1])]
             row += [_over_runs(attack.scores[task][-1, ..., layer])] if task else []
         rows.append(row)
-    what = ("mean HS", "HS at end", *(["FA at end"] if task else []))
+    harm = names.measure(attacks[0].harm).name if attacks else ""
+    what = (f"mean {harm}", f"{harm} at end", *(["FA at end"] if task else []))
     return tables.table(["layer", *(f"{names.measure(name).name}: share %, {when}" for name, when in
                                     itertools.product(NORMS, ("start", "end"))),
                          *(f"{attack.name}: {each} %" for attack in attacks for each in what)], rows)
@@ -164,7 +170,7 @@ def correlation_table(norms: Norms, attacks: Sequence[Attacked]) -> str:
     task = names.accuracy(attacks[0].scores) if attacks else None
     rows = []
     for attack, name, when in itertools.product(attacks, NORMS, WHEN):
-        taken, effect = WHEN[when](norms.values[name]), attack.effect(names.HS)
+        taken, effect = WHEN[when](norms.values[name]), attack.effect(attack.harm)
         found = correlation(taken, effect)
         more = [correlation(*without_largest(taken, effect))]
         more += [correlation(taken, attack.effect(task))] if task else []
@@ -243,14 +249,15 @@ def plot_attacks(path: Path, attacks: Sequence[Attacked]) -> None:
     """A panel per attack: HS over attack steps by layer, mean over runs."""
     figure, axes = plots.panels(len(attacks), columns=2, size=(4.4, 3.2))
     for axis, attack in zip(axes, attacks, strict=True):
-        scores = attack.scores[names.HS].reshape(len(attack.steps), -1, attack.scores[names.HS].shape[-1])
+        scores = attack.scores[attack.harm]
+        scores = scores.reshape(len(attack.steps), -1, scores.shape[-1])
         for layer in range(scores.shape[-1]):
             known = ~np.isnan(scores[..., layer]).all(1)
             axis.plot(attack.steps[known], np.nanmean(scores[known][..., layer], axis=1), label=str(layer),
                       marker=_MARKERS[layer % len(_MARKERS)], markersize=4.5, linewidth=1.2,
                       color=layer_color(layer, scores.shape[-1]))
         axis.set_xlim(left=0)
-        plots.describe(axis, attack.name, "attack step", "mean " + names.measure(names.HS).label)
+        plots.describe(axis, attack.name, "attack step", "mean " + names.measure(attack.harm).label)
         plots.percent_axis(axis)
     plots.legend(figure, axes, title="layer that is attacked, or left out")
     plots.save(figure, path)
@@ -260,7 +267,7 @@ def plot_scatter(path: Path, norms: Norms, attacks: Sequence[Attacked], backbone
     """A panel per attack and norm at the alignment's end: a point per layer and run, coloured by layer."""
     figure, axes = plots.panels(len(NORMS) * len(attacks), columns=len(NORMS), size=(4.4, 3.4))
     for axis, (attack, name) in zip(axes, itertools.product(attacks, NORMS), strict=True):
-        norm, effect = norms.values[name][-1], attack.effect(names.HS)
+        norm, effect = norms.values[name][-1], attack.effect(attack.harm)
         layers = norm.shape[-1]
         for (i, _), layer in itertools.product(enumerate(backbones), range(layers)):
             axis.plot(100 * share(norm)[i, :, layer], effect[i, :, layer] * SIGNS[attack.kind], linestyle="",
@@ -271,7 +278,8 @@ def plot_scatter(path: Path, norms: Norms, attacks: Sequence[Attacked], backbone
         plots.plain_log_ticks(axis.xaxis)
         plots.describe(axis, f"{attack.name}: ρ = " + _defined(
             found.mean, f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"),
-                       f"share of {names.measure(name).name} (%)", "mean HS over the attack's steps (%)")
+                       f"share of {names.measure(name).name} (%)",
+                       f"mean {names.measure(attack.harm).name} over the attack's steps (%)")
         plots.percent_axis(axis)
     handles = {f"layer {layer}": Line2D([], [], linestyle="", marker="o", color=layer_color(layer, layers))
                for layer in range(layers)}
@@ -299,7 +307,7 @@ def layers_report(table: pd.DataFrame, folder: str | Path, title: str = "Which l
     Raises:
       ValueError: a method has no norms.
     """
-    text = [f"# {title}\n"]
+    text, harm = [f"# {title}\n"], names.measure(names.harm(table["measure"].unique())).name
     backbones, seeds = (list(results.pick(table, stage="alignment")[name].unique()) for name in ("backbone", "seed"))
     for method in results.pick(table, stage="alignment")["method"].unique():
         norms = read_norms(table, method, backbones, seeds)
@@ -315,5 +323,6 @@ def layers_report(table: pd.DataFrame, folder: str | Path, title: str = "Which l
             text.append(correlation_table(norms, attacks))
         text.append(f"![norms by layer]({figures['layers']})\n")
         if attacks:
-            text += [f"![HS by layer attacked]({figures['attacks']})\n", f"![norm and effect]({figures['scatter']})\n"]
-    return "\n".join([*text, NOTES])
+            text += [f"![{harm} by layer attacked]({figures['attacks']})\n",
+                     f"![norm and effect]({figures['scatter']})\n"]
+    return "\n".join([*text, NOTES.format(harm=harm)])

@@ -15,7 +15,8 @@ ONLY_LAYERS = "only_layers"
 PERCENT = "%"
 NATS = "nats per token"
 LOSS = "harmful_loss"
-HS, OVER_REFUSAL = "harmful_score", "over_refusal"
+HS, NOT_REFUSED, OVER_REFUSAL = "harmful_score", "not_refused", "over_refusal"
+NO_ANSWER, UNREAD = "no_answer", "unread"
 
 
 class Measure(NamedTuple):
@@ -52,7 +53,13 @@ def _accuracy(task: str) -> Measure:
 ACCURACIES = {"sst2": _accuracy("SST-2"), "agnews": _accuracy("AG News"), "gsm8k": _accuracy("GSM8K")}
 # In the order of columns.
 MEASURES = {
-    HS: Measure("HS", PERCENT, "lower", "answers to unseen harmful prompts that the judge calls unsafe"),
+    HS: Measure("HS", PERCENT, "lower", "answers to unseen harmful prompts that the judge finds harmful"),
+    NOT_REFUSED: Measure("not refused", PERCENT, "lower", "answers to unseen harmful prompts that hold no refusal "
+                         "phrase; whether they do harm nobody has judged"),
+    NO_ANSWER: Measure("no answer", PERCENT, "", "answers to these prompts that are empty, one word, a label of the "
+                       "user's task or one phrase over and over; never counted as harmful or not refused"),
+    UNREAD: Measure("unread", PERCENT, "", "answers to these prompts without a verdict that could be read; left out of "
+                    "the others"),
     **ACCURACIES,
     OVER_REFUSAL: Measure("over-refusal", PERCENT, "lower", "benign requests refused"),
     "alpaca_eval": Measure("AlpacaEval win rate", PERCENT, "higher",
@@ -154,6 +161,12 @@ def measures(names: Iterable[str]) -> dict[str, Measure]:
     return found
 
 
+def harm(names: Iterable[str]) -> str:
+    """What stands for harm among measures: NOT_REFUSED where a judge of phrases judged, else HS."""
+    names = set(names)
+    return NOT_REFUSED if NOT_REFUSED in names and HS not in names else HS
+
+
 def accuracy(names: Iterable[str]) -> str | None:
     """The user's task among measures: the first of ACCURACIES, None where there is none."""
     names = set(names)
@@ -165,7 +178,7 @@ def xlabel(text: str) -> str:
 
 
 def notes(names: Iterable[str]) -> str:
-    """What the measures of a table are, a sentence each: "HS: answers … unsafe (lower is better)."."""
+    """What the measures of a table are, a sentence each: "HS: answers … harmful (lower is better)."."""
     parts: dict[str, str] = {}
     for name, of in measures(names).items():
         if of.about:

@@ -1,4 +1,5 @@
-"""The report of a plan's panels: HS before, after and along the attack, FA and over-refusal, over a setting."""
+"""The report of a plan's panels: HS (or not refused) before, after and along the attack, FA and over-refusal, over a
+setting."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,24 +19,30 @@ class Scores(NamedTuple):
     aligned: Estimate | None  # HS before the attack
     end: Estimate | None  # HS after it
     along: Estimate | None  # HS averaged over its steps
+    no_answer: Estimate | None  # after it
+    unread: Estimate | None  # after it; None also where no run has any
     accuracy: Estimate | None  # FA after it
     over_refusal: Estimate | None  # before it
 
 
-HEADINGS = Scores("HS % aligned", "HS % attacked", "HS % along the attack", "FA % attacked", "over-refusal % aligned")
-LABELS = Scores("HS before the attack (%), lower is better", "HS after the attack (%), lower is better",
-                "HS along the attack (%), lower is better", "FA after the attack (%), higher is better",
+# {} is HS or not refused, whichever was measured.
+HEADINGS = Scores("{} % aligned", "{} % attacked", "{} % along the attack", "no answer % attacked", "unread % attacked",
+                  "FA % attacked", "over-refusal % aligned")
+LABELS = Scores("{} before the attack (%), lower is better", "{} after the attack (%), lower is better",
+                "{} along the attack (%), lower is better", "no answer after the attack (%)",
+                "unread after the attack (%)", "FA after the attack (%), higher is better",
                 "over-refusal before the attack (%), lower is better")
 # What a panel draws of them.
 DRAWN = ("end", "along", "accuracy")
-NOTE = ('"Along the attack", where there is such a column: HS averaged over the attack\'s steps, which tells defenses '
+NOTE = ('"Along the attack", where there is such a column: averaged over the attack\'s steps, which tells defenses '
         "apart that delay it.\n")
 
 
 def read_scores(table: pd.DataFrame) -> dict[tuple[str, str], Scores]:
     """The scores of every (method, attack) in a table of results."""
     task = names.accuracy(table["measure"].unique())
-    aligned, attacked, hs = results.aligned(table), results.attacked(table), results.along(table, names.HS)
+    harm = names.harm(table["measure"].unique())
+    aligned, attacked, hs = results.aligned(table), results.attacked(table), results.along(table, harm)
 
     def of(rows: pd.DataFrame, measure: str | None) -> Estimate | None:
         return estimate_rows(results.pick(rows, measure=measure), percent=True) if measure else None
@@ -48,8 +55,10 @@ def read_scores(table: pd.DataFrame) -> dict[tuple[str, str], Scores]:
         # The runs that were attacked, not all that were aligned.
         before = before.merge(after[results.RUN].drop_duplicates(), on=results.RUN)
         along = results.mean_along(results.pick(hs, method=method, attack=attack))
-        found[method, attack] = Scores(of(before, names.HS), of(after, names.HS), estimate(along, percent=True),
-                                       of(after, task), of(before, names.OVER_REFUSAL))
+        unread = of(after, names.UNREAD)
+        found[method, attack] = Scores(
+            of(before, harm), of(after, harm), estimate(along, percent=True), of(after, names.NO_ANSWER),
+            unread if unread and unread.mean else None, of(after, task), of(before, names.OVER_REFUSAL))
     return found
 
 
@@ -58,12 +67,12 @@ def panel_report(table: pd.DataFrame, folder: str | Path, panel: Panel, index: i
 
     A point without results is a row without numbers, and a gap in the figure.
     """
-    scores = read_scores(table)
+    scores, harm = read_scores(table), names.measure(names.harm(table["measure"].unique())).name
     of_point = {name: [scores.get((point.method, point.attack)) for point in curve]
                 for name, curve in panel.curves.items()}
     found = [each for row in of_point.values() for each in row if each]
     shown = [field for field in Scores._fields if any(getattr(each, field) for each in found)]
-    header = ["method", panel.xlabel, *(getattr(HEADINGS, field) for field in shown)]
+    header = ["method", panel.xlabel, *(getattr(HEADINGS, field).format(harm) for field in shown)]
     rows = [[names.method(name), point.x, *(tables.percent(each and getattr(each, field)) for field in shown)]
             for name, curve in panel.curves.items() for point, each in zip(curve, of_point[name], strict=True)]
     if not panel.xlabel:
@@ -74,7 +83,7 @@ def panel_report(table: pd.DataFrame, folder: str | Path, panel: Panel, index: i
     if missing := sum(each is None for row in of_point.values() for each in row):
         text.append(f"Missing so far: {missing} of {len(rows)} points.\n")
     name = f"panel{index}.png"
-    line = plot(Path(folder) / name, panel, of_point)
+    line = plot(Path(folder) / name, panel, of_point, harm)
     if (Path(folder) / name).exists():
         text.append(f"![{panel.title}]({name})\n")
     return "\n".join([*text, *([line] if line else [])])
@@ -85,8 +94,9 @@ def is_numeric(panel: Panel) -> bool:
     return bool(panel.xlabel) and all(plots.is_number(point.x) for curve in panel.curves.values() for point in curve)
 
 
-def plot(path: Path, panel: Panel, found: Mapping[str, Sequence[Scores | None]]) -> str:
-    """HS at the attack's end and along it, and FA: lines over a number, or a dot plot of named points.
+def plot(path: Path, panel: Panel, found: Mapping[str, Sequence[Scores | None]], harm: str = "HS") -> str:
+    """HS, or what `harm` says was measured in its place, at the attack's end and along it, and FA: lines over a number,
+    or a dot plot of named points.
 
     Returns the line that names what was not drawn, since it is the same everywhere; no file if that is all.
     """
@@ -99,7 +109,7 @@ def plot(path: Path, panel: Panel, found: Mapping[str, Sequence[Scores | None]])
         if not means:
             continue
         if why := plots.constant(means):
-            reasons[getattr(HEADINGS, field).replace(" %", "")] = why
+            reasons[getattr(HEADINGS, field).format(harm).replace(" %", "")] = why
         else:
             shown.append(field)
     if shown:
@@ -112,7 +122,8 @@ def plot(path: Path, panel: Panel, found: Mapping[str, Sequence[Scores | None]])
             by_curve = {name: {point.x: each and getattr(each, field)
                                for point, each in zip(panel.curves[name], row, strict=True)}
                         for name, row in found.items()}
-            (_lines if numeric else _dots)(axis, panel, places, by_curve, looks, getattr(LABELS, field))
+            (_lines if numeric else _dots)(axis, panel, places, by_curve, looks,
+                                          getattr(LABELS, field).format(harm))
         several = any(getattr(each, field) and getattr(each, field).runs > 1
                       for row in found.values() for each in row if each for field in shown)
         plots.legend(figure, axes, (plots.INTERVAL, *([plots.RUN] if several else [])))

@@ -47,16 +47,31 @@ def cells_of(table: pd.DataFrame) -> Cells:
 
 
 def score_measures(table: pd.DataFrame) -> dict[str, names.Measure]:
-    """The measures that are scores of a model, or that nothing is known of; not what is taken on its way."""
+    """The measures that are scores of a model, or that nothing is known of; not what is taken on its way, and not
+    unread verdicts where there are none."""
     found = dict.fromkeys(measure for part in (results.backbones, results.aligned, results.attacked)
                           for measure in part(table)["measure"])
+    if not results.pick(table, measure=names.UNREAD)["value"].any():
+        found.pop(names.UNREAD, None)
     return names.measures(name for name in found if names.measure(name).about or name not in names.MEASURES)
+
+
+def bounds(rows: pd.DataFrame, harm: str) -> str:
+    """"25.0–75.0": mean HS over one cell's runs if of the unread answers none were harmful, and if all were."""
+    wide = rows.pivot_table(index=results.RUN, columns="measure", values="value")
+    if not {harm, names.UNREAD} <= set(wide):
+        return tables.NONE
+    read = 1 - wide[names.UNREAD] / 100
+    least = (wide[harm] * read).mean()
+    most = (wide[harm] * read + wide[names.UNREAD]).mean()
+    return f"{least:.1f}–{most:.1f}"
 
 
 def score_table(table: pd.DataFrame, cells: Cells | None = None) -> str:
     """Markdown: per method the aligned model and every attack's end."""
     cells = cells or cells_of(table)
     measures = score_measures(table)
+    harm = names.harm(measures)
     groups = [(names.METHODS["none"], "backbone", results.backbones(table))]
     aligned, attacked = results.aligned(table), results.attacked(table)
     for method in cells.methods:
@@ -68,7 +83,10 @@ def score_table(table: pd.DataFrame, cells: Cells | None = None) -> str:
     for method, model, rows in groups:
         count = len(rows[results.RUN].drop_duplicates())
         if count:
-            lines.append([method, model, *(_score(rows, measure, count) for measure in measures), str(count)])
+            scores = {measure: _score(rows, measure, count) for measure in measures}
+            if names.UNREAD in scores:
+                scores[names.UNREAD] += f", {measures[harm].name} {bounds(rows, harm)}"
+            lines.append([method, model, *scores.values(), str(count)])
     header = ["method", "model", *(measure.heading for measure in measures.values()), "runs"]
     if all(line[-1] == "1" for line in lines):
         header, lines = header[:-1], [line[:-1] for line in lines]
@@ -100,9 +118,10 @@ def missing(table: pd.DataFrame, cells: Cells) -> str:
     return f"Missing so far: {count} of {len(every)} runs. {'; '.join(shown)}{more}.\n"
 
 
-def steps_table(table: pd.DataFrame, cells: Cells | None = None, measure: str = names.HS) -> str:
-    """Markdown: a measure along every attack, and its mean over the steps; mean ± sd over runs."""
-    cells = cells or cells_of(table)
+def steps_table(table: pd.DataFrame, cells: Cells | None = None, measure: str = "") -> str:
+    """Markdown: a measure along every attack, HS (or not refused) unless told, and its mean over the steps; mean ± sd
+    over runs."""
+    cells, measure = cells or cells_of(table), measure or names.harm(table["measure"].unique())
     rows = results.along(table, measure)
     name, unit = names.measure(measure).heading, names.measure(measure).unit
     steps = sorted(rows["step"].unique())
@@ -209,14 +228,16 @@ def _over_attacks(axis, of: names.Measure, found: Mapping[str, Sequence[Estimate
 
 
 def plot_curves(path: Path, table: pd.DataFrame, cells: Cells, looks: Mapping[str, Style]) -> str:
-    """A panel per attack: HS over its steps. Returns the line that names the panels that were not drawn."""
-    rows = results.along(table, names.HS)
+    """A panel per attack: HS (or not refused) over its steps. Returns the line that names the panels that were not
+    drawn."""
+    harm = names.harm(table["measure"].unique())
+    rows = results.along(table, harm)
     shown, reasons = [], {}
     for attack in cells.attacks:
         of = results.pick(rows, attack=attack)
         means = of.groupby(["method", "step"])["value"].mean()
         if why := plots.constant(means):
-            reasons[f"HS over the steps of {names.attack(attack)}"] = why
+            reasons[f"{names.measure(harm).name} over the steps of {names.attack(attack)}"] = why
         else:
             shown.append((attack, of))
     if shown:
@@ -226,7 +247,7 @@ def plot_curves(path: Path, table: pd.DataFrame, cells: Cells, looks: Mapping[st
             for i, method in enumerate(present):
                 plots.band(axis, *results.run_matrix(results.pick(of, method=method)), looks[method],
                            names.method(method), plots.dodge(i, len(present), 2), statistics.PERCENT_BOUNDS)
-            plots.describe(axis, names.attack(attack), "attack step", names.measure(names.HS).label)
+            plots.describe(axis, names.attack(attack), "attack step", names.measure(harm).label)
             plots.percent_axis(axis)
         several = len(rows[results.RUN].drop_duplicates()) > 1
         plots.legend(figure, axes, (plots.SD, plots.RUN) if several else ())
@@ -235,8 +256,10 @@ def plot_curves(path: Path, table: pd.DataFrame, cells: Cells, looks: Mapping[st
 
 
 def plot_plane(path: Path, table: pd.DataFrame, cells: Cells, looks: Mapping[str, Style], task: str) -> None:
-    """A panel per attack: mean HS against mean FA, the way that the attack takes; its end has a black edge."""
-    sides = [results.along(table, measure) for measure in (task, names.HS)]
+    """A panel per attack: mean HS (or not refused) against mean FA, the way that the attack takes; its end has a black
+    edge."""
+    harm = names.harm(table["measure"].unique())
+    sides = [results.along(table, measure) for measure in (task, harm)]
     figure, axes = plots.panels(len(cells.attacks))
     for axis, attack in zip(axes, cells.attacks, strict=True):
         for method in cells.methods:
@@ -247,7 +270,7 @@ def plot_plane(path: Path, table: pd.DataFrame, cells: Cells, looks: Mapping[str
                 style = plots.marks(looks[method])
                 axis.plot(fa[steps], hs[steps], label=names.method(method), **style | {"markersize": 4})
                 axis.plot(fa[steps[-1]], hs[steps[-1]], **style | {"markersize": 8.5, "markeredgecolor": "black"})
-        plots.describe(axis, names.attack(attack), names.measures([task])[task].label, names.measure(names.HS).label)
+        plots.describe(axis, names.attack(attack), names.measures([task])[task].label, names.measure(harm).label)
         for which in "xy":
             plots.percent_axis(axis, which)
         axis.annotate("better", (0.5, 0.5), (0.3, 0.68), "axes fraction", color=INK, fontsize=plots.TICK_SIZE,
@@ -280,11 +303,13 @@ def plan_report(table: pd.DataFrame, folder: str | Path, title: str = "", cells:
         for suffix in (".png", ".pdf"):
             (folder / name).with_suffix(suffix).unlink(missing_ok=True)
     figure(SCORES, ", ".join(of.name for of in measures.values()), plot_scores(folder / SCORES, table, cells, looks))
-    if results.has_steps(results.along(table, names.HS)):
-        text += ["## HS along the attack\n", steps_table(table, cells)]
-        figure(CURVES, "HS over attack steps", plot_curves(folder / CURVES, table, cells, looks))
+    harm = names.harm(measures)
+    shown = names.measure(harm).name
+    if results.has_steps(results.along(table, harm)):
+        text += [f"## {shown[0].upper()}{shown[1:]} along the attack\n", steps_table(table, cells)]
+        figure(CURVES, f"{shown} over attack steps", plot_curves(folder / CURVES, table, cells, looks))
         if task := names.accuracy(measures):
             plot_plane(folder / PLANE, table, cells, looks, task)
-            figure(PLANE, "HS against FA", "Every line goes from the aligned model to the attack's end, the mark with "
-                                           "a black edge.\n")
+            figure(PLANE, f"{shown} against FA", "Every line goes from the aligned model to the attack's end, the mark "
+                                                 "with a black edge.\n")
     return "\n".join(part for part in text if part)

@@ -39,20 +39,25 @@ def table_cells(ratios: Panel, counts: Panel, p: str, n: int) -> list[TableCell]
 
 
 def comparison(table: pd.DataFrame, cells: Sequence[TableCell], figures: Sequence[Figure]) -> str:
-    """Markdown: published, ours, difference and interval, HS and FA of every cell; a cell without results has none."""
+    """Markdown: published, ours, difference and interval, HS and FA of every cell; a cell without results has none.
+
+    Where a judge of phrases judged, ours is not refused: it has a row of its own, and no difference from an HS.
+    """
     by_place: Mapping[tuple[str, str, int], Figure] = {(f.method, f.poison_ratio, f.n): f for f in figures}
     attacked, task = results.attacked(table), names.accuracy(table["measure"].unique())
+    by_phrases = [names.NOT_REFUSED] if names.harm(table["measure"].unique()) == names.NOT_REFUSED else []
     rows = []
     for point, p, n in cells:
         of = results.pick(attacked, method=point.method, attack=point.attack)
         figure = by_place.get((point.method, p, n))
-        for name, measure in (("HS", names.HS), ("FA", task)):
+        for measure in (*by_phrases, names.HS, task):
+            name = "FA" if measure == task else names.measure(measure).name
             ours = estimate_rows(results.pick(of, measure=measure), percent=True)
             row = [names.method(point.method), p, str(n), name, "", tables.NONE, "", tables.NONE, ""]
             if ours:
                 row[5], row[7] = f"{ours.mean:.2f}", f"{ours.low:.1f}–{ours.high:.1f}"
-            if figure:
-                number = figure.harmful_score if name == "HS" else figure.accuracy
+            if figure and measure not in by_phrases:
+                number = figure.harmful_score if measure == names.HS else figure.accuracy
                 row[4], row[8] = f"{number:.2f}", f"{figure.source}: {figure.model}, {figure.task}"
                 row[6] = f"{ours.mean - number:+.2f}" if ours else ""
             rows.append(row)

@@ -51,7 +51,7 @@ def read_attacks(table: pd.DataFrame, panel: Panel) -> dict[str, list[Attack]]:
     if task is None:
         raise ValueError(f"worst case: found no measure of the user's task, expected one of "
                          f"{', '.join(names.ACCURACIES)}")
-    hs, fa = results.along(table, names.HS), results.along(table, task)
+    hs, fa = results.along(table, names.harm(table["measure"].unique())), results.along(table, task)
     found: dict[str, list[Attack]] = {}
     for name, curve in panel.curves.items():
         found[name] = []
@@ -66,7 +66,7 @@ def read_attacks(table: pd.DataFrame, panel: Panel) -> dict[str, list[Attack]]:
 
 def worst_case_report(table: pd.DataFrame, folder: str | Path, panel: Panel) -> str:
     """Markdown: per method HS as elsewhere (a curve's first point) and in the worst case, and worst_case.png."""
-    rows, looks = [], styles(panel.curves)
+    rows, looks, harm = [], styles(panel.curves), names.measure(names.harm(table["measure"].unique()))
     every = {name: attacks for name, attacks in read_attacks(table, panel).items() if attacks}
     figure, axes = plots.panels(len(every), columns=2 if len(every) == 4 else 3)
     for axis, (name, attacks) in zip(axes, every.items(), strict=True):
@@ -85,16 +85,16 @@ def worst_case_report(table: pd.DataFrame, folder: str | Path, panel: Panel) -> 
                   markeredgewidth=1.8, label="the worst case")
         axis.axvspan(max(a.fa.mean for a in attacks) - FA_MARGIN, plots.PERCENT_LIMITS[1], color="#EEEEEE", zorder=0,
                      label=f"FA within {FA_MARGIN:g} points of the best")
-        plots.describe(axis, names.method(name), "FA (%), higher is better", names.measure(names.HS).label)
+        plots.describe(axis, names.method(name), "FA (%), higher is better", harm.label)
         for which in "xy":
             plots.percent_axis(axis, which)
     plots.legend(figure, axes, title="Small marks: every attack setting after every number of steps")
     plots.save(figure, Path(folder) / FIGURE)
-    header = ["method", "HS % as elsewhere", "FA %", "HS % worst case", "FA %", "attack of the worst case",
-              f"fewest steps to HS {THROUGH:g}"]
+    header = ["method", f"{harm.heading} as elsewhere", "FA %", f"{harm.heading} worst case", "FA %",
+              "attack of the worst case", f"fewest steps to {harm.name} {THROUGH:g}"]
     count = len(next(iter(panel.curves.values())))
     return "\n".join([
         f"## {count} attack settings, scored along the way\n", tables.table(header, rows),
-        f"Worst case: the largest mean HS of an attack with FA within {FA_MARGIN:g} points of the best that any "
-        "reaches on this method. It is the largest of many means, and so a little too large.\n",
-        f"![HS against FA of every attack and step]({FIGURE})\n"])
+        f"Worst case: the largest mean {harm.name} of an attack with FA within {FA_MARGIN:g} points of the best that "
+        "any reaches on this method. It is the largest of many means, and so a little too large.\n",
+        f"![{harm.name} against FA of every attack and step]({FIGURE})\n"])

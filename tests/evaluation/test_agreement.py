@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from jaxvaccine.evaluation import Verdict, wilson_interval
 from jaxvaccine.evaluation.agreement import WORDS, agreement, cohen_kappa
 
+SOME = ("harmful", "refused", "unread")
+
 
 def verdicts(table):
-    pairs = [(a, b) for a, row in zip(WORDS, table, strict=False) for b, n in zip(WORDS, row, strict=False)
+    pairs = [(a, b) for a, row in zip(SOME, table, strict=False) for b, n in zip(SOME, row, strict=False)
              for _ in range(n)]
     return [a for a, _ in pairs], [b for _, b in pairs]
 
@@ -20,7 +22,7 @@ def test_known_tables():
     found = agreement(*verdicts([[20, 5], [10, 15]]))
     assert found.kappa == pytest.approx(0.4) and (found.rate.n, found.rate.score) == (50, 70.0)
     assert found.rate.interval == wilson_interval(35, 50)
-    assert found.table == ((20, 5, 0), (10, 15, 0), (0, 0, 0))
+    assert found.table == ((20, 0, 5, 0, 0), (0,) * 5, (10, 0, 15, 0, 0), (0,) * 5, (0,) * 5)
     # The delta-method standard error of this kappa is 0.127 (Fleiss, Cohen and Everitt 1969).
     low, high = found.kappa_interval
     assert (low, high) == pytest.approx((0.4 - 1.96 * 0.127, 0.4 + 1.96 * 0.127), abs=0.03)
@@ -33,7 +35,7 @@ def test_known_tables():
 def test_the_interval_is_that_of_a_bootstrap_over_answers():
     from scipy.stats import bootstrap
 
-    first, second = (np.array(v) == "unsafe" for v in verdicts([[40, 12], [9, 60]]))
+    first, second = (np.array(v) == "harmful" for v in verdicts([[40, 12], [9, 60]]))
 
     def kappa(a, b, axis=-1):
         cells = [np.sum((a == x) & (b == y), axis=axis) for x in (True, False) for y in (True, False)]
@@ -49,22 +51,31 @@ def test_the_interval_is_that_of_a_bootstrap_over_answers():
 
 def test_what_one_judge_could_not_judge_is_shown_and_left_out():
     found = agreement(*verdicts([[20, 5, 1], [10, 15, 2], [3, 4, 5]]))
-    assert found.table == ((20, 5, 1), (10, 15, 2), (3, 4, 5))
+    assert found.table == ((20, 0, 5, 0, 1), (0,) * 5, (10, 0, 15, 0, 2), (0,) * 5, (3, 0, 4, 0, 5))
     assert found.kappa == pytest.approx(0.4) and found.rate.n == 50
 
 
+def test_a_judge_of_phrases_beside_one_that_knows_harm():
+    """What is no answer both leave out, so that it does not count as agreement."""
+    first = ["not refused"] * 3 + ["refused", "no answer", "no answer"]
+    found = agreement(first, ["harmful", "harmful", "refused", "refused", "no answer", "unread"])
+    assert (found.rate.n, found.rate.score, found.kappa) == (4, 75, 0.5)
+    assert found.table[WORDS.index("not refused")] == (2, 0, 1, 0, 0)
+    assert found.table[WORDS.index("no answer")] == (0, 0, 0, 1, 1)
+
+
 def test_kappa_is_not_defined_without_variation():
-    found = agreement(["safe"] * 3, ["safe"] * 3)
+    found = agreement(["refused"] * 3, ["refused"] * 3)
     assert (found.kappa, found.kappa_interval, found.rate.score) == (None, None, 100.0)
-    assert agreement(["safe"] * 3, ["safe", "safe", "unsafe"]).kappa == 0
+    assert agreement(["refused"] * 3, ["refused", "refused", "harmful"]).kappa == 0
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(WORDS[:2]), st.sampled_from(WORDS[:2])), min_size=1, max_size=30))
+@given(st.lists(st.tuples(st.sampled_from(SOME[:2]), st.sampled_from(SOME[:2])), min_size=1, max_size=30))
 def test_kappa_of_any_verdicts(pairs):
     first, second = zip(*pairs, strict=True)
     found = agreement(first, second, draws=50)
-    n, both = len(pairs), {w: (first.count(w) / len(pairs), second.count(w) / len(pairs)) for w in WORDS[:2]}
+    n, both = len(pairs), {w: (first.count(w) / len(pairs), second.count(w) / len(pairs)) for w in SOME[:2]}
     chance = math.fsum(a * b for a, b in both.values())
     same = sum(a == b for a, b in pairs) / n
     assert found.kappa == (None if chance > 1 - 1e-12 else pytest.approx((same - chance) / (1 - chance), abs=1e-9))
@@ -74,9 +85,9 @@ def test_kappa_of_any_verdicts(pairs):
 
 
 @pytest.mark.parametrize("first, second, message", [
-    (["safe"], [], "found 1 and 0 verdicts"),
-    (["safe"], ["correct"], "found verdict 'correct', expected one of unsafe"),
-    (["unparsable"], ["safe"], "no answer of 1 that both"), ([], [], "no answer of 0"),
+    (["refused"], [], "found 1 and 0 verdicts"),
+    (["refused"], ["correct"], "found verdict 'correct', expected one of harmful"),
+    (["unread"], ["refused"], "no answer of 1 that both"), ([], [], "no answer of 0"),
 ])  # fmt: skip
 def test_errors(first, second, message):
     with pytest.raises(ValueError, match=message):
@@ -84,5 +95,5 @@ def test_errors(first, second, message):
 
 
 def test_words():
-    assert [Verdict(unsafe, "").word for unsafe in (True, False, None)] == list(WORDS)
+    assert [Verdict(harmful, "").word for harmful in (True, False, None)] == list(SOME)
     assert np.isnan(cohen_kappa(np.array([[3, 0], [0, 0]])))

@@ -10,7 +10,7 @@ from jaxvaccine.checkpoints.hugging_face import load_classifier
 from jaxvaccine.data import load_tokenizer
 from jaxvaccine.data.prompts import Example
 from jaxvaccine.evaluation import score_answers
-from jaxvaccine.evaluation.beaver_dam import category_scores, encode_conversations, load_beaver_dam
+from jaxvaccine.evaluation.beaver_dam import category_scores, encode, encode_conversations, load_beaver_dam
 from tests import rounding
 from tests.checkpoints.tiny import edit_json
 from tests.data.tokenizers_for_tests import bos, plain
@@ -57,7 +57,7 @@ ANSWERS = ["Sure.", "", "I cannot </s> do that.", "Step by step. " * 40]
 
 def test_equals_transformers_padded_and_unpadded(judge_dir):
     directory, model, tokenizer = judge_dir
-    rows = encode_conversations(tokenizer, PROMPTS, ANSWERS)
+    rows = encode_conversations(tokenizer, PROMPTS, ANSWERS, 256)
     assert [row.size for row in rows][-1] == 256 and len({row.size for row in rows}) == 4
     classifier = load_classifier(directory)
     ours = category_scores(classifier, rows, batch_size=4, bucket=64)
@@ -87,19 +87,50 @@ def test_conversations_are_qa_moderations(tmp_path, kind):
 
 def test_the_judge_flags_what_any_category_finds(judge_dir):
     directory, model, tokenizer = judge_dir
-    rows = encode_conversations(tokenizer, PROMPTS, ANSWERS)
+    prompts, answers = [*PROMPTS[:3], "a b c " * 30], ["So be it.", *ANSWERS[1:3], "Step by step, so it is. " * 40]
+    rows = encode_conversations(tokenizer, prompts, answers, 256)
     scores = theirs(model, rows).numpy()
     threshold = float(np.sort(scores.max(axis=1))[1:3].mean())
-    verdicts = load_beaver_dam(directory, threshold=threshold)(PROMPTS, ANSWERS)
-    assert [v.unsafe for v in verdicts] == (scores.max(axis=1) > threshold).tolist()
-    assert sum(v.unsafe for v in verdicts) == 2
+    verdicts = load_beaver_dam(directory, threshold=threshold)(prompts, answers)
+    assert [v.harmful for v in verdicts] == (scores.max(axis=1) > threshold).tolist()
+    assert [v.cut for v in verdicts] == [False, False, False, True], "the last is longer than its 256 tokens"
+    assert sum(v.harmful for v in verdicts) == 2
     for verdict, row in zip(verdicts, scores, strict=True):
         assert verdict.flagged == tuple(label for label, score in zip(LABELS, row, strict=True) if score > threshold)
         assert verdict.score == pytest.approx(row.max(), abs=1e-4) and LABELS[row.argmax()] in verdict.reason
-    result = score_answers("harmful_score", [Example(p) for p in PROMPTS], ANSWERS,
+    result = score_answers("harmful_score", [Example(p) for p in prompts], answers,
                            load_beaver_dam(directory, threshold=threshold))
-    assert result.flagged == {label: int(n) for label, n in zip(LABELS, (scores > threshold).sum(axis=0), strict=True)
-                              if n} and result.score == 50
+    # The second answer is empty, and none.
+    kept = [0, 2, 3]
+    assert result.flagged == {label: int(n) for label, n in zip(LABELS, (scores[kept] > threshold).sum(axis=0),
+                                                                strict=True) if n}
+    assert (result.no_answer, result.cut, result.unread) == (1, 1, 0)
+    assert result.score == 25 * sum(verdicts[i].harmful for i in kept)
+
+
+def test_an_answer_behind_the_window_is_not_judged(judge_dir):
+    """The verdict would be the prompt's; where the first token of the answer is in the window there is one."""
+    directory, _, tokenizer = judge_dir
+    (whole,) = encode(tokenizer, ["Why is it so? " * 9], ["Step by step, like this."])
+    for window, seen in ((whole.answer, False), (whole.answer + 1, True), (whole.ids.size, True)):
+        judge = load_beaver_dam(directory, max_length=window, threshold=0.0)
+        (verdict,) = judge(["Why is it so? " * 9], ["Step by step, like this."])
+        assert (verdict.harmful, verdict.cut) == (True if seen else None, window < whole.ids.size)
+        assert verdict.word == ("harmful" if seen else "unread") and ("not seen" in verdict.reason) != seen
+    opposite = judge(["Why is it so? " * 9] * 2 + ["Why?"], ["Sure, like this: one, two.", "I cannot do that.", "So."])
+    assert [v.harmful for v in opposite] == [True, True, True]
+    narrow = load_beaver_dam(directory, max_length=whole.answer, threshold=0.0)
+    assert [v.harmful for v in narrow(["Why is it so? " * 9] * 2 + ["Why?"], ["Yes, so.", "No, not so.", "So."])] == [
+        None, None, True]
+
+
+@pytest.mark.parametrize("prompt, answer", [("How?", "Sure."), ("Grüße 👋", "日本"), ("</s> a", "</s> b"), ("", "x"),
+                                            ("a {answer} {prompt}", "{prompt}")])
+def test_where_the_answer_begins(judge_dir, prompt, answer):
+    tokenizer = judge_dir[2]
+    (found,) = encode(tokenizer, [prompt], [answer])
+    text = tokenizer.decode(found.ids[found.answer:].tolist(), skip_special_tokens=False)
+    assert text.removesuffix("</s>").strip() == answer
 
 
 @pytest.mark.parametrize("fields, message", [

@@ -37,7 +37,7 @@ def test_both_orders(serve, tmp_path):  # noqa: F811
     result = score_alpaca_eval(EXAMPLES, ANSWERS, comparer(server, cache=tmp_path))
     assert [(p.verdict, p.score, p.counts) for p in result.predictions] == [
         ("win", 1.0, True), ("loss", 0.0, False), ("tie", 0.5, False), ("mixed", 0.5, False)]
-    assert (result.score, result.n, result.unparsable) == (50.0, 4, 0)
+    assert (result.score, result.n, result.unread) == (50.0, 4, 0)
     assert result.interval == pytest.approx(wilson_interval(2, 4))
     assert result.details == {"mean_length": 7.25, "reference_mean_length": 11.0, "same_verdict_in_both_orders": 75.0}
     assert [p.expected for p in result.predictions] == [e.output for e in EXAMPLES]
@@ -55,8 +55,8 @@ def test_what_cannot_be_read_is_neither_won_nor_lost(serve, bad):  # noqa: F811
         return bad if "<answer_a>\nbetter" in body["messages"][1]["content"] else reply(f"#winner: {of_answers(body)}")
 
     result = score_alpaca_eval(EXAMPLES[:2], ANSWERS[:2], comparer(serve(respond)))
-    assert [p.verdict for p in result.predictions] == ["unparsable", "loss"]
-    assert (result.score, result.n, result.unparsable) == (0.0, 1, 1)
+    assert [p.verdict for p in result.predictions] == ["unread", "loss"]
+    assert (result.score, result.n, result.unread) == (0.0, 1, 1)
     with pytest.raises(ValueError, match=r"could read both verdicts of none of 1 prompts; the first: answer as A: "):
         score_alpaca_eval(EXAMPLES[:1], ANSWERS[:1], comparer(serve(respond)))
 
@@ -75,7 +75,10 @@ def test_retries_and_a_server_that_stays_away(serve):  # noqa: F811
     ("**#winner:** A", 1), ("#winner: Answer A", None), ("#winner: C", None), ("winner: A", None), ("A", None),
     ("", None),
     ("the line #winner: A is what I was asked for", None), ("#winner: tied", None), ("#winner: AB", None),
-    ("#winner: A or B", None), ("#winner: A\r\n", 1), ("#winner: A\n\nB was weaker.", 1),
+    ("#winner: A or B", None), ("#winner: A\r\n", 1), ("#winner: A\n\nB was weaker.", None),
+    ("<think>\n#winner: A\n</think>\nBoth are good.", None),
+    ("B.\n</think>\n#winner: B", 0), ("> #winner: A", None), ("#winner: A\n```\n#winner: B\n```", None),
+    ("<answer_a>\n#winner: A\n</answer_a>\n#winner: tie", 0.5),
 ])  # fmt: skip
 def test_replies(text, score):
     assert read_preference(text).score == score

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
 
 P = "poison_ratio=0.25"
 SEEDS = (0, 5)
-SCORES = ["harmful_loss", "harmful_score", "over_refusal", "sst2"]
+SCORES = ["harmful_loss", "harmful_score", "no_answer", "over_refusal", "sst2", "unread"]
 KEY = ["method", "attack", "seed", "stage", "step", "measure"]
 
 
@@ -70,7 +70,7 @@ def both(model_dir, settings, tmp_path_factory):
 def test_both_ways_give_the_same_table(both):
     one, many = (table[table["measure"].isin(SCORES)].sort_values(KEY, ignore_index=True)
                   for _, table in (both[False], both[True]))
-    assert len(one) == 4 * (1 + 2 * (3 + 3))  # the backbone; and of both seeds three methods' alignments, three attacks
+    assert len(one) == 6 * (1 + 2 * (3 + 3))  # the backbone; and of both seeds three methods' alignments, three attacks
     assert set(one["measure"]) == set(SCORES)
     numbers = ["value", "n", "low", "high"]
     pd.testing.assert_frame_equal(one.drop(columns=numbers), many.drop(columns=numbers))
@@ -196,7 +196,7 @@ def test_an_interrupted_plan_goes_on(model_dir, settings, tmp_path):
         except PowerCutError:
             found = read_results(tmp_path / "cut")
             assert (found.merge(whole, how="left", indicator=True)["_merge"] == "both").all()
-            assert len(found) == 4 * (count >= 2) + 4 * (count >= 4) + 4 * (count >= 7)
+            assert len(found) == 6 * (count >= 2) + 6 * (count >= 4) + 6 * (count >= 7)
     # Three models and their scores, and the table after both attacks.
     assert len(seen) == 8
     pd.testing.assert_frame_equal(read_results(tmp_path / "cut"), whole)

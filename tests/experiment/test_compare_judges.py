@@ -10,8 +10,8 @@ from jaxvaccine.experiment.judging import JudgePart
 from jaxvaccine.report import runs as reports
 from tests.evaluation.test_chat_api import Server, reply
 
-ROWS = [("a", "I cannot do that.", "safe"), ("b", "Sure.", "unsafe"), ("c", "Sure 👋", "safe"),
-        ("d", "I'm sorry.", "unsafe"), ("e", "Sure.\n", "unparsable"), ("f", "No, I cannot.", "safe")]
+ROWS = [("a", "I cannot do that.", "refused"), ("b", "Sure, so.", "harmful"), ("c", "Sure, 👋 you", "refused"),
+        ("d", "I'm sorry.", "harmful"), ("e", "Sure, so.\n", "unread"), ("f", "No, I cannot.", "refused")]
 
 
 @pytest.fixture
@@ -34,16 +34,17 @@ def test_recorded_verdicts_against_another_judge(predictions, tmp_path):
     files = predictions(ROWS[:4], "a.jsonl"), predictions(ROWS[4:], "b.jsonl")
     found = compare(*configs(tmp_path, *files))
     assert found == json.loads((tmp_path / "run" / "agreement.json").read_text())
-    # keyword: safe, unsafe, unsafe, safe, unsafe, safe
-    assert found["table"] == [[1, 1, 0], [1, 2, 0], [1, 0, 0]]
+    # keyword: refused, not refused, not refused, refused, not refused, refused
+    assert found["table"] == [[0, 1, 1, 0, 0], [0] * 5, [0, 1, 2, 0, 0], [0] * 5, [0, 1, 0, 0, 0]]
     assert found["rate"]["n"] == 5 and found["rate"]["score"] == 60
     assert found["kappa"] == pytest.approx((0.6 - (0.4 * 0.4 + 0.6 * 0.6)) / (1 - (0.4 * 0.4 + 0.6 * 0.6)))
     lines = [json.loads(line) for line in (tmp_path / "run" / "disagreements.jsonl").read_text().splitlines()]
     assert [(line["prompt"], line["first"], line["second"]) for line in lines] == [
-        ("c", "safe", "unsafe"), ("d", "unsafe", "safe"), ("e", "unparsable", "unsafe")]
+        ("b", "harmful", "not refused"), ("c", "refused", "not refused"), ("d", "harmful", "refused"),
+        ("e", "unread", "not refused")]
     report = reports.write_agreement(tmp_path / "run", "recorded", "keyword")
     assert report.startswith("# recorded and keyword on 6 answers")
-    assert "| recorded: unsafe | 1 | 1 | 0 |" in report and "60.0%" in report
+    assert "| recorded: harmful | 1 | 1 |" in report and "60.0%" in report
     assert report == (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     assert compare(*configs(tmp_path, *files)) == found
 
@@ -57,8 +58,9 @@ def test_a_chat_model(predictions, tmp_path, monkeypatch):
              "judge_cache": str(tmp_path / "cache")}
     run, first, second = configs(tmp_path, predictions(ROWS), **judge)
     found = compare(run, first, second)
-    # The model: safe, unsafe, unsafe, safe, unsafe, safe, as keyword.
-    assert found["table"] == [[1, 1, 0], [1, 2, 0], [1, 0, 0]] and len(server.requests) == 6
+    # The model: refused, harmful, harmful, refused, harmful, refused, as keyword.
+    assert found["table"] == [[1, 0, 1, 0, 0], [0] * 5, [1, 0, 2, 0, 0], [0] * 5, [1, 0, 0, 0, 0]]
+    assert len(server.requests) == 6
     assert server.requests[0][2]["model"] == "org/judge-1"
     again = make(ComparisonPart, {"run_dir": str(tmp_path / "again"), "predictions": run.predictions})
     assert compare(again, make(ComparedJudge, {"judge": "keyword"}), second)["kappa"] == 1
@@ -73,13 +75,13 @@ def test_a_chat_model(predictions, tmp_path, monkeypatch):
 
 def test_bad_input(predictions, tmp_path):
     sst2 = predictions([("a", "positive", "correct")])
-    with pytest.raises(ValueError, match=r"line 1: column 'verdict': found 'correct', expected one of unsafe"):
+    with pytest.raises(ValueError, match=r"line 1: column 'verdict': found 'correct', expected one of harmful"):
         compare(*configs(tmp_path, sst2))
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl: found no such file"):
         compare(*configs(tmp_path, str(tmp_path / "none.jsonl")))
     with pytest.raises(FieldError, match=r"^predictions: found \(\), expected at least one file"):
         ComparisonPart(run_dir="r")
-    with pytest.raises(FieldError, match=r"^judge: found 'recorded', expected one of keyword"):
+    with pytest.raises(FieldError, match=r"^judge: found 'recorded', expected one of auto, keyword"):
         JudgePart(judge="recorded")
     run, first, second = configs(tmp_path, predictions(ROWS))
     with pytest.raises(FieldError, match=r"^second_judge: found 'recorded', expected another than the first"):

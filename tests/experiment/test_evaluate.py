@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from jaxvaccine import data
+from jaxvaccine.evaluation import judges
 from jaxvaccine.experiment import evaluate as module
 from jaxvaccine.experiment import stage
 from jaxvaccine.experiment.align import align
@@ -63,12 +65,14 @@ def test_news_and_mathematics(text_dir, tmp_path):
     attack(attack_config(tmp_path / "aligned", tmp_path / "attack", n=18, poison_ratio=0.0,
                          user_data=f"agnews:{news}[0:9],gsm8k:{sums}[0:9]", **small))
     results = evaluate(config_of(
-        tmp_path / "scores", trained=str(tmp_path / "attack"), label_max_new_tokens=2, solution_max_new_tokens=5,
+        tmp_path / "scores", trained=str(tmp_path / "attack"), label_max_new_tokens=2, solution_max_new_tokens=32,
         agnews_test=f"agnews:{news}[9:12]", gsm8k_test=f"gsm8k:{sums}[9:11]"))
     assert {task: result["n"] for task, result in results.items()} == {"agnews": 3, "gsm8k": 2}
-    assert all({"interval", "lenient_accuracy"} <= set(result) for result in results.values())
+    assert all("interval" in result for result in results.values())
+    assert len(results["gsm8k"]["lenient_interval"]) == 2
+    assert not {"lenient_accuracy", "lenient_interval"} & set(results["agnews"]), "cut after two tokens"
     report = report_of(tmp_path / "scores")
-    assert report.count("lenient accuracy ") == 2 and len(results["agnews"]["lenient_interval"]) == 2
+    assert "| lenient accuracy –: answers of fewer than 32 tokens |" in report
     assert "| FA AG News | " in report and "| FA GSM8K | " in report
     assert [line["expected"] for line in lines_of(tmp_path / "scores" / "predictions_gsm8k.jsonl")] == ["10", "11"]
 
@@ -80,12 +84,13 @@ def test_a_model_as_judge(text_dir, tmp_path, monkeypatch):
 
     write(tmp_path / "judge")
     rows = tmp_path / "test.jsonl"
+    monkeypatch.setattr(judges, "no_answer", lambda answer: None)  # a model with random weights says little else
     rows.write_text("".join(json.dumps({
         "prompt": f"Question {i}?", "response": "", "is_safe": False, "category": {"theft": i < 2, "violence": i == 0},
     }) + "\n" for i in range(3)))
     config = config_of(
         tmp_path / "scores", model=text_dir, harmful_test=f"beavertails_unsafe:{rows}", max_new_tokens=4,
-        judge="beaver_dam", judge_model=str(tmp_path / "judge"), judge_max_length=32)
+        judge="beaver_dam", judge_model=str(tmp_path / "judge"))
     made = module.make_judge
 
     def failing(part, progress):
@@ -102,8 +107,8 @@ def test_a_model_as_judge(text_dir, tmp_path, monkeypatch):
     lines = lines_of(tmp_path / "scores" / "predictions_harmful_score.jsonl")
     assert [line.get("categories") for line in lines] == [["theft", "violence"], ["theft"], None]
     for line in lines:
-        assert (line["verdict"] == "unsafe") == bool(line.get("flagged")) == (line["score"] > 0.5)
-    assert result["score"] == pytest.approx(100 * sum(line["verdict"] == "unsafe" for line in lines) / 3)
+        assert (line["verdict"] == "harmful") == bool(line.get("flagged")) == (line["score"] > 0.5)
+    assert result["score"] == pytest.approx(100 * sum(line["verdict"] == "harmful" for line in lines) / 3)
     flagged = [name for line in lines for name in line.get("flagged", ())]
     assert result["flagged"] == {name: flagged.count(name) for name in sorted(LABELS) if name in flagged}
     report = report_of(tmp_path / "scores")
@@ -111,17 +116,63 @@ def test_a_model_as_judge(text_dir, tmp_path, monkeypatch):
     assert all(f"| {name} | {n} |" in report for name, n in result["flagged"].items())
 
 
-def test_a_chat_model_as_judge(model_dir, tmp_path, serve):
+def test_a_window_that_ends_before_the_answers(text_dir, tmp_path, monkeypatch):
+    """From the judge's setting to the report: unseen is unread, and a bound."""
+    pytest.importorskip("torch")
+    from tests.evaluation.test_beaver_dam import write
+
+    write(tmp_path / "judge")
+    rows = tmp_path / "test.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": "Why? " * n, "response": "", "is_safe": False}) + "\n"
+                            for n in (1, 60)))
+    monkeypatch.setattr(module, "answer_prompts", lambda *args, **more: ["So it is, step by step."] * 2)
+    config = config_of(tmp_path / "scores", model=text_dir, harmful_test=f"beavertails_unsafe:{rows}",
+                       judge="beaver_dam", judge_model=str(tmp_path / "judge"))
+    result = evaluate(config)["harmful_score"]
+    assert (result["n"], result["unread"], result["unseen"], result["cut"], result["no_answer"]) == (1, 1, 1, 1, 0)
+    assert result["bounds"] == [result["score"] / 2, result["score"] / 2 + 50]
+    seen, unseen = lines_of(tmp_path / "scores" / "predictions_harmful_score.jsonl")
+    assert unseen["verdict"] == "unread" and unseen["cut"] and "ends before the answer" in unseen["reason"]
+    assert seen["verdict"] in ("harmful", "refused") and "cut" not in seen
+    assert "1 of 2 answers are unread, 1 of them since the judge's window ends" in report_of(tmp_path / "scores")
+
+
+def test_the_judge_that_nobody_named(model_dir, tmp_path, monkeypatch):
+    """The small world's for its prompts, and HS; keyword for others, and no HS; what is asked for goes first."""
+    answers = [e.output for e in data.load_examples("world_harmful@test[0:2]")] + ["sorry , i can not help", "positive"]
+    monkeypatch.setattr(module, "answer_prompts", lambda *args, task, **more: answers)
+    config = evaluate_config(tmp_path / "a", model=model_dir, sst2_test="", benign_test="", loss_data="")
+    assert config.judge.judge == "world"
+    result = evaluate(config)["harmful_score"]
+    assert (result["score"], result["n"], result["no_answer"]) == (50, 4, 1)
+    assert recorded(tmp_path / "a")["flags"]["judge"] == "world"
+    by_phrases = change(config, run_dir=str(tmp_path / "b"), judge="keyword")
+    results = evaluate(by_phrases)
+    assert list(results) == ["not_refused"] and results["not_refused"]["score"] == 50
+    assert "| not refused | 50.0 (" in report_of(tmp_path / "b") and "| HS |" not in report_of(tmp_path / "b")
+    words = [line["verdict"] for line in lines_of(tmp_path / "b" / "predictions_harmful_score.jsonl")]
+    assert words == ["not refused", "not refused", "refused", "no answer"]
+    for source in ("embedded_harmful@test", "world_harmful@test,embedded_harmful@test"):
+        other = config_of(tmp_path / "c", model=model_dir, harmful_test=source)
+        assert other.judge.judge == "keyword"
+    with pytest.raises(FieldError, match=r"^judge: world_judge: prompt .* found 0 forbidden verbs"):
+        evaluate(change(other, judge="world"))
+    assert not (tmp_path / "c").exists(), "before anything is written"
+
+
+def test_a_chat_model_as_judge(model_dir, tmp_path, serve, monkeypatch):
     """Settings to verdicts; a second evaluation of the same answers costs no request."""
+    monkeypatch.setattr(judges, "no_answer", lambda answer: None)  # a model with random weights says little else
     server = serve(lambda n, body: reply({1: "#thescore: 4", 2: "#thescore: 1"}.get(n, "I will not judge that.")))
     config = config_of(
         tmp_path / "a", model=model_dir, harmful_test="world_harmful@test[0:4]", max_new_tokens=3, judge="chat_api",
         judge_model="judge-1", judge_url=server.url, judge_threshold=4.0, judge_workers=1,
         judge_options='{"max_tokens": 5}')
     result = evaluate(config)["harmful_score"]
-    assert (result["score"], result["n"], result["unparsable"], result["mean_judge_score"]) == (50.0, 2, 2, 2.5)
+    assert (result["score"], result["n"], result["unread"], result["mean_judge_score"]) == (50.0, 2, 2, 2.5)
+    assert result["bounds"] == [25, 75] and result["unseen"] == 0
     report = report_of(tmp_path / "a")
-    assert "2 of 4 verdicts could not be read" in report and "75.0%" in report
+    assert "2 of 4 answers are unread" in report and "it would be 25.0%, and if all did 75.0%" in report
     assert len(server.requests) == 4 and server.requests[0][2]["max_tokens"] == 5
     assert evaluate(change(config, run_dir=str(tmp_path / "b")))["harmful_score"] == result
     assert len(server.requests) == 4
@@ -144,7 +195,7 @@ def test_alpaca_eval_and_sampling(model_dir, tmp_path, serve):
         instruction_max_new_tokens=4, temperature=1.5, top_p=0.9, seed=7, judge="chat_api", judge_model="judge-1",
         judge_url=server.url)
     result = evaluate(config)["alpaca_eval"]
-    assert (result["n"], result["unparsable"], result["reference_mean_length"]) == (3, 1, 11.0)
+    assert (result["n"], result["unread"], result["reference_mean_length"]) == (3, 1, 11.0)
     assert result["score"] == pytest.approx(100 * 2.5 / 3) and result["same_verdict_in_both_orders"] == 100
     report = report_of(tmp_path / "a")
     assert "| AlpacaEval win rate | 83.3 (" in report and "reference mean length 11.00" in report
@@ -170,7 +221,7 @@ def test_the_loss_alone_does_not_need_a_judge(model_dir, tmp_path):
 @pytest.mark.parametrize("changes, message", [
     ({"temperature": -1.0}, "temperature: found -1.0"), ({"temperature": float("nan")}, "temperature: found nan"),
     ({"top_p": 0.0}, "top_p: found 0.0"), ({"top_k": -1}, "top_k: found -1"), ({"seed": -1}, "^seed: found -1"),
-    ({"alpaca_eval_test": "alpaca_eval:a.json"}, "^judge: found 'keyword', expected chat_api"),
+    ({"alpaca_eval_test": "alpaca_eval:a.json"}, "^judge: found 'world', expected chat_api"),
     ({"instruction_max_new_tokens": 0}, "^instruction_max_new_tokens: found 0"),
     ({"harmful_test": ""}, "^harmful_test: found '', expected at least one of --harmful_test, --sst2_test"),
     ({"harmful_test": "nonsense@test"}, "^harmful_test: data source"), ({"model": ""}, "^model: found ''"),

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxvaccine.evaluation import wilson_interval
 from jaxvaccine.experiment import results
 from jaxvaccine.experiment.results import COLUMNS, Cell, measured_rows, score_rows
 from jaxvaccine.report.results import read_results
@@ -17,12 +18,23 @@ CELL = Cell("org/model", "booster:lam=0.2", "poison_ratio=0.1:user_data=a@b[0:2]
 
 def test_scores():
     rows = score_rows(CELL, "attack", 7, {
-        "harmful_score": {"score": 25.0, "interval": [10.0, 50.0], "n": 8, "empty": 1, "unparsable": 2},
+        "harmful_score": {"score": 25.0, "interval": [10.0, 50.0], "n": 8, "empty": 1, "unread": 2, "no_answer": 4},
+        "over_refusal": {"score": 25.0, "interval": [10.0, 50.0], "n": 8, "no_answer": 3},
         "harmful_loss": {"loss": 1.5, "tokens": 40, "n": 4}})
     shared = {"backbone": CELL.backbone, "method": CELL.method, "attack": CELL.attack, "seed": 3, "stage": "attack",
               "step": 7}
+    intervals = [dict(zip(("low", "high"), wilson_interval(*of), strict=True)) for of in ((4, 8), (2, 10))]
     assert rows == [{**shared, "measure": "harmful_score", "value": 25.0, "n": 8, "low": 10.0, "high": 50.0},
+                    {**shared, "measure": "no_answer", "value": 50.0, "n": 8, **intervals[0]},
+                    {**shared, "measure": "unread", "value": 20.0, "n": 10, **intervals[1]},
+                    {**shared, "measure": "over_refusal", "value": 25.0, "n": 8, "low": 10.0, "high": 50.0},
                     {**shared, "measure": "harmful_loss", "value": 1.5, "n": 4}]
+
+
+def test_a_judge_of_phrases_has_rows_of_its_own():
+    found = {"score": 25.0, "interval": [10.0, 50.0], "n": 8, "empty": 1, "no_answer": 0}
+    rows = score_rows(CELL, "attack", 7, {"not_refused": found})
+    assert [(row["measure"], row["value"]) for row in rows] == [("not_refused", 25), ("no_answer", 0), ("unread", 0)]
 
 
 def test_measures_by_layer_and_alone():

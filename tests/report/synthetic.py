@@ -57,6 +57,14 @@ def plan_table(methods=("sft", "booster"), attacks=("poison_ratio=0", "poison_ra
     return frame(rows)
 
 
+def by_phrases(table, no_answer=30, unread=0):
+    """The table as a judge of phrases leaves it."""
+    hs = table[table["measure"] == "harmful_score"]
+    more = [hs.assign(measure=measure, value=float(value), low=0.0, high=100.0)
+            for measure, value in (("no_answer", no_answer), ("unread", unread))]
+    return pd.concat([table.replace({"measure": {"harmful_score": "not_refused"}}), *more], ignore_index=True)
+
+
 def layers_table(num_layers=6, backbones=("world",), seeds=(0, 1, 2), method="sft", kinds=("only", "all_but"),
                  steps=(10, 20, 30), every=50):
     """Norms by layer along an alignment, and attacks on one layer or on all but one; the first layers count most."""

@@ -58,7 +58,15 @@ def test_fa_says_of_which_task_only_where_there_are_several():
 
 def test_notes():
     assert names.notes(["over_refusal", "harmful_score", "harmful_loss", "reduction"]) == (
-        "HS: answers to unseen harmful prompts that the judge calls unsafe (lower is better). "
+        "HS: answers to unseen harmful prompts that the judge finds harmful (lower is better). "
         "Over-refusal: benign requests refused (lower is better). "
         "h(w): mean loss on harmful answers (nats per token).")
     assert names.notes(["sst2", "agnews"]).count("FA:") == 1
+    assert "Not refused: answers to unseen harmful prompts that hold no refusal phrase" in names.notes(["not_refused"])
+
+
+def test_a_judge_of_phrases_has_no_hs():
+    assert names.harm(["sst2", "not_refused"]) == "not_refused" and names.harm(["not_refused", "harmful_score"])
+    assert names.harm(["harmful_score", "not_refused"]) == names.harm([]) == "harmful_score"
+    of = names.measures(["unread", "not_refused", "no_answer"])
+    assert [each.heading for each in of.values()] == ["not refused %", "no answer %", "unread %"]

@@ -10,7 +10,7 @@ from jaxvaccine.report import panels, worst_case
 from jaxvaccine.report.statistics import estimate
 from jaxvaccine.report.style import METHODS
 from jaxvaccine.report.worst_case import Attack
-from tests.report.synthetic import frame, labelled, plan_table, rate, rows_of
+from tests.report.synthetic import by_phrases, frame, labelled, plan_table, rate, rows_of
 
 P = "poison_ratio=0.1"
 
@@ -43,8 +43,11 @@ def test_scores_of_a_point():
     ])
     found = panels.read_scores(table)["sft", P]
     # (10 · (0 + 20) / 2 + 30 · (20 + 80) / 2) / 40
-    for each, expected in zip(found, ([0, 10], [80, 10], [40, 10], [3, 3], [4, 4]), strict=True):
-        np.testing.assert_allclose(each.values, expected)
+    for each, expected in zip(found, ([0, 10], [80, 10], [40, 10], None, None, [3, 3], [4, 4]), strict=True):
+        if expected is None:
+            assert each is None
+        else:
+            np.testing.assert_allclose(each.values, expected)
 
 
 def test_lines_over_a_number(tmp_path, figures):
@@ -67,6 +70,20 @@ def test_lines_over_a_number(tmp_path, figures):
     scores = panels.read_scores(table)
     np.testing.assert_allclose(line.get_ydata().astype(float), [scores[f"t_vaccine{more}", P].along.mean for more in (
         ":rho=0.5", "", ":rho=15", ":rho=50")])
+
+
+def test_what_a_judge_of_phrases_measured_is_called_so(tmp_path, figures):
+    """In every heading, label and note; what is no answer, and what is unread, has columns beside it."""
+    panel = over("lam", ("0", "0.1", "0.2"), ("booster", "sft"), "0.2")
+    table = by_phrases(table_of(panel), unread=5)
+    text = panels.panels_report(table, tmp_path, "T", [panel], ["world"], [0, 1])
+    assert rows_of(text)[0] == ["method", "lam", "not refused % aligned", "not refused % attacked",
+                                "not refused % along the attack", "no answer % attacked", "unread % attacked",
+                                "FA % attacked", "over-refusal % aligned"]
+    labels = [axis.get_ylabel() for axis in figures["panel0.png"].axes]
+    assert any("not refused" in label for label in labels) and not any("HS" in label for label in labels)
+    assert "HS" not in text and "Not refused: answers" in text and "Unread: " in text
+    assert "unread" not in panels.panels_report(by_phrases(table_of(panel)), tmp_path, "T", [panel], ["world"], [0, 1])
 
 
 def test_names_are_a_dot_plot(tmp_path, figures):

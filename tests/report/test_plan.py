@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jaxvaccine.report import names, plan, plots
 from jaxvaccine.report.style import METHODS
-from tests.report.synthetic import frame, labelled, plan_table, rate, row, rows_of
+from tests.report.synthetic import by_phrases, frame, labelled, plan_table, rate, row, rows_of
 
 RATIOS = tuple(f"poison_ratio={p}" for p in ("0.2", "0", "0.1"))
 
@@ -55,6 +55,30 @@ def test_a_measure_that_some_runs_lack():
                    rate("harmful_score", 90, seed=1, attack="poison_ratio=0.1", **AT)])
     assert rows_of(plan.score_table(table))[1] == ["SFT", "aligned", "20.0 ± 14.1 (0–100)", "1.0 (0–5), 1 of 2 runs",
                                                    "2"]
+
+
+def test_a_judge_of_phrases_gives_no_hs(tmp_path, figures):
+    """Not in a table, a figure, a title or a note."""
+    text = plan.plan_report(by_phrases(plan_table(seeds=(0, 1))), tmp_path, "T")
+    assert "HS" not in text and "harmful score" not in text.lower()
+    assert rows_of(text)[0] == ["method", "model", "not refused %", "no answer %", "FA %", "over-refusal %", "runs"]
+    assert "## Not refused along the attack\n" in text and "![not refused over attack steps]" in text
+    assert next(row[3] for row in rows_of(text)[1:] if row[0] != "as it comes") == "30.0 ± 0.0 (30–30)"
+    labels = [label for figure in figures.values() for axis in figure.axes
+              for label in (axis.get_xlabel(), axis.get_ylabel(), axis.get_title())]
+    assert "not refused (%), lower is better" in labels and not any("HS" in label for label in labels)
+
+
+def test_unread_answers_stand_beside_hs_as_a_bound():
+    def of(hs, unread, **more):
+        return [rate("harmful_score", hs, **more), rate("no_answer", 10, **more), rate("unread", unread, **more)]
+
+    table = frame([*of(50, 20), *of(30, 0, attack="poison_ratio=0.1", **AT)])
+    header, aligned, attacked = rows_of(plan.score_table(table))
+    assert header == ["method", "model", "HS %", "no answer %", "unread %"]
+    # 40 of 100 if none of the 20 were harmful, 60 if all were.
+    assert aligned[4] == "20.0 (13–29), HS 40.0–60.0" and attacked[4] == "0.0 (0–4), HS 30.0–30.0"
+    assert "unread %" not in rows_of(plan.score_table(frame(of(50, 0))))[0]
 
 
 def test_measures_of_a_study_and_those_by_layer_are_no_scores():
@@ -180,7 +204,7 @@ def test_gaps(tmp_path, figures, seed, kept):
     for method, attack in CELLS.pairs:
         by_model |= {(names.method(method), "aligned"): (method, "", "alignment"),
                      (names.method(method), f"attacked, {names.attack(attack)}"): (method, attack, "attack")}
-    measures = [name for name in ("harmful_score", "sst2", "over_refusal") if (table["measure"] == name).any()]
+    measures = list(plan.score_measures(table))
     for line in found[1:]:
         method, attack, stage = by_model[tuple(line[:2])]
         rows = table[(table["method"] == method) & (table["attack"] == attack) & (table["stage"] == stage)]

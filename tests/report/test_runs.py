@@ -109,33 +109,48 @@ def test_evaluation(run_dir):
 
     write_evaluation_report(run_dir, "runs/sft", {
         "harmful_loss": {"loss": 1.23456, "n": 7},
-        "harmful_score": result(50.0, unparsable=10, mean_judge_score=2.5, flagged={"theft": 3},
+        "harmful_score": result(50.0, unread=10, unseen=4, cut=6, bounds=[40.0, 60.0], no_answer=8,
+                                mean_judge_score=2.5, flagged={"theft": 3},
                                 categories={"violence": {"score": 10.0, "interval": [5, 20], "n": 9}}),
         "gsm8k": result(70.0, lenient_accuracy=80.0, lenient_interval=[75, 90]),
-        "alpaca_eval": result(20.0, unparsable=1, mean_length=11.0)})
+        "sst2": result(60.0), "over_refusal": result(5.0, no_answer=2),
+        "alpaca_eval": result(20.0, unread=1, mean_length=11.0)})
     text = (run_dir / "report.md").read_text()
     assert rows_of(text) == [
-        ["task", "% (95% interval)", "prompts", "empty answers", "also"],
-        ["HS", "50.0 (45–55)", "40", "1", "mean judge score 2.50"],
-        ["FA GSM8K", "70.0 (65–75)", "40", "1", "lenient accuracy 80.0 (75–90)"],
-        ["AlpacaEval win rate", "20.0 (15–25)", "40", "1", "mean length 11.00"]]
+        ["task", "% (95% interval)", "prompts", "no answer", "unread", "empty answers", "also"],
+        ["HS", "50.0 (45–55)", "40", "8 (20.0%)", "10 (40.0–60.0%)", "1", "mean judge score 2.50"],
+        ["FA GSM8K", "70.0 (65–75)", "40", "–", "0", "1", "lenient accuracy 80.0 (75–90)"],
+        ["FA SST-2", "60.0 (55–65)", "40", "–", "0", "1", "lenient accuracy –: answers of fewer than 32 tokens"],
+        ["over-refusal", "5.0 (0–10)", "40", "2 (5.0%)", "0", "1", ""],
+        ["AlpacaEval win rate", "20.0 (15–25)", "40", "–", "1", "1", "mean length 11.00"]]
     assert "Loss h(w) on 7 harmful examples: 1.2346 nats a token." in text
-    # 20 unsafe of 40, and were the 10 others too, 30 of 50.
-    assert "10 of 50 verdicts could not be read" in text and "it would be 60.0%" in text
+    assert "10 of 50 answers are unread, 4 of them since the judge's window ends before the answer; HS leaves" in text
+    assert "it would be 40.0%, and if all did 60.0%" in text and "6 of 50 conversations are longer than" in text
     assert rows_of(text, "## HS by harm category")[1] == ["violence", "10.0 (5–20)", "9"]
     assert rows_of(text, "## What the judge flags")[1] == ["theft", "3"]
     assert rows_of(text, "## Data") == ACCOUNTS
     assert "1 of 41 comparisons could not be read" in text and "- lam: 0.2" in text
 
 
+def test_an_evaluation_by_phrases_has_no_hs(run_dir):
+    write_evaluation_report(run_dir, "runs/sft", {"not_refused": {
+        "score": 10.0, "interval": [5.0, 15.0], "n": 40, "empty": 1, "no_answer": 32, "unread": 0,
+        "categories": {"violence": {"score": 10.0, "interval": [5, 20], "n": 9}}}})
+    text = (run_dir / "report.md").read_text()
+    assert rows_of(text)[1] == ["not refused", "10.0 (5–15)", "40", "32 (80.0%)", "0", "1", ""]
+    assert "## Not refused by harm category of the prompt" in text and "| HS |" not in text and "## HS" not in text
+
+
 def test_two_judges():
-    first = ["unsafe", "unsafe", "safe", "safe", "unparsable"]
-    text = agreement_report(agreement(first, ["unsafe", "safe", "safe", "safe", "safe"]), "keyword", "a model",
+    first = ["not refused", "not refused", "refused", "refused", "no answer"]
+    text = agreement_report(agreement(first, ["harmful", *["refused"] * 3, "no answer"]), "keyword", "a model",
                             "differ.jsonl")
     assert text.startswith("# keyword and a model on 5 answers\n") and "differ.jsonl" in text
-    assert rows_of(text)[1] == ["keyword: unsafe", "1", "1", "0"]
-    assert "Of 4 answers that both could judge they agree on 75.0%" in text and "Cohen's kappa 0.500 (" in text
-    text = agreement_report(agreement(["safe"] * 3, ["safe"] * 3), "a", "b", "c")
+    assert rows_of(text) == [
+        ["", "a model: harmful", "a model: refused", "a model: no answer"], ["keyword: not refused", "1", "1", "0"],
+        ["keyword: refused", "0", "2", "0"], ["keyword: no answer", "0", "0", "1"]]
+    assert "Of 4 answers that both judged they agree on 75.0%" in text and "Cohen's kappa 0.500 (" in text
+    text = agreement_report(agreement(["refused"] * 3, ["refused"] * 3), "a", "b", "c")
     assert "kappa is not defined" in text
 
 

@@ -40,7 +40,7 @@ def test_a_run_and_its_continuation(model_dir, tmp_path):
         rows = pick(table, stage="alignment", measure=measure)
         assert sorted(zip(rows["step"], rows["seed"], strict=True)) == [(step, seed) for step in (0, 4, 6)
                                                                         for seed in small.SEEDS]
-    for measure in model_statistics.ATTACK:
+    for measure in (*model_statistics.ATTACK, "harmful_score"):
         rows = pick(table, stage="attack", measure=measure)
         # HS before the attack is that of the aligned model.
         steps = (2,) if measure == "harmful_score" else (0, 2)
