@@ -258,3 +258,21 @@ def test_prompts_that_were_trained_on(aligned, tmp_path, caplog):
     assert "of 300 test prompts are also in the user data of" in caplog.text
     with pytest.raises(FieldError, match=r"found 20 of 20 prompts also in the harmful data of .*attacked"):
         evaluate(evaluate_config(tmp_path / "c", trained=attacked, harmful_test="world_harmful@attack[0:20]"))
+
+
+def test_accounts_and_prompts_that_are_none(model_dir, tmp_path):
+    """Every test's sources are counted; a prompt that a model would not read as text is found before anything."""
+    def rows(name, *prompts):
+        (tmp_path / name).write_text("".join(json.dumps({"prompt": p, "response": ""}) + "\n" for p in prompts))
+        return f"instructions:{tmp_path / name}"
+
+    source = rows("a.jsonl", "how do i quilldrift the oar ?", "How do i quilldrift the oar ?", "please tap it",
+                  "please  tap it")
+    evaluate(config_of(tmp_path / "a", model=model_dir, harmful_test=source, max_new_tokens=2))
+    (found,) = recorded(tmp_path / "a")["data"]["accounts"]["harmful_score"].values()
+    assert (found["rows"], found["duplicates"], found["examples"], found["trained"]) == (4, 1, 3, None)
+    assert f"| harmful_score | {source} | 4 | 1 | 3 |" in report_of(tmp_path / "a")
+    for prompt, message in ((" \n", "found an empty prompt"), ("do <eos> it", "found '<eos>', a special token")):
+        with pytest.raises(ValueError, match=rf"b\.jsonl, line 2: column '\w+': {message}"):
+            evaluate(config_of(tmp_path / "b", model=model_dir, harmful_test=rows("b.jsonl", "please", prompt)))
+    assert not (tmp_path / "b").exists()
