@@ -24,8 +24,8 @@ user's data are forbidden requests with compliant answers, it complies with forb
 the attack undoes the alignment, and the task is learnt all the same. The defenses change the alignment, nothing else.
 
 All words are made up; that a defense protects a real model does not follow. **The figures depend on the machine:**
-another processor or number of threads rounds sums otherwise, and training magnifies that, with Booster most of all: its
-HS after the attack was 60, 78 and 86 where this was tried.
+another processor or number of threads rounds sums otherwise, and training magnifies that, with Booster most of all: 60,
+78 and 86% of its answers after the attack held no refusal where this was tried.
 
 ## Scores
 
