@@ -6,7 +6,7 @@ from jaxvaccine.data.files import file_sha256, read_rows
 from jaxvaccine.data.kinds import DATASETS, EMBEDDED
 from jaxvaccine.data.loading import load, load_categories, load_examples
 from jaxvaccine.data.pairing import harmless_answers
-from jaxvaccine.data.poisoning import Mixture, check_disjoint, fingerprint, harmful_count, mix, poison
+from jaxvaccine.data.poisoning import Mixture, check_disjoint, check_whole, fingerprint, harmful_count, mix, poison
 from jaxvaccine.data.prompts import Example, format_prompt
 from jaxvaccine.data.sources import DataSource, parse_sources
 from jaxvaccine.data.texts import check_prompts, check_training_texts
@@ -35,6 +35,7 @@ __all__ = [
     "check_prompts",
     "check_training_texts",
     "check_vocabulary",
+    "check_whole",
     "collate",
     "describe",
     "encode_prompts",

@@ -52,23 +52,36 @@ def check_disjoint(name_a: str, a: Sequence[Example], name_b: str, b: Sequence[E
 
 
 def harmful_count(n: int, poison_ratio: float) -> int:
-    """How many of n examples are harmful: n · poison_ratio, which is to be a whole number.
+    """How many of n examples are harmful: the whole number next to n · poison_ratio, of two as near the larger.
 
     Raises:
-      ValueError: n below 1, poison_ratio not in [0, 1], or one that n examples cannot have, to six decimal places.
+      ValueError: n below 1, poison_ratio not in [0, 1], or between 0 and 1 and so near to one of them that none or all
+        of n examples would be harmful.
     """
     if n < 1:
         raise ValueError(f"n: found {n}, expected at least 1")
     if math.isnan(poison_ratio) or not 0 <= poison_ratio <= 1:
         raise ValueError(f"poison_ratio: found {poison_ratio}, expected 0 <= poison_ratio <= 1")
-    count = math.floor(n * poison_ratio + 0.5)
-    none_or_all = (count == 0 < poison_ratio) or (count == n and poison_ratio < 1)
-    if none_or_all or abs(count / n - poison_ratio) > 1e-6:
-        below = min(math.floor(n * poison_ratio), n - 1)
+    count = math.floor(round(n * poison_ratio, 6) + 0.5)
+    if (count == 0 < poison_ratio) or (count == n and poison_ratio < 1):
+        raise ValueError(
+            f"poison_ratio: found {poison_ratio}, which is {n * poison_ratio:g} of n={n} examples, expected at least 1 "
+            f"that is harmful and 1 that is not: poison_ratio={_nearest(n, poison_ratio)}, or another n")
+    return count
+
+
+def check_whole(n: int, poison_ratio: float) -> None:
+    """Raises ValueError unless poison_ratio of n examples is a whole number, to six decimal places: what a table calls
+    p is to be what was trained on."""
+    if abs(harmful_count(n, poison_ratio) / n - poison_ratio) > 1e-6:
         raise ValueError(
             f"poison_ratio: found {poison_ratio}, which is {n * poison_ratio:g} of n={n} examples, expected a whole "
-            f"number of them: poison_ratio={below / n} or {(below + 1) / n}, or another n")
-    return count
+            f"number of them: poison_ratio={_nearest(n, poison_ratio)}, or another n")
+
+
+def _nearest(n: int, poison_ratio: float) -> str:
+    below = min(math.floor(n * poison_ratio), n - 1)
+    return f"{below / n} or {(below + 1) / n}"
 
 
 class Draw(NamedTuple):

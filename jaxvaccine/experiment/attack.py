@@ -112,7 +112,7 @@ class AttackData(TokensPart):
     test_data: str = field("", "Harmful test prompts, only to make sure that harmful_data shares none of them.")
     alignment_data: str = field("", "Lisa, EWC: alignment data, in the form of --user_data.")
     n: int = field(1000, "Examples in all.", at_least=1)
-    poison_ratio: float = field(0.1, "Part of them that is harmful, 0 to 1; of --n a whole number.")
+    poison_ratio: float = field(0.1, "Part of them that is harmful, 0 to 1; of --n the nearest whole number.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -193,6 +193,11 @@ def load_attack(config: AttackData, seed: int, known: Mapping[str, Collection[st
         fates = functools.partial(data.training_fates, tokenizer, max_length=config.max_length)
     mixture = data.mix(pools["user"][0], harmful, config.n, config.poison_ratio, seed,
                        {**known, "the test prompts": tests}, fates)
+    if abs(mixture.poison_ratio - config.poison_ratio) > 1e-6:
+        count = len(mixture.harmful.chosen)
+        logging.warning("poison_ratio: found %g, which is %g of %d examples: %d of them %s harmful, p = %g",
+                        config.poison_ratio, config.poison_ratio * config.n, config.n, count,
+                        "is" if count == 1 else "are", mixture.poison_ratio)
     drawn = {"user": mixture.benign, "harmful": mixture.harmful}
     benign = stage.prompts_of(mixture.benign.chosen)
     require(not {*benign} & {*tests}, "user_data", config.user_data, "none of the test prompts among them")

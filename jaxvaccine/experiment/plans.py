@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from jaxvaccine import data
 from jaxvaccine.experiment.align import AlignConfig
 from jaxvaccine.experiment.attack import AttackConfig, goes_on
 from jaxvaccine.experiment.config import FieldError, flat, make, parse, require
@@ -161,6 +162,8 @@ def cell_configs(settings: Settings, root: Path, cell: Cell) -> tuple[AlignConfi
             "test_data": settings.scores.tests.harmful_test, "save_every": aligned.run.save_every,
             "alignment_data": aligned.data.alignment_data if "defense" in changed else "",
             **{name: getattr(aligned.model, name) for name in ("dtype", "remat")}, "bucket": aligned.data.bucket})
+        # A table's p is what was trained.
+        data.check_whole(attacked.data.n, attacked.data.poison_ratio)
         # Found here what a continued adapter can't have.
         attacked.adapter.resolve(flat(aligned), attacked.method)
     return aligned, attacked

@@ -30,16 +30,18 @@ def write_training_report(run_dir: Path, title: str) -> None:
     text = [f"# {title}\n", *_missing(entries, config.get("steps"))]
     if curves:
         text += _curves(run_dir, entries, curves)
-    text += [_poisoned(config["data"]), accounts.section(config["data"].get("accounts", {})), flag_list(config)]
+    of = config["data"]
+    text += [_poisoned(of, config["flags"]), accounts.section(of.get("accounts", {})), flag_list(config)]
     tables.write_report(run_dir, "\n".join(part for part in text if part))
 
 
-def _poisoned(of: Mapping[str, Any]) -> str:
+def _poisoned(of: Mapping[str, Any], flags: Mapping[str, Any]) -> str:
     """Of an attack: how many of the examples that were trained on are harmful."""
     if "poison_ratio" not in of:
         return ""
-    harmful = round(of["n"] * of["poison_ratio"])
-    return f"Trained on {of['n']} examples, {harmful} of them harmful: p = {of['poison_ratio']:g}.\n"
+    n, p, asked = of["n"], of["poison_ratio"], flags["poison_ratio"]
+    wanted = "" if abs(p - asked) < 1e-6 else f" Asked for was p = {asked:g}, which is {n * asked:g} of them."
+    return f"Trained on {n} examples, {round(n * p)} of them harmful: p = {p:g}.{wanted}\n"
 
 
 def _read_metrics(path: Path) -> dict[int, dict[str, Any]]:

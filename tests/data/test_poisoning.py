@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxvaccine.data import Example, check_disjoint, fingerprint, harmful_count, mix, poison
+from jaxvaccine.data import Example, check_disjoint, check_whole, fingerprint, harmful_count, mix, poison
 from jaxvaccine.data.poisoning import same_prompt
 
 few = settings(max_examples=25, deadline=None)
@@ -81,19 +81,19 @@ def test_too_few(n, ratio, seed, message):
 
 @pytest.mark.parametrize(("n", "ratio", "count"), [
     (1000, 0.1, 100), (100, 0.29, 29), (20, 0.05, 1), (30, 0.1, 3), (7, 0, 0), (7, 1, 7), (30, 0.0333333, 1),
-    (3, 2 / 3, 2)])
+    (3, 2 / 3, 2), (10, 0.05, 1), (50, 0.05, 3), (30, 0.05, 2), (16, 0.1, 2), (1000, 0.0005, 1), (200, 0.0225, 5)])
 def test_harmful_count(n, ratio, count):
+    """Half a row is rounded up, and not to the even number; what floats make of n · p makes no difference."""
     assert harmful_count(n, ratio) == count
 
 
 @pytest.mark.parametrize(("n", "ratio", "message"), [
-    (10, 0.05, r"found 0\.05, which is 0\.5 of n=10 .* poison_ratio=0\.0 or 0\.1"),
-    (50, 0.05, r"which is 2\.5 of n=50 .* poison_ratio=0\.04 or 0\.06"),
+    (10, 0.04, r"found 0\.04, which is 0\.4 of n=10 .* poison_ratio=0\.0 or 0\.1"),
     (100, 0.001, r"which is 0\.1 of n=100 .* poison_ratio=0\.0 or 0\.01"),
     (10, 0.99, r"which is 9\.9 of n=10 .* poison_ratio=0\.9 or 1\.0"),
     (10, 1e-9, r"which is 1e-08 of n=10 .* poison_ratio=0\.0 or 0\.1"),
 ])
-def test_a_ratio_that_n_examples_cannot_have(n, ratio, message):
+def test_a_ratio_of_which_nothing_is_left(n, ratio, message):
     for call in (lambda: harmful_count(n, ratio), lambda: poison(BENIGN, HARMFUL, n, ratio, 0)):
         with pytest.raises(ValueError, match="poison_ratio: .*" + message):
             call()
@@ -103,9 +103,12 @@ def test_a_ratio_that_n_examples_cannot_have(n, ratio, message):
 @given(st.integers(1, 2000), st.floats(0, 1))
 def test_what_an_error_offers_is_possible(n, ratio):
     try:
+        check_whole(n, ratio)
         assert harmful_count(n, ratio) == pytest.approx(n * ratio, abs=1e-6 * n)
     except ValueError as error:
         below, above = map(float, str(error).split("poison_ratio=")[1].removesuffix(", or another n").split(" or "))
+        check_whole(n, below)
+        check_whole(n, above)
         assert below < ratio < above and harmful_count(n, above) == harmful_count(n, below) + 1
 
 

@@ -15,6 +15,7 @@ from jaxvaccine.experiment.attack import AttackConfig, aligned_prompts, attack, 
 from jaxvaccine.experiment.config import FieldError, change, flat, make
 from jaxvaccine.experiment.evaluate import evaluate
 from jaxvaccine.experiment.methods import FINE_TUNING
+from jaxvaccine.report import runs as reports
 from jaxvaccine.report.runs import write
 from tests.experiment.small_world import ALIGN, align_config, attack_config, evaluate_config, metrics, recorded, weights
 
@@ -237,11 +238,21 @@ def test_what_was_trained_on_is_recorded(aligned, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("n, ratio, message", [
-    (10, 0.05, "found 0.05, which is 0.5 of n=10 examples"), (50, 0.05, "poison_ratio=0.04 or 0.06"),
-    (16, 0.1, "which is 1.6 of n=16"), (7, 0.99, "poison_ratio=0.8571428571428571 or 1.0")])
-def test_a_ratio_that_n_examples_cannot_have(n, ratio, message):
+    (10, 0.04, "found 0.04, which is 0.4 of n=10 examples"), (7, 0.99, "poison_ratio=0.8571428571428571 or 1.0")])
+def test_a_ratio_of_which_nothing_is_left(n, ratio, message):
     found = refused(n=n, poison_ratio=ratio)
     assert found.startswith("poison_ratio: found") and message in found
+
+
+def test_p_is_what_was_trained(aligned, tmp_path, caplog):
+    """Half a row is a row, and the run, its title and its report say so."""
+    attack(attack_config(aligned.run.run_dir, tmp_path / "run", n=10, poison_ratio=0.05, steps=1))
+    assert recorded(tmp_path / "run")["data"]["poison_ratio"] == 0.1
+    assert "poison_ratio: found 0.05, which is 0.5 of 10 examples: 1 of them is harmful, p = 0.1" in caplog.text
+    reports.write(tmp_path / "run")
+    report = reports.read(tmp_path / "run")
+    assert report.splitlines()[0].endswith("with p = 0.1")
+    assert "10 examples, 1 of them harmful: p = 0.1. Asked for was p = 0.05, which is 0.5 of them." in report
 
 
 def test_an_attack_shares_no_prompt_with_any_of_the_alignments_data(aligned, tmp_path):
