@@ -251,13 +251,18 @@ def test_hub_ids(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = []
 
-    def download(name, allow_patterns, ignore_patterns):
-        asked.append((name, allow_patterns))
+    def download(name, revision, allow_patterns, ignore_patterns):
+        asked.append((name, allow_patterns, revision))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve_model("owner/Name-1.0") == tmp_path
-    assert asked[0][0] == "owner/Name-1.0"
+    assert asked[0][0] == "owner/Name-1.0" and asked[0][2] is None
+    resolve_model("owner/Name-1.0", "v2")
+    assert asked[1][2] == "v2"
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="found revision 'v2', expected none: it is no model of the hub"):
+        resolve_model(tmp_path, "v2")
     assert not any("bin" in pattern or pattern == "*" for pattern in asked[0][1])
 
     def offline(*_, **__):

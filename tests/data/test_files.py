@@ -254,7 +254,9 @@ def test_data_set_directory_with_splits(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [("owner/name", ("owner/name", None)), ("sst2", ("sst2", None)), ("openai/gsm8k:main", ("openai/gsm8k", "main"))],
+    [("owner/name", ("owner/name", None, None)), ("sst2", ("sst2", None, None)),
+     ("openai/gsm8k:main", ("openai/gsm8k", "main", None)), ("owner/name#refs/pr/1", ("owner/name", None, "refs/pr/1")),
+     ("openai/gsm8k:main#740312add88f", ("openai/gsm8k", "main", "740312add88f"))],
 )
 def test_hub_id(monkeypatch, name, arguments):
     datasets = pytest.importorskip("datasets")
@@ -266,7 +268,9 @@ def test_hub_id(monkeypatch, name, arguments):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read_rows(name, "train") == [{"a": "1"}]
-    assert calls == [(arguments, {"split": "train"})], "no code of the data set's repository may run"
+    *names, revision = arguments
+    # Nothing more: no code of the data set's repository may run.
+    assert calls == [(tuple(names), {"split": "train", "revision": revision})]
 
 
 @pytest.mark.parametrize("kind", [FileNotFoundError, ConnectionError])
