@@ -108,6 +108,7 @@ def test_files():
                            "jaxvaccine/experiment/methods.py", "jaxvaccine/experiment/methods.py"]
 
 
+@pytest.mark.long
 def test_defense(cell):
     config = json.loads((cell / "aligned" / "config.json").read_text())
     assert config["flags"]["defense"] == "random_booster"
@@ -126,6 +127,7 @@ def test_a_defense_without_a_recipe(monkeypatch):
         make_settings(dataclasses.replace(config, defenses=("booster", "mine:steps=3")), {}, {}, tests)
 
 
+@pytest.mark.long
 def test_data_set_and_judge(cell):
     """The prompts are the file's, and the judge is asked about answers alone."""
     folders = list(cell.glob("*-scores"))
@@ -142,6 +144,7 @@ def test_data_set_and_judge(cell):
                                                    [("refused", "one sentence"), ("refused", "sorry")])
 
 
+@pytest.mark.long
 def test_attacks(cell):
     """An objective, and a text alone."""
     objective, text = (next(path for path in cell.glob(f"poison_ratio={start}*") if (path / "adapter").exists())

@@ -39,6 +39,7 @@ def test_lengths():
     assert len(shell.splitlines()) <= 10
 
 
+@pytest.mark.long
 def test_training(names):
     """It learns to refuse, and the adapter on disk is the trained one."""
     loss = jax.jit(lambda adapter: names["loss_fn"](adapter, names["frozen"], names["batches"](0)["alignment"])[0])

@@ -162,7 +162,8 @@ def test_any_optimizer_of_optax_will_do():
 
 
 @pytest.mark.parametrize("name, at", [
-    ("t_vaccine", 4), ("t_vaccine", 7), ("booster", 4), ("booster", 7), ("t_vaccine_released", 7)])
+    ("t_vaccine", 7), ("booster", 4), *(pytest.param(*each, marks=pytest.mark.long) for each in (
+        ("t_vaccine", 4), ("booster", 7), ("t_vaccine_released", 7)))])
 def test_resume_bit_for_bit(tmp_path, uninterrupted, name, at):
     folder, expected = uninterrupted(name)
     training_run.run(tmp_path, name, steps=at)
@@ -201,6 +202,7 @@ def test_ctrl_c_leaves_whole_checkpoints(tmp_path, uninterrupted):
     assert metrics(tmp_path) == metrics(folder)
 
 
+@pytest.mark.long
 def test_killed_and_run_again(tmp_path, uninterrupted):
     """SIGKILL at any moment after the first checkpoint; the same command again ends where it would have ended."""
     command = [sys.executable, "-m", "tests.training_run", str(tmp_path), "t_vaccine"]

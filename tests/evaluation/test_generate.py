@@ -89,7 +89,9 @@ def alone(sampling):
                              sampling=sampling))
 
 
-@pytest.mark.parametrize("batch_size, sampling", [(7, GREEDY), (40, GREEDY), (7, SAMPLED), (40, SAMPLED)])
+@pytest.mark.parametrize("batch_size, sampling", [
+    (7, GREEDY), *(pytest.param(*each, marks=pytest.mark.long) for each in ((40, GREEDY), (7, SAMPLED))),
+    (40, SAMPLED)])
 def test_rows_that_leave_and_join_change_nothing(batch_size, sampling, monkeypatch):
     """40 prompts whose answers end anywhere: rows are filled again, the batch gets smaller, and its cache shorter."""
     expected, shapes = alone(sampling), []
@@ -215,6 +217,7 @@ def test_draws_depend_on_seed_prompt_and_position():
 
 @settings(max_examples=12, deadline=None)
 @given(st.data())
+@pytest.mark.long
 def test_a_prompt_alone_and_in_any_batch(data):
     rows = data.draw(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=6))
     batch_size, bucket = data.draw(st.sampled_from([1, 3])), data.draw(st.sampled_from([8, 16]))

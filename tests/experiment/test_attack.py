@@ -72,6 +72,7 @@ def test_a_defended_attack(aligned, tmp_path, defense):
         attack(change(config, **{name: 0.25}))
 
 
+@pytest.mark.long
 def test_lisa_after_other_defenses(aligned, tmp_path):
     """It starts from what Booster on T-Vaccine left, and pulls to it: with a huge rho the model hardly moves."""
     align(align_config(aligned.model.model, tmp_path / "first", defense="booster", base_defense="t_vaccine", layers=1))

@@ -124,6 +124,7 @@ class Forgetful(TVaccine):
         return defenses.Defense(*super().make(model)[:3])
 
 
+@pytest.mark.long
 def test_a_defense_that_does_not_say_what_counts_steps(model_dir):
     """It loses its branches, and computes the same."""
     config = config_of(model_dir, defense="t_vaccine")

@@ -14,7 +14,8 @@ pytestmark = pytest.mark.usefixtures("quick_compile", "one_torch_thread")
 
 # T-Vaccine probes in the first step, so that what it draws and perturbs depends on the gradients at the sites.
 @pytest.mark.parametrize(("method", "dtype"), [
-    ("t_vaccine_booster", "float64"), ("vaccine", "float32"), ("repnoise", "float64"), ("tar", "float64")])
+    ("t_vaccine_booster", "float64"), *(pytest.param(*each, marks=pytest.mark.long) for each in (
+        ("vaccine", "float32"), ("repnoise", "float64"), ("tar", "float64")))])
 # Gemma2 has all that differs: windows in some layers, caps, norms of its own, an embedding scale.
 @pytest.mark.parametrize("family", [
     pytest.param("mistral", marks=pytest.mark.long), pytest.param("qwen2_window", marks=pytest.mark.long), "gemma2"])

@@ -12,13 +12,12 @@ from tests.parity import suite
 pytestmark = pytest.mark.usefixtures("quick_compile", "one_torch_thread")
 
 
-# What stands on another method is compared in float64 in any case (test_float64.py).
-ON_ANOTHER = [pytest.param(name, marks=pytest.mark.long) for name, values in parity.METHODS.items()
-              if "base_defense" in values]
+# All are compared in float64 in any case (test_float64.py).
+SHORT = ("sft", "booster", "t_vaccine")
 
 
 @pytest.mark.parametrize("method", [
-    *(name for name, values in parity.METHODS.items() if "base_defense" not in values), *ON_ANOTHER])
+    pytest.param(name, marks=() if name in SHORT else pytest.mark.long) for name in parity.METHODS])
 def test_steps(method, tiny_dir):
     """Clipping, decay, warm-up and cosine; T-Vaccine's layers freeze and come back among its fifty."""
     records = suite.check(suite.tiny_problem(tiny_dir, method), suite.FLOAT32)

@@ -16,11 +16,17 @@ from tests.parity import suite
 pytestmark = pytest.mark.usefixtures("float64", "quick_compile", "one_torch_thread")
 
 
-@pytest.mark.parametrize("method", parity.METHODS)
+# One that stands on another method says what the others would.
+ON_ANOTHER = [name for name, values in parity.METHODS.items() if "base_defense" in values]
+LONG = {name: pytest.mark.long for name in ON_ANOTHER if name != "t_vaccine_booster"}
+
+
+@pytest.mark.parametrize("method", [pytest.param(name, marks=LONG.get(name, ())) for name in parity.METHODS])
 def test_steps(method, tiny_dir):
     suite.check(suite.tiny_problem(tiny_dir, method, "float64"), suite.FLOAT64)
 
 
+@pytest.mark.long
 def test_released_freezing_in_a_deep_model(tmp_path):
     """More than 26 layers, where the MLP adapters of one layer more train."""
     deep = dataclasses.replace(parity.TINY, num_layers=28, hidden_size=16, intermediate_size=24)

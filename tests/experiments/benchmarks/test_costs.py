@@ -110,6 +110,7 @@ def test_rematerialisation_costs_a_forward_pass():
     assert 1.2 < full / none < 1.6
 
 
+@pytest.mark.long
 def test_the_benchmark(monkeypatch):
     monkeypatch.setattr(step, "SMOLLM2", tiny.CONFIG)
     everything = step.variants(tiny.model())

@@ -8,6 +8,7 @@ from tests.experiments import small
 pytest.importorskip("torch")
 
 
+@pytest.mark.long
 def test_compare(model_dir):
     text = generation.compare(model_dir, "embedded_benign@test", count=3, singles=2, max_new_tokens=4,
                                         batch_sizes=[2], rows=[2], dtype="float32", repeats=1)

@@ -70,6 +70,7 @@ def test_command_line(tmp_path):
     assert other.returncode == 1 and "seed: found 0, expected 1" in other.stderr
 
 
+@pytest.mark.long
 def test_on_a_model_directory(model_dir, tmp_path, in_this_process):
     config = compare_pytorch.CompareConfig(
         run_dir=str(tmp_path / "run"), model=model_dir, defense=("booster", "vaccine_booster"))

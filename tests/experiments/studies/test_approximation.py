@@ -37,6 +37,7 @@ def test_angle_and_ratio():
         assert float(found) == pytest.approx(angle, abs=1e-5, rel=1e-3) and float(ratio) == pytest.approx(1.5)
 
 
+@pytest.mark.long
 def test_what_is_measured(model_dir):
     """Every lane's gradients from the losses themselves: Booster's is held against jax.grad of the regularizer."""
     method = small.align_config(model_dir, defense="booster", lam=0.7, alpha=0.3)

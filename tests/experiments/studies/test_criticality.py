@@ -28,6 +28,7 @@ def flags(model_dir, run_dir, attacks="only:learning_rate=0.1"):
             f"--sst2_test={small.TESTS['sst2_test']}", "--score_steps=0,1", "--measure_every=4")
 
 
+@pytest.mark.long
 def test_a_run_and_its_continuation(model_dir, tmp_path):
     root = tmp_path / "c"
     small.call(criticality.VERB, *flags(model_dir, root))

@@ -28,6 +28,7 @@ def flags(model_dir, run_dir, *more):
             "--attacks=poison_ratio=0.2", "--score_steps=0", "--measure_every=4", f"--harmful_probe={PROBE}", *more)
 
 
+@pytest.mark.long
 def test_a_run_and_its_continuation(model_dir, tmp_path):
     root = tmp_path / "s"
     small.call(model_statistics.VERB, *flags(model_dir, root))

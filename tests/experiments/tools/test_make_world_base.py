@@ -17,6 +17,7 @@ def test_flags_are_checked():
             small.call(make_world_base.VERB, *flags.split())
 
 
+@pytest.mark.long
 def test_a_base_that_does_not_pass_is_not_written(tmp_path):
     directory = tmp_path / "base"
     config = make(make_world_base.BaseConfig, {
