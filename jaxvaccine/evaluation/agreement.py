@@ -17,13 +17,13 @@ class Agreement(NamedTuple):
     Attributes:
       table: number of answers by the first judge's verdict (rows) and the second's (columns), in the order of WORDS.
       rate: percent of the answers on which they agree, of those that both judged: what is no answer or unread is left
-        out. "Not refused" agrees with "harmful": it is all that a judge of phrases says.
-      kappa: Cohen's, on the same answers; None where chance alone would agree always.
+        out. "Not refused" agrees with "harmful": it is all that a judge of phrases says. None if they judged none.
+      kappa: Cohen's, on the same answers; None where chance alone would agree always, or there are none.
       kappa_interval: its 95% percentile-bootstrap interval.
     """
 
     table: tuple[tuple[int, ...], ...]
-    rate: Rate
+    rate: Rate | None
     kappa: float | None
     kappa_interval: tuple[float, float] | None
 
@@ -49,18 +49,20 @@ def agreement(first: Sequence[str], second: Sequence[str], draws: int = 2000, se
       draws, seed: of the bootstrap over answers.
 
     Raises:
-      ValueError: another number of verdicts, an unknown one, or no answer that both judged.
+      ValueError: another number of verdicts, an unknown one, or none.
     """
     if len(first) != len(second):
         raise ValueError(f"agreement: found {len(first)} and {len(second)} verdicts, expected as many")
     unknown = sorted({*first, *second} - set(WORDS))
     if unknown:
         raise ValueError(f"agreement: found verdict {unknown[0]!r}, expected one of {', '.join(WORDS)}")
+    if not len(first):
+        raise ValueError("agreement: found no verdicts, expected some")
     table = np.array([[sum(pair == (a, b) for pair in zip(first, second, strict=True)) for b in WORDS] for a in WORDS])
     judged = np.add.reduceat(np.add.reduceat(table[:3, :3], (0, 2), axis=0), (0, 2), axis=1)
     n, same = int(judged.sum()), int(np.trace(judged))
     if not n:
-        raise ValueError(f"agreement: found no answer of {len(first)} that both judges judged, expected some")
+        return Agreement(tuple(map(tuple, table.tolist())), None, None, None)
     kappa, interval = float(cohen_kappa(judged)), None
     if np.isnan(kappa):
         kappa = None

@@ -87,7 +87,7 @@ def compare(config: ComparisonPart, first: ComparedJudge, second: ComparedJudge)
         lines = [json.dumps({**{name: row[name] for name in ("prompt", "answer")}, "first": a, "second": b})
                  for row, a, b in zip(predictions, *verdicts, strict=True) if a != b]
         (run_dir / DISAGREEMENTS).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        write_json(run_dir / RESULTS, {**found._asdict(), "rate": found.rate._asdict()})
+        write_json(run_dir / RESULTS, {**found._asdict(), "rate": found.rate and found.rate._asdict()})
     return read_json(run_dir / RESULTS)
 
 

@@ -16,12 +16,15 @@ def agreement_report(found: Agreement, first: str, second: str, disagreements: s
     if found.kappa is not None:
         low, high = found.kappa_interval
         kappa = f"{found.kappa:.3f} ({low:.3f} to {high:.3f}, bootstrap over answers)"
-    low, high = found.rate.interval
+    judged = "No answer was judged by both, so that there is no agreement to speak of."
+    if found.rate:
+        low, high = found.rate.interval
+        judged = (f"Of {found.rate.n} answers that both judged they agree on {found.rate.score:.1f}% ({low:.1f} to "
+                  f"{high:.1f}). Cohen's kappa {kappa}. Intervals are 95%.")
     given = [name for name, counts in zip(WORDS, found.table, strict=True) if any(counts)]
     shown = [name for name, counts in zip(WORDS, zip(*found.table, strict=True), strict=True) if any(counts)]
     rows = [[f"{first}: {a}", *(str(found.table[WORDS.index(a)][WORDS.index(b)]) for b in shown)] for a in given]
     return "\n".join([
         f"# {first} and {second} on {sum(map(sum, found.table))} answers\n",
         tables.table(["", *(f"{second}: {name}" for name in shown)], rows),
-        f"Of {found.rate.n} answers that both judged they agree on {found.rate.score:.1f}% ({low:.1f} to "
-        f"{high:.1f}). Cohen's kappa {kappa}. Intervals are 95%. Where they differ: {disagreements}.\n"])
+        f"{judged} Where they differ: {disagreements}.\n"])

@@ -64,7 +64,7 @@ def write_plan(config: PlanConfig) -> str:
 def write_agreement(run_dir: str | os.PathLike, first: str, second: str) -> str:
     """The report of a comparison of two judges of these names; its text."""
     found = read_json(Path(run_dir) / compare_judges.RESULTS)
-    rate = Rate(**{**found["rate"], "interval": tuple(found["rate"]["interval"])})
+    rate = found["rate"] and Rate(**{**found["rate"], "interval": tuple(found["rate"]["interval"])})
     tables.write_report(run_dir, agreement_report(
         Agreement(**{**found, "rate": rate}), first, second, compare_judges.DISAGREEMENTS))
     return read(run_dir)

@@ -64,6 +64,12 @@ def test_a_judge_of_phrases_beside_one_that_knows_harm():
     assert found.table[WORDS.index("no answer")] == (0, 0, 0, 1, 1)
 
 
+@pytest.mark.parametrize("word", ["unread", "no answer"])
+def test_two_judges_that_judged_nothing_both(word):
+    found = agreement([word] * 2 + ["harmful"], ["refused", "harmful", word])
+    assert found[1:] == (None, None, None) and sum(map(sum, found.table)) == 3
+
+
 def test_kappa_is_not_defined_without_variation():
     found = agreement(["refused"] * 3, ["refused"] * 3)
     assert (found.kappa, found.kappa_interval, found.rate.score) == (None, None, 100.0)
@@ -87,7 +93,7 @@ def test_kappa_of_any_verdicts(pairs):
 @pytest.mark.parametrize("first, second, message", [
     (["refused"], [], "found 1 and 0 verdicts"),
     (["refused"], ["correct"], "found verdict 'correct', expected one of harmful"),
-    (["unread"], ["refused"], "no answer of 1 that both"), ([], [], "no answer of 0"),
+    ([], [], "found no verdicts"),
 ])  # fmt: skip
 def test_errors(first, second, message):
     with pytest.raises(ValueError, match=message):

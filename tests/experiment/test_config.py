@@ -60,12 +60,13 @@ def test_flat_values_and_back(stage):
     made = config.make(config_class, values)
     found = config.flat(made)
     assert values.items() <= found.items()
-    assert config.make(config_class, found) == made
+    assert config.make(config_class, found) == made and found.get("judge") != "auto"
     assert config.make(config_class, values, {**found, "unknown": 1}) == made, "defaults may have more than is read"
     chosen = {found.get("defense"), found.get("base_defense")} | {None}
     defaults = {s.name: s.default for s in config.settings(config_class) if s.option in chosen}
     assert found.keys() == defaults.keys()
     shared = {"rho", "direction"} if found.get("base_defense") else set()  # has a default a method
+    shared.add("judge")  # what stands for auto depends on the prompts
     assert {name: found[name] for name in defaults.keys() - values.keys() - shared} == {
         name: value for name, value in defaults.items() if name not in {*values, *shared}}
 
@@ -132,7 +133,7 @@ def raised(config_class, values):
     (AlignConfig, {"model": ""}, "model", "found '', expected a directory"),
     (AttackConfig, {"ewc_lam": 1.0}, "ewc_lam", "found 1.0, expected nothing: defense=none does not read it"),
     (AttackConfig, {"defense": "lisa", "lisa_rho": 1.0, "kl_lam": 1.0}, "kl_lam", "found 1.0, expected nothing"),
-    (EvaluateConfig, {"judge": "nobody"}, "judge", "found 'nobody', expected one of keyword, beaver_dam, chat_api"),
+    (EvaluateConfig, {"judge": "nobody"}, "judge", "found 'nobody', expected one of auto, keyword, world"),
     (EvaluateConfig, {"trained": "r"}, "model", "found 'm', expected either --model or --trained"),
 ])  # fmt: skip
 def test_what_is_refused(config_class, values, name, message):

@@ -152,6 +152,8 @@ def test_two_judges():
     assert "Of 4 answers that both judged they agree on 75.0%" in text and "Cohen's kappa 0.500 (" in text
     text = agreement_report(agreement(["refused"] * 3, ["refused"] * 3), "a", "b", "c")
     assert "kappa is not defined" in text
+    text = agreement_report(agreement(["no answer"] * 3, ["no answer"] * 3), "a", "b", "c")
+    assert "No answer was judged by both" in text and rows_of(text) == [["", "b: no answer"], ["a: no answer", "3"]]
 
 
 def steps(scale, count=3):
