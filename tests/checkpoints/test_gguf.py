@@ -121,7 +121,7 @@ def test_quantised_weights_equal_transformers(tmp_path, kind):
 def test_half_precision_output(tmp_path, dtype):
     model, frozen = model_for()
     loaded, weights = load_model(convert_gguf(
-        write_gguf(tmp_path / "m.gguf", frozen, model.config), tmp_path / "model", dtype))
+        write_gguf(tmp_path / "m.gguf", frozen, model.config), tmp_path / "model", dtype), dtype=dtype)
     assert loaded.dtype == jnp.dtype(dtype)
     assert_trees_equal(weights, jax.tree.map(lambda leaf: leaf.astype(dtype), frozen))
     with pytest.raises(ValueError, match="dtype: found int8, expected one of float32"):
