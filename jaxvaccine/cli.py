@@ -117,7 +117,7 @@ ATTACK = Section(AttackConfig, "attack_", (
     "run_dir", "aligned", "poison_ratio", "defense", "alignment_data", "seed", "overwrite", "test_data", "dtype",
     "remat", "bucket", "save_every", "progress"), "Attack: ")
 EVALUATION = Section(EvaluateConfig, "", (
-    "run_dir", "model", "trained", "seed", "overwrite", "dtype", "progress", "max_length"), "Evaluation: ")
+    "run_dir", "model", "revision", "trained", "seed", "overwrite", "dtype", "progress", "max_length"), "Evaluation: ")
 ALIGNMENT = Section(AlignConfig, "", ("run_dir", "model", "defense", "seed", "overwrite", "progress"), "Alignment: ")
 
 

@@ -321,6 +321,7 @@ def check_plan(run, root, model_dir, defense, name):
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")}
 
 
+@pytest.mark.long
 def test_a_plan(call, model_dir, tmp_path, monkeypatch):
     # Drawing every one of its figures takes as long as all the rest.
     monkeypatch.setattr(plots, "save", lambda figure, path: Path(path).write_bytes(b"a figure"))
@@ -332,6 +333,7 @@ def test_a_plan(call, model_dir, tmp_path, monkeypatch):
     check_plan(lambda: call(*arguments), tmp_path / "plan", model_dir, "sft", "SFT")
 
 
+@pytest.mark.long
 def test_a_plan_of_lanes(call, model_dir, tmp_path, monkeypatch):
     """A named plan: its panels, and the same cells for another that has them too."""
     monkeypatch.setattr(plots, "save", lambda figure, path: Path(path).write_bytes(b"a figure"))

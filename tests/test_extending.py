@@ -157,6 +157,7 @@ def test_attacks(cell):
     assert set(results["attack"]) == {"", *RUN["attacks"].split(",")}
 
 
+@pytest.mark.long
 def test_study(extended):
     results = pd.read_csv(extended / "runs" / "study" / "results.csv")
     norms = results[results["measure"] == "adapter_norm"]
@@ -166,6 +167,7 @@ def test_study(extended):
     assert report.startswith("# The adapter's length") and (extended / "runs" / "study" / "curves.png").exists()
 
 
+@pytest.mark.long
 def test_help(extended):
     """The new names and flags are in what --help says."""
     said = (extended / "help.txt").read_text(encoding="utf-8")
@@ -174,6 +176,7 @@ def test_help(extended):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("importlinter") is None, reason="import-linter is not installed")
+@pytest.mark.long
 def test_no_rule_is_broken(extended):
     lint = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([lint, "--no-cache"], cwd=extended, capture_output=True, text=True, check=False,

@@ -108,7 +108,7 @@ def test_half_precision_is_as_near_as_transformers(tmp_path, dtype):
     import transformers
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half")
-    model, frozen = load_model(tmp_path / "half")
+    model, frozen = load_model(tmp_path / "half", dtype=dtype)
     exact_model, exact_frozen = load_model(tmp_path / "half", dtype=jnp.float32)
     assert model.dtype == jnp.dtype(dtype)
     ids, mask = padded_batch(TINY["vocab_size"], [40, 17], 40)
@@ -147,7 +147,7 @@ def test_padding_and_other_rows_do_not_matter():
 
 
 @pytest.mark.parametrize("unroll", [False, True])
-@pytest.mark.parametrize("steps", [[1] * 10, [4, 1, 1, 4], [10]])
+@pytest.mark.parametrize("steps", [pytest.param([1] * 10, marks=pytest.mark.long), [4, 1, 1, 4], [10]])
 def test_extending_a_cache_equals_the_full_forward(steps, unroll):
     """Half of the steps go into one cache of 12 slots, the others into one of their own each."""
     lora = LoraConfig(rank=2, targets=("q_proj", "v_proj", "down_proj"))

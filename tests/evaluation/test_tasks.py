@@ -246,9 +246,10 @@ def test_evaluate_prompts_is_encode_generate_decode_score(tokenizer, tiny):
 def test_evaluate_prompts_hands_over_what_generation_needs(tokenizer, tiny, monkeypatch):
     seen = {}
 
-    def fake(model, adapter, frozen, prompts, **options):
+    def fake(model, adapter, frozen, prompts, *, keep, **options):
         seen.update(options, adapter=adapter)
-        return [np.array(tokenizer.encode(text), np.int32) for text in (" positive\n", "</s>negative")]
+        keep({1: np.array(tokenizer.encode("</s>negative"), np.int32)})
+        keep({0: np.array(tokenizer.encode(" positive\n"), np.int32)})
 
     monkeypatch.setattr(MODULE, "generate", fake)
     run = {"adapter": "the adapter", "frozen": None, "tokenizer": tokenizer, "task": "sst2"}
@@ -256,7 +257,7 @@ def test_evaluate_prompts_hands_over_what_generation_needs(tokenizer, tiny, monk
                               sampling=Sampling(0.5), **run)
     assert result.score == 100 and [p.answer for p in result.predictions] == ["positive", "negative"]
     assert seen == {"adapter": "the adapter", "max_new_tokens": 200, "eos_ids": (0,), "batch_size": 7, "bucket": 9,
-                    "sampling": Sampling(0.5), "progress": False}
+                    "sampling": Sampling(0.5), "progress": False, "answered": {}}
     evaluate_prompts(tiny[0], examples=sentiment("positive", "negative"), eos_ids=(3, 4), **run)
     assert seen["eos_ids"] == (3, 4)
 

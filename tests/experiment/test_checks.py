@@ -32,7 +32,7 @@ def rows(path, *instructions):
 @pytest.mark.parametrize("second, seeds, scores, message", [
     ((f"{P}:user_data=sst2:missing.tsv"), (0,), {}, "missing.tsv"),
     ((f"{P}:harmful_data=world_harmful@attack[0:5000]"), (0,), {}, "expected at most"),
-    ((f"{P}:n=4000"), (0,), {}, "needed 3000"),
+    ((f"{P}:n=4000"), (0,), {}, "needed 1000"),
     ((f"{P}:n=18"), (0,), {}, "which is 4.5 of n=18 examples, expected a whole number"),
     ((f"{P}:harmful_data=world_harmful@train[0:20]"), (0,), {}, "prompts also in"),
     (P, (0, 2**32), {}, "seed: found 4294967296, expected less than 4294967296"),

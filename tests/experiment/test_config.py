@@ -32,6 +32,8 @@ def values_of(setting):
         return st.sampled_from(typing.get_args(setting.hint))
     if setting.name == "only_layers":
         return st.lists(st.integers(0, 40).map(str), min_size=1, max_size=3).map(tuple)
+    if setting.name == "n":  # so many that of any poison_ratio at least one is harmful
+        return st.integers(1000, 5000)
     if setting.name == "targets":
         return st.lists(st.sampled_from(TARGETS), min_size=1, unique=True).map(tuple)
     if setting.name.endswith(("_data", "_test")):

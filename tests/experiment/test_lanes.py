@@ -41,11 +41,11 @@ def aligned_lanes(config, method=None):
                        SEEDS)
 
 
-def assert_same_adapter(found, run_dir, model):
+def assert_same_adapter(found, run_dir, model, of=inputs.ADAPTER):
     """All elements but one in a hundred: Adam divides by a gradient's size, and what is nothing but rounding becomes a
     step in either direction.
     """
-    expected = load_adapter(inputs.adapter_dir(run_dir), model)
+    expected = load_adapter(run_dir / of, model)
     jax.tree.map(lambda x, y: np.testing.assert_array_less(
         np.quantile(np.abs(x - y), 0.99), 1e-3 * np.abs(y).max()), found, expected)
 
@@ -83,7 +83,8 @@ def test_lanes_are_the_runs_of_attack(model_dir, tmp_path, adapter, layers, defe
         lanes.merged(start, resolved.sites().lora(), SEEDS) if adapter == "new" else start, config.method,
         config.training, config.data.bucket, sources, SEEDS, resolved.layer_mask(3),
         lambda step, of: seen.append((step, of.lane(1)[0])))
-    assert_same_adapter(found.lane(1)[0], tmp_path / "attacked", found.model)
+    trained = inputs.TRAINED if adapter == "new" else inputs.ADAPTER
+    assert_same_adapter(found.lane(1)[0], tmp_path / "attacked", found.model, trained)
     if layers:  # the others are those of the aligned run, in both
         trees = [load_adapter(inputs.adapter_dir(tmp_path / name), found.model) for name in ("aligned", "attacked")]
         for (path, before), after in zip(*map(jax.tree_util.tree_leaves_with_path, trees), strict=True):

@@ -58,6 +58,7 @@ def test_a_run_and_its_continuation(model_dir, tmp_path):
     assert {path: path.read_text() for path in cells} == cells
 
 
+@pytest.mark.long
 def test_booster_has_measures_of_its_own(model_dir, tmp_path):
     """h(w) of the probe is another number than that of a training step's batch, and that of --loss_data another."""
     root = tmp_path / "s"
