@@ -122,10 +122,12 @@ def mix(benign: Sequence[Example], harmful: Sequence[Example], n: int, poison_ra
         of the alignment's data and of the test. All of `harmful` is checked, whatever the ratio, so that a sweep over
         ratios fails at its start.
       fates: what would become of examples when they are tokenized. Those that would not be trained on are passed over,
-        and the next ones are drawn, so that n and poison_ratio are those of what is trained on.
+        and the next ones are drawn, so that n and poison_ratio are those of what is trained on. Where none are left,
+        there are fewer than n.
 
     Raises:
-      ValueError: a negative seed, too few examples, a forbidden prompt, and as of `harmful_count`.
+      ValueError: a negative seed, too few examples, so few that would be trained on that their ratio is another, a
+        forbidden prompt, and as of `harmful_count`.
     """
     if seed < 0:
         raise ValueError(f"seed: found {seed}, expected at least 0")
@@ -142,15 +144,24 @@ def mix(benign: Sequence[Example], harmful: Sequence[Example], n: int, poison_ra
     # A prefix of a permutation that depends on the seed and the pool alone: that is what nests the draws.
     for stream, name, pool, needed in ((0, "harmful", harmful, count), (1, "benign", benign, n - count)):
         drawn = _draw(pool, needed, np.random.default_rng([seed, stream]).permutation(len(pool)), fates)
-        if len(drawn.chosen) < needed:
-            passed = len(drawn.seen) - len(drawn.chosen)
+        found = len(pool) if len(pool) < needed else len(drawn.chosen)
+        if len(pool) < needed or (needed and not found):
             raise ValueError(
-                f"{name} examples: found {len(drawn.chosen)}{origin(pool)}, needed {needed} for n={n} and "
-                f"poison_ratio={poison_ratio}" + (f"; {passed} are empty or have prompts that fill max_length"
-                                                  if passed else ""))
+                f"{name} examples: found {found}{origin(pool)}, needed {needed} for n={n} and "
+                f"poison_ratio={poison_ratio}{_passed(drawn)}")
         draws.append(drawn)
     chosen = [*draws[0].chosen, *draws[1].chosen]
-    return Mixture([chosen[i] for i in np.random.default_rng([seed, 2]).permutation(n)], draws[1], draws[0])
+    if abs(len(draws[0].chosen) / len(chosen) - count / n) > 1e-6:
+        raise ValueError(
+            f"poison_ratio: found {len(draws[0].chosen)} of {len(chosen)} examples that can be trained on harmful"
+            f"{_passed(*draws)}; expected {count} of {n}: more examples, a larger max_length or a smaller n")
+    order = np.random.default_rng([seed, 2]).permutation(len(chosen))
+    return Mixture([chosen[i] for i in order], draws[1], draws[0])
+
+
+def _passed(*draws: Draw) -> str:
+    passed = sum(len(drawn.seen) - len(drawn.chosen) for drawn in draws)
+    return f"; {passed} are empty or have prompts that fill max_length" if passed else ""
 
 
 def _draw(pool: Sequence[Example], count: int, order: np.ndarray, fates: Fates | None) -> Draw:

@@ -193,11 +193,10 @@ def load_attack(config: AttackData, seed: int, known: Mapping[str, Collection[st
         fates = functools.partial(data.training_fates, tokenizer, max_length=config.max_length)
     mixture = data.mix(pools["user"][0], harmful, config.n, config.poison_ratio, seed,
                        {**known, "the test prompts": tests}, fates)
-    if abs(mixture.poison_ratio - config.poison_ratio) > 1e-6:
-        count = len(mixture.harmful.chosen)
-        logging.warning("poison_ratio: found %g, which is %g of %d examples: %d of them %s harmful, p = %g",
-                        config.poison_ratio, config.poison_ratio * config.n, config.n, count,
-                        "is" if count == 1 else "are", mixture.poison_ratio)
+    n, p = len(mixture.examples), mixture.poison_ratio
+    if n != config.n or abs(p - config.poison_ratio) > 1e-6:
+        logging.warning("asked for was n = %d, p = %g; trained on are %d examples, %d of them harmful: p = %g",
+                        config.n, config.poison_ratio, n, len(mixture.harmful.chosen), p)
     drawn = {"user": mixture.benign, "harmful": mixture.harmful}
     benign = stage.prompts_of(mixture.benign.chosen)
     require(not {*benign} & {*tests}, "user_data", config.user_data, "none of the test prompts among them")

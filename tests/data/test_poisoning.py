@@ -137,8 +137,17 @@ def test_what_would_not_be_trained_on_is_passed_over(size, seed, lost):
 
 
 def test_too_few_that_would_be_trained_on():
-    with pytest.raises(ValueError, match=r"harmful examples: found 3, needed 5 .*; 57 are empty or have prompts that"):
-        mix(BENIGN, HARMFUL, 10, 0.5, 0, fates=lambda rows: ["empty" if e in HARMFUL[3:] else "cut" for e in rows])
+    """Fewer than n, as long as p is what was asked for."""
+    def fates(rows):
+        return ["empty" if e in HARMFUL[3:] or e in BENIGN[4:] else "cut" for e in rows]
+
+    with pytest.raises(ValueError, match=r"found 3 of 7 examples .* harmful; 113 are empty or .*; expected 5 of 10"):
+        mix(BENIGN, HARMFUL, 10, 0.5, 0, fates=fates)
+    with pytest.raises(ValueError, match=r"benign examples: found 0, needed 4 .*; 60 are empty or have prompts that"):
+        mix(BENIGN, HARMFUL, 4, 0, 0, fates=lambda rows: ["dropped"] * len(rows))
+    short = mix(BENIGN, HARMFUL, 10, 0, 0, fates=fates)
+    assert sorted(short.examples) == sorted(BENIGN[:4]) and short.poison_ratio == 0
+    assert mix(BENIGN, HARMFUL, 14, 3 / 7, 0, fates=fates).poison_ratio == 3 / 7, "3 of 7 where 6 of 14 were asked for"
 
 
 def test_edges_of_the_ratio_need_only_one_pool():

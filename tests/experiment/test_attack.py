@@ -233,7 +233,7 @@ def test_what_was_trained_on_is_recorded(aligned, tmp_path, capfd):
     assert "Trained on 16 examples, 4 of them harmful: p = 0.25." in report
     assert f"| harmful | beavertails_unsafe:{harmful}[0:18] | 20 | 1 |" in report
     attack(config)  # the same counts: the run is there
-    with pytest.raises(ValueError, match=r"benign examples: found 16, needed 18 for n=24 and poison_ratio=0.25"):
+    with pytest.raises(ValueError, match=r"poison_ratio: found 6 of 22 examples that can be trained on harmful; 26 are"):
         attack(change(config, n=24, run_dir=str(tmp_path / "more")))
     assert not (tmp_path / "more").exists()
 
@@ -249,7 +249,7 @@ def test_p_is_what_was_trained(aligned, tmp_path, caplog):
     """Half a row is a row, and the run, its title and its report say so."""
     attack(attack_config(aligned.run.run_dir, tmp_path / "run", n=10, poison_ratio=0.05, steps=1))
     assert recorded(tmp_path / "run")["data"]["poison_ratio"] == 0.1
-    assert "poison_ratio: found 0.05, which is 0.5 of 10 examples: 1 of them is harmful, p = 0.1" in caplog.text
+    assert "n = 10, p = 0.05; trained on are 10 examples, 1 of them harmful: p = 0.1" in caplog.text
     reports.write(tmp_path / "run")
     report = reports.read(tmp_path / "run")
     assert report.splitlines()[0].endswith("with p = 0.1")
