@@ -233,7 +233,7 @@ def test_what_was_trained_on_is_recorded(aligned, tmp_path, capfd):
     assert "Trained on 16 examples, 4 of them harmful: p = 0.25." in report
     assert f"| harmful | beavertails_unsafe:{harmful}[0:18] | 20 | 1 |" in report
     attack(config)  # the same counts: the run is there
-    with pytest.raises(ValueError, match=r"poison_ratio: found 6 of 22 examples that can be trained on harmful; 26 are"):
+    with pytest.raises(ValueError, match=r"found 6 of 22 examples that can be trained on harmful; 26 are"):
         attack(change(config, n=24, run_dir=str(tmp_path / "more")))
     assert not (tmp_path / "more").exists()
 

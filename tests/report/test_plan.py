@@ -224,3 +224,17 @@ def test_a_real_figure(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"scores.png", "scores.pdf"}
     assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir())
     assert plots.panels(1)[0].legends == []
+
+
+def test_more_methods_than_there_are_colours(tmp_path, figures):
+    """Fourteen of one's own beside those that have a style: all are drawn and named, a missing one is said."""
+    own = [f"sft:rank={rank}" for rank in range(1, 9)] + [f"vaccine:rho={rho}" for rho in range(1, 7)]
+    methods = [*(name for name in METHODS if name not in ("none", "lisa", "ewc", "kl")), *own]
+    table = plan_table(methods, seeds=(0, 1), steps=(20, 40))
+    lost = table[(table["method"] != methods[3]) | (table["stage"] != "attack")]
+    cells = plan.Cells([(method, attack) for method in methods for attack in sorted(set(table["attack"]) - {""})],
+                       ["world"], [0, 1])
+    text = plan.plan_report(lost, tmp_path, "T", cells)
+    assert {line[0] for line in rows_of(text)[1:]} >= {names.method(m) for m in methods if m != methods[3]}
+    assert "Missing so far: 4 of" in text and names.method(methods[3]) in text
+    assert figures
