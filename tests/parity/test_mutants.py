@@ -22,7 +22,7 @@ from jaxvaccine.experiment import methods
 from jaxvaccine.llama_config import LoraConfig
 from tests.parity import suite
 
-pytestmark = pytest.mark.usefixtures("float64", "quick_compile", "one_torch_thread")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("float64", "quick_compile", "one_torch_thread")]
 
 # Six steps, with a new draw in each and p taken twice; few projections, which compile sooner.
 FLAGS = {"steps": 6, "seed": 1, "clip_norm": 0.1, "targets": ("q_proj", "o_proj", "up_proj")}
