@@ -11,7 +11,7 @@ from jaxvaccine.evaluation.agreement import WORDS, agreement
 from jaxvaccine.evaluation.judges import judge_answers
 from jaxvaccine.experiment import runs
 from jaxvaccine.experiment.config import FieldError, Part, field, flat, require
-from jaxvaccine.experiment.judging import JUDGES, JudgePart, make_judge
+from jaxvaccine.experiment.judging import JUDGES, JudgePart, judge_record, make_judge
 from jaxvaccine.experiment.parts import split_operational
 from jaxvaccine.json_files import read_json, write_json
 
@@ -79,8 +79,9 @@ def compare(config: ComparisonPart, first: ComparedJudge, second: ComparedJudge)
         result, other = split_operational(flat(judge))
         flags |= {f"{name}_{key}": value for key, value in result.items()}
         operational |= {f"{name}_{key}": value for key, value in other.items()}
-    hashes = {path: data.file_sha256(path) for path in config.predictions}
-    run_dir = runs.open_run(config.run_dir, "compare_judges", flags, {"hashes": hashes}, operational, config.overwrite)
+    made_of = {"hashes": {path: data.file_sha256(path) for path in config.predictions},
+               "inputs": {"first": judge_record(first)["inputs"], "second": judge_record(second)["inputs"]}}
+    run_dir = runs.open_run(config.run_dir, "compare_judges", flags, made_of, operational, config.overwrite)
     if not (run_dir / RESULTS).exists():
         verdicts = [_verdicts(judge, predictions, config.progress) for judge in (first, second)]
         found = agreement(*verdicts)
