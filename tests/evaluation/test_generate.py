@@ -89,9 +89,8 @@ def alone(sampling):
                              sampling=sampling))
 
 
-@pytest.mark.parametrize("batch_size, sampling", [
-    (7, SAMPLED), *(pytest.param(*each, marks=pytest.mark.long) for each in (
-        (7, GREEDY), (40, GREEDY), (40, SAMPLED)))])
+@pytest.mark.parametrize("batch_size, sampling", [(7, SAMPLED), *(
+    pytest.param(*each, marks=pytest.mark.long) for each in ((7, GREEDY), (40, GREEDY), (40, SAMPLED)))])
 def test_rows_that_leave_and_join_change_nothing(batch_size, sampling, monkeypatch):
     """40 prompts whose answers end anywhere: rows are filled again, the batch gets smaller, and its cache shorter."""
     expected, shapes = alone(sampling), []
