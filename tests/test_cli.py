@@ -314,11 +314,11 @@ def check_plan(run, root, model_dir, defense, name):
     lines = predictions.read_text().splitlines()
     assert len(lines) == 4 and {"prompt", "answer", "verdict"} <= set(json.loads(lines[0]))
     assert {"config.json", "results.json", "report.md"} <= {path.name for path in predictions.parent.iterdir()}
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")}
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("adapter/*.safetensors")}
     assert len(before) == (6 if defense == "sft" else 8)
     code, again, _ = run()
     assert code == 0 and again in out and again.startswith(f"# Harmful fine-tuning of {model_dir}")
-    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")}
+    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("adapter/*.safetensors")}
 
 
 @pytest.mark.long

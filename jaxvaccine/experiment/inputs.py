@@ -2,7 +2,7 @@
 run is continued or read by another.
 
 `data.inputs` of a config.json has the model's files, and of the run that it builds on the adapter's files and its
-config; `results` has the files of the run's own adapter."""
+config; `results` has the same of what the run itself left."""
 
 import hashlib
 import json
@@ -43,15 +43,18 @@ def of_adapters(run_dir: str | Path) -> dict[str, dict[str, str]]:
 
 def of_run(run_dir: str | Path) -> dict[str, Any]:
     """What another run reads of a finished one: its adapters, and its config without what changes no result."""
-    config = runs.read_config(run_dir)
+    return {**of_adapters(run_dir), "config": _hash(runs.read_config(run_dir))}
+
+
+def _hash(config: Mapping[str, Any]) -> str:
     settled = {name: config.get(name) for name in ("script", "flags", "data")}
-    text = json.dumps(settled, sort_keys=True, ensure_ascii=True)
-    return {**of_adapters(run_dir), "config": hashlib.sha256(text.encode()).hexdigest()}
+    return hashlib.sha256(json.dumps(settled, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
 def record_results(run_dir: Path, steps: int, adapters: Mapping[str, Mapping[str, str]]) -> None:
     """Writes into a run's config.json how many steps it took, and the hashes of what it is about to leave."""
-    write_json(run_dir / runs.CONFIG, {**runs.read_config(run_dir), "steps": steps, "results": adapters})
+    config = runs.read_config(run_dir)
+    write_json(run_dir / runs.CONFIG, {**config, "steps": steps, "results": {**adapters, "config": _hash(config)}})
 
 
 def require_finished(name: str, run_dir: str) -> dict[str, Any]:
@@ -75,7 +78,7 @@ def require_finished(name: str, run_dir: str) -> dict[str, Any]:
         require_finished(name, below)
         now["aligned"] = of_run(below)
     differences = runs.differences({"inputs": recorded, "results": config["results"]},
-                                   {"inputs": now, "results": of_adapters(run_dir)}, "recorded", "there is")
+                                   {"inputs": now, "results": of_run(run_dir)}, "recorded", "there is")
     if differences:
         raise FieldError(name, f"found {run_dir!r}, a run that has changed since it ended, or what it was made of has; "
                                "expected what it recorded, or --overwrite to run it again: " + "; ".join(differences))

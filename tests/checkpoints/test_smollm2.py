@@ -144,7 +144,7 @@ def test_smollm2_equals_transformers():
     for _ in range(20):
         mask = (np.arange(ids.shape[1]) < at[:, None]).astype(np.int64)
         ranked = np.asarray(next_tokens(ours, mask, at - 1))
-        ours[np.arange(len(at)), at] = [row[row != eos][0] for row in ranked]
+        ours[np.arange(len(at)), at] = [row[~np.isin(row, eos)][0] for row in ranked]
         at += 1
     for row, length in enumerate(lengths):
         assert ours[row, :length].tolist() == ids[row, :length].tolist(), PROMPTS[row]

@@ -89,10 +89,12 @@ BELOW_BOTH = {
     "tokens' names": ("model/tokenizer_config.json", more_text, "model.tokenizer.tokenizer_config.json"),
     "aligned adapter": ("aligned/adapter/adapter_model.safetensors", other_weights,
                         "adapter.adapter_model.safetensors"),
+    "its run's flags": ("aligned/config.json", another("flags", "learning_rate", 0.5), "results.config"),
+    "prompts it was aligned on": ("aligned/config.json", another("data", "prompts", "alignment", []), "results.config"),
     "its config": ("aligned/adapter/adapter_config.json", another("lora_alpha", 99), "adapter.adapter_config.json"),
 }
 BELOW_SCORES = {
-    "flags of the alignment": ("aligned/config.json", another("flags", "learning_rate", 0.5), "aligned.config"),
+    "flags of the attack": ("attacked/config.json", another("flags", "n", 99), "results.config"),
     "attacked adapter": ("attacked/adapter/adapter_model.safetensors", other_weights,
                          "results.adapter.adapter_model.safetensors"),
     "adapter on merged weights": ("attacked/trained_adapter/adapter_model.safetensors", other_weights,

@@ -116,7 +116,7 @@ def test_a_list(world_model, tmp_path, monkeypatch):
         f"# Booster (arXiv 2409.01586), on {world_model()}"]
     assert report.count("\n| SFT | 0.5 | 8 |") == 2 and report.count("\n| SFT | 0.1 | 20 |") == 2
     assert rows_of(report, "| statement |")[1][:2] == ["largest drop of HS by Booster", "34.14%"]
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("adapter_model.safetensors")}
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("adapter/adapter_model.safetensors")}
     assert len(times) == 5
     small.call(reproduce.VERB, *argv)
     assert (tmp_path / "r" / "report.md").read_text() == report
