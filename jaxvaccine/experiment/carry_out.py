@@ -109,7 +109,8 @@ def carry_out(plan: Plan, settings: Settings, root: Path, *, as_lanes: bool = Fa
     for cell, inputs_now in made_of.items():
         check_same(root, cell, inputs_now)
     # Of this call, whatever an earlier one recorded.
-    write_json(root / runs.CONFIG, {**runs.read_config(root), "operational": {"plan": dataclasses.asdict(plan)}})
+    write_json(root / runs.CONFIG, {**runs.read_config(root), "operational": {
+        "plan": dataclasses.asdict(plan), "judge": flat(settings.scores.judge)}})
     context = Context(plan, settings, root, made_of, probes, written, say)
     collect(root, plan)
     for backbone in plan.backbones:

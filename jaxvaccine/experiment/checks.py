@@ -14,7 +14,7 @@ from jaxvaccine.experiment.config import flat, require
 from jaxvaccine.experiment.evaluate import LOSS, accounts_of_tests, check_unseen
 from jaxvaccine.experiment.judging import check_prompts, judge_record
 from jaxvaccine.experiment.leaks import check_leaks
-from jaxvaccine.experiment.methods import AlignmentMethod, Ewc, TuningMethod
+from jaxvaccine.experiment.methods import Ewc
 from jaxvaccine.experiment.plans import AS_IT_COMES, Plan, Settings, cell_configs
 from jaxvaccine.experiment.results import Cell
 
@@ -41,32 +41,37 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
             check_examples(task, rows)
     check_prompts(settings.scores.judge, tests.get(HARMFUL_SCORE, ()))
     judge_record(settings.scores.judge)
-    check_leaks(list(configs.values()), settings.scores.tests)
     of_tests, made_of = _hashes(tests), {}
     # Cells share most of what they read.
     tokenizer, model = functools.cache(stage.load_tokenizer), functools.cache(inputs.of_model)
 
-    def checked(what: str, examples: Examples, backbone: str, revision: str, max_length: int) -> dict[str, str]:
-        tokenize(tokenizer(backbone, revision), examples, max_length)
-        check_unseen(tests, {f"{name} data of {what}": stage.prompts_of(rows) for name, rows in examples.items()})
+    @_once
+    def aligned_on(config: AlignConfig, part: AlignmentData, batches: tuple[str, ...]
+                   ) -> tuple[Examples, dict[str, list[str]]]:
+        examples = load_data(part, config.method)
+        return examples, {name: stage.prompts_of(rows) for name, rows in examples.items()}
+
+    @_once
+    def alignment(config: AlignConfig, part: AlignmentData, batches: tuple[str, ...], *of_model: str) -> dict[str, str]:
+        examples, _ = aligned_on(config, part, batches)
+        tokenize(tokenizer(*of_model), examples, part.max_length)
         return _hashes(examples)
 
     @_once
-    def alignment(config: AlignConfig, part: AlignmentData, method: AlignmentMethod, *of_model: str
-                  ) -> tuple[dict[str, str], dict[str, list[str]]]:
-        examples = load_data(part, method)
-        return (checked(flat(config)["defense"], examples, *of_model, part.max_length),
-                {name: stage.prompts_of(rows) for name, rows in examples.items()})
+    def attack(of: tuple[str, AlignConfig, AttackConfig], part: AttackData, batches: tuple[str, ...], seed: int,
+               aligned_part: AlignmentData, aligned_batches: tuple[str, ...], *of_model: str) -> dict[str, str]:
+        text, aligned, attacked = of
+        _, known = aligned_on(aligned, aligned_part, aligned_batches)
+        read, poisoned = read_data(attacked, seed, aligned_prompts(known), tokenizer(*of_model))
+        tokenize(tokenizer(*of_model), read, part.max_length)
+        check_unseen(tests, {f"{name} data of {text}": stage.prompts_of(rows) for name, rows in read.items()})
+        return _hashes({**read, "harmful": poisoned.harmful})
 
-    @_once
-    def attack(configs: tuple[AlignConfig, AttackConfig], text: str, part: AttackData, method: TuningMethod, seed: int,
-               aligned: AlignmentData, *of_model: str) -> dict[str, str]:
-        del aligned  # what the model has seen is the same for the same data
-        before, config = configs
-        _, known = alignment(before, before.data, before.method, *of_model)
-        read, poisoned = read_data(config, seed, aligned_prompts(known), tokenizer(*of_model))
-        return {**checked(text, read, *of_model, part.max_length), **_hashes({"harmful": poisoned.harmful})}
-
+    known: dict[str, set[str]] = {}
+    for aligned, _ in configs.values():
+        for name, prompts in aligned_on(aligned, aligned.data, tuple(aligned.method.batches))[1].items():
+            known.setdefault(f"{name} data of {flat(aligned)['defense']}", set()).update(prompts)
+    check_leaks(known, [attacked for _, attacked in configs.values() if attacked], tests)
     for backbone in plan.backbones:
         of_model = backbone, settings.scores.model.revision
         accounts_of_tests(tokenizer(*of_model), tests, settings.scores.tests.max_length)
@@ -74,12 +79,13 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
     for cell, (aligned, attacked) in configs.items():
         of_model = cell.backbone, aligned.model.revision
         stage.loaded_dtype(cell.backbone, aligned.model.dtype, aligned.model.revision)
-        of_alignment, _ = alignment(aligned, aligned.data, aligned.method, *of_model)
-        before = {"model": model(*of_model), "tests": of_tests, "alignment": of_alignment}
+        read = aligned.data, tuple(aligned.method.batches)
+        before = {"model": model(*of_model), "tests": of_tests, "alignment": alignment(aligned, *read, *of_model)}
         made_of[cell._replace(attack="")] = before
         if attacked:
             made_of[cell] = {**before, "attack": attack(
-                (aligned, attacked), cell.attack, attacked.data, attacked.method, cell.seed, aligned.data, *of_model)}
+                (cell.attack, aligned, attacked), attacked.data, tuple(attacked.method.batches), cell.seed, *read,
+                *of_model)}
     return made_of
 
 

@@ -24,7 +24,7 @@ from jaxvaccine.evaluation import (
 from jaxvaccine.evaluation.tasks import HARMFUL_SCORE, LENIENT_TOKENS
 from jaxvaccine.experiment import inputs, stage
 from jaxvaccine.experiment.align import Examples
-from jaxvaccine.experiment.answers import answer_log, read_answers
+from jaxvaccine.experiment.answer_log import answer_log, read_answers
 from jaxvaccine.experiment.config import FieldError, Part, field, names, require
 from jaxvaccine.experiment.judging import JudgePart, check_prompts, judge_record, make_comparer, make_judge, resolve
 from jaxvaccine.experiment.parts import SOURCE, Dtype, RunPart, check_sources
@@ -315,7 +315,9 @@ def accounts_of_tests(tokenizer, examples: Examples, max_length: int) -> dict[st
     for task, rows in examples.items():
         accounts[task] = data.accounts_of(rows)
         if task == LOSS:
-            accounts[task] = data.tally(accounts[task], rows, data.training_fates(tokenizer, rows, max_length))
+            fates = data.training_fates(tokenizer, rows, max_length)
+            # Cut as training data is, and not trained on.
+            accounts[task] = tuple(of._replace(trained=None) for of in data.tally(accounts[task], rows, fates))
         else:
             data.check_prompts(tokenizer, rows)
     return accounts

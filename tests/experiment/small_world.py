@@ -1,10 +1,12 @@
-"""Tiny models as directories, and the configs of runs on them that take seconds."""
+"""Tiny models as directories, the configs of runs on them that take seconds, and what may happen to their files."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
 
 import jax
+from safetensors.numpy import load_file, save_file
 
 from jaxvaccine import llama, save_model
 from jaxvaccine.data import load_tokenizer, world
@@ -19,6 +21,7 @@ from jaxvaccine.llama_config import LlamaConfig
 from tests import tiny
 from tests.data.tokenizers_for_tests import plain
 
+HASH = r'"[0-9a-f]{64}"'  # in a message
 # Flat values. What a run reads of them is the run's own affair.
 ALIGN = {**recipes.WORLD_ALIGN, "alignment_data": "world_refusal@train[0:24]",
          "harmful_data": "world_harmful@harmful[0:12]", "steps": 3, "batch_size": 4, "harmful_batch_size": 2, "rank": 2,
@@ -81,3 +84,22 @@ def recorded(run_dir) -> dict:
 
 def metrics(run_dir) -> list[dict]:
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def changed(path: Path, change):
+    """The file as `change` leaves it, and afterwards as it was."""
+    before = path.read_bytes()
+    change(path)
+    assert path.read_bytes() != before
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+def other_weights(path):
+    """Of the same names, shapes and dtypes."""
+    tensors = load_file(path)
+    name = min(tensors)
+    save_file({**tensors, name: tensors[name] + 0.5}, path, metadata={"format": "pt"})

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from jaxvaccine.checkpoints.peft import read_lora_config
 from jaxvaccine.data import load_examples
 from jaxvaccine.experiment.align import align
-from jaxvaccine.experiment.answers import read_answers
+from jaxvaccine.experiment.answer_log import read_answers
 from jaxvaccine.experiment.attack import AttackConfig, aligned_prompts, attack, load_attack
 from jaxvaccine.experiment.config import FieldError, change, flat, make
 from jaxvaccine.experiment.evaluate import evaluate

@@ -14,9 +14,9 @@ from jaxvaccine.evaluation import score_answers
 from jaxvaccine.experiment import carry_out as module
 from jaxvaccine.experiment import inputs, lanes, results, runs
 from jaxvaccine.experiment.carry_out import Probes, carry_out, collect, result_path
+from jaxvaccine.experiment.checks import check_plan
 from jaxvaccine.experiment.config import FieldError
-from jaxvaccine.experiment.leaks import check_leaks
-from jaxvaccine.experiment.plans import Plan, Settings, cell_configs, folder_name
+from jaxvaccine.experiment.plans import Plan, Settings, folder_name
 from jaxvaccine.experiment.results import Cell
 from jaxvaccine.json_files import read_json
 from jaxvaccine.report import runs as reports
@@ -273,7 +273,8 @@ def test_all_methods_get_the_same_attack_or_the_same_error(model_dir, tmp_path, 
             carry_out(Plan((model_dir,), tuple((method, P) for method in methods)), settings, tmp_path / "plan",
                       as_lanes=as_lanes)
         assert not (tmp_path / "plan").exists()
-    check_leaks([cell_configs(settings, tmp_path, Cell(model_dir, "sft", P, 0))], settings.scores.tests)
+    # Of SFT's alone it is no part.
+    check_plan(Plan((model_dir,), (("sft", P),)), settings, tmp_path, as_lanes, lambda aligned, attacked: None)
 
 
 @pytest.mark.parametrize("name, source", [("loss_data", "world_harmful@harmful[3:30]"),
@@ -296,6 +297,7 @@ def test_accounts_of_a_plan(both, tmp_path):
         of_run = {"alignment"} if path.name == "aligned.json" else {"user", "harmful"} | (
             {"alignment"} if "lisa" in str(path) else set())
         assert set(accounts) == of_run | tests
+        assert all(of["trained"] is None for name in tests for of in accounts[name].values()), "h(w)'s data neither"
         counts = {source: of["trained"] for name in of_run for source, of in accounts[name].items()}
         if path.name == f"{P}.json":
             assert counts["world_rating@attack"] == 12 and counts["world_harmful@attack[0:20]"] == 4
@@ -307,7 +309,8 @@ def test_accounts_of_a_plan(both, tmp_path):
         text = reports.read(copy)
         assert "| attack: harmful | world_harmful@attack[0:20] | 504 | 484 | 20 | 4 to 8 |" in text
         assert "| alignment | world_refusal@train[0:24] | 816 | 792 | 24 | 24 |" in text
-        assert "| harmful_score | world_harmful@test[0:4] | 504 | 500 | 4 | – |" in text
+        for task in ("harmful_score", "harmful_loss"):
+            assert f"| {task} | world_harmful@test[0:4] | 504 | 500 | 4 | – |" in text
 
 
 def test_methods_of_other_types_on_one_backbone(model_dir, settings, tmp_path, monkeypatch):

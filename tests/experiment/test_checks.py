@@ -11,7 +11,7 @@ from jaxvaccine.experiment.config import FieldError
 from jaxvaccine.experiment.plans import Plan
 from jaxvaccine.report.results import read_results
 from tests.experiment import small_world
-from tests.experiment.test_inputs import HASH, changed, other_weights
+from tests.experiment.small_world import HASH, changed, other_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
 

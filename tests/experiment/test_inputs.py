@@ -1,6 +1,5 @@
 """What a run was made of: every input that changes afterwards is an error that names it, with both hashes."""
 
-import contextlib
 import json
 import re
 import shutil
@@ -9,7 +8,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from jaxvaccine.checkpoints.content_hash import content_hash
 from jaxvaccine.checkpoints.resolve import loadable_name
@@ -21,12 +19,19 @@ from jaxvaccine.experiment.evaluate import evaluate
 from jaxvaccine.json_files import read_json_object, write_json
 from jaxvaccine.llama import hidden_states, token_logits
 from tests import rounding
-from tests.experiment.small_world import align_config, attack_config, evaluate_config, recorded, weights, world_model
+from tests.experiment.small_world import (
+    HASH,
+    align_config,
+    attack_config,
+    changed,
+    evaluate_config,
+    other_weights,
+    recorded,
+    weights,
+    world_model,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
-
-HASH = r'"[0-9a-f]{64}"'
-
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
@@ -44,25 +49,6 @@ def chain(tmp_path_factory):
     attack(configs["attack"])
     evaluate(configs["scores"])
     return root, configs
-
-
-@contextlib.contextmanager
-def changed(path: Path, change):
-    """The file as `change` leaves it, and afterwards as it was."""
-    before = path.read_bytes()
-    change(path)
-    assert path.read_bytes() != before
-    try:
-        yield
-    finally:
-        path.write_bytes(before)
-
-
-def other_weights(path):
-    """Of the same names, shapes and dtypes."""
-    tensors = load_file(path)
-    name = min(tensors)
-    save_file({**tensors, name: tensors[name] + 0.5}, path, metadata={"format": "pt"})
 
 
 def another(*keys_and_value):

@@ -6,7 +6,7 @@ import pytest
 
 from jaxvaccine.evaluation import tasks
 from jaxvaccine.experiment import evaluate as module
-from jaxvaccine.experiment.answers import answer_log, read_answers
+from jaxvaccine.experiment.answer_log import answer_log, read_answers
 from jaxvaccine.experiment.config import change
 from jaxvaccine.experiment.evaluate import evaluate
 from jaxvaccine.json_files import read_json
