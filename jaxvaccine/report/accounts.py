@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxvaccine.experiment import runs
-from jaxvaccine.experiment.carry_out import AS_IT_COMES, result_path
-from jaxvaccine.experiment.plans import folder_name
+from jaxvaccine.experiment.carry_out import result_path
+from jaxvaccine.experiment.plans import AS_IT_COMES
 from jaxvaccine.experiment.results import Cell
 from jaxvaccine.json_files import read_json
 from jaxvaccine.report import tables
@@ -63,7 +63,7 @@ def of_plan(folder: str | Path) -> str:
     if not (root / runs.CONFIG).is_file():
         return ""
     plan = runs.read_config(root)["operational"]["plan"]
-    paths = {root / folder_name(backbone) / f"{AS_IT_COMES}.json": "" for backbone in plan["backbones"]}
+    paths = {result_path(root, Cell(backbone, AS_IT_COMES, "", 0)): "" for backbone in plan["backbones"]}
     pairs = dict.fromkeys(pair for method, attack in plan["pairs"] for pair in ((method, ""), (method, attack)))
     paths |= {result_path(root, Cell(backbone, method, attack, seed)): attack for backbone in plan["backbones"]
               for method, attack in pairs for seed in plan["seeds"]}
