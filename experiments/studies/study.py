@@ -33,7 +33,8 @@ class StudyConfig(PlanConfig):
 
 def verb(text: str, config_class: type[StudyConfig], probes: Callable[[Any], Probes],
          report: Callable[[Any, pd.DataFrame, Path], str], scores: Mapping[str, Any] | None = None,
-         without: Sequence[str] = ()) -> cli.Verb:
+         without: Sequence[str] = (),
+         defaults: Callable[[Any], tuple[Mapping[str, Any], Mapping[str, Any]]] = lambda config: ({}, {})) -> cli.Verb:
     """A study as a command.
 
     Args:
@@ -43,6 +44,7 @@ def verb(text: str, config_class: type[StudyConfig], probes: Callable[[Any], Pro
       report: (config, table of results, folder) -> Markdown, its figures written into the folder.
       scores: flat values of the evaluation that stand for flags that are not given.
       without: names of the config that are no flags.
+      defaults: config -> the same as scores of alignment and attack.
     """
     section = cli.Section(config_class, without=(*_WITHOUT, *without))
     attack = () if "attacks" in without else (cli.ATTACK,)
@@ -52,7 +54,8 @@ def verb(text: str, config_class: type[StudyConfig], probes: Callable[[Any], Pro
             config = make(config_class, cli.given(section, values))
             of_stages = [cli.given(of, values) if of in (cli.ALIGNMENT, *attack, cli.EVALUATION) else {}
                          for of in (cli.ALIGNMENT, cli.ATTACK, cli.EVALUATION)]
-            run(config, *of_stages[:2], {**(scores or {}), **of_stages[2]}, probes(config))
+            usual = (*defaults(config), scores or {})
+            run(config, *({**one, **given} for one, given in zip(usual, of_stages, strict=True)), probes(config))
         folder = Path(config.run_dir)
         text = report(config, read_results(folder), folder)
         tables.write_report(folder, "\n".join([text, accounts.of_plan(folder)]))

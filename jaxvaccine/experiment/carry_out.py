@@ -8,6 +8,7 @@ what is not there yet."""
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from jaxvaccine.evaluation import ALPACA_EVAL, evaluate_prompts, mean_loss
 from jaxvaccine.experiment import inputs, lanes, results, runs, stage
 from jaxvaccine.experiment.align import AlignConfig, align, batch_sources, load_data, tokenize
 from jaxvaccine.experiment.attack import AttackConfig, aligned_prompts, attack, read_data
+from jaxvaccine.experiment.budget import budgets
 from jaxvaccine.experiment.checks import MadeOf, check_plan
 from jaxvaccine.experiment.config import flat, names
 from jaxvaccine.experiment.evaluate import LOSS, TESTS, EvaluateConfig, accounts_of_tests, evaluate, summary
@@ -174,15 +176,16 @@ def _score_backbone(context: Context, backbone: str) -> None:
     _score(context, cell, "backbone", 0, context.root / folder_name(backbone) / AS_IT_COMES, model=backbone)
 
 
-def _score(context: Context, cell: Cell, stage_name: str, step: int, folder: Path, model: str = "", trained: str = ""
-           ) -> bool:
-    """Scores what is in a folder; whether that has changed the cell's result."""
+def _score(context: Context, cell: Cell, stage_name: str, step: int, folder: Path, model: str = "", trained: str = "",
+           measured: Mapping[str, Any] = MappingProxyType({})) -> bool:
+    """Scores what is in a folder; whether that has changed the cell's result. measured: what else is known of it."""
     scores, scored = context.settings.scores, _scores_folder(folder)
     revision = scores.model.revision if model else ""
     found = evaluate(dataclasses.replace(
         scores, model=dataclasses.replace(scores.model, model=model, revision=revision, trained=trained),
         run=dataclasses.replace(scores.run, run_dir=str(scored), seed=cell.seed, overwrite=False)))
-    rows, path = results.score_rows(cell, stage_name, step, found), result_path(context.root, cell)
+    rows = results.measured_rows(cell, stage_name, step, measured) + results.score_rows(cell, stage_name, step, found)
+    path = result_path(context.root, cell)
     new = not path.exists() or read_json(path)["rows"] != rows
     if new:
         new_folders = (folder, scored) if trained else (scored,)
@@ -209,11 +212,15 @@ def _one_by_one(context: Context, backbone: str) -> None:
         for method, attack_text in context.plan.pairs:
             cell = Cell(backbone, method, attack_text, seed)
             aligned, attacked = cell_configs(context.settings, context.root, cell)
-            folder = align(aligned)
-            _score(context, cell._replace(attack=""), "alignment", _steps_done(folder), folder, trained=str(folder))
+            folder, adapter = align(aligned), aligned.adapter
+            steps = _steps_done(folder)
+            _score(context, cell._replace(attack=""), "alignment", steps, folder, trained=str(folder),
+                   measured={results.BUDGET: budgets(aligned.training, adapter, steps)[-1]})
             if attacked:
-                folder = attack(attacked)
-                if _score(context, cell, "attack", _steps_done(folder), folder, trained=str(folder)):
+                folder, adapter = attack(attacked), attacked.adapter.resolve(flat(aligned), attacked.method).sites()
+                steps = _steps_done(folder)
+                if _score(context, cell, "attack", steps, folder, trained=str(folder),
+                          measured={results.BUDGET: budgets(attacked.training, adapter, steps)[-1]}):
                     _say(context, [cell])
 
 
@@ -339,6 +346,8 @@ def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, to
     for step in range(0, last, METRICS_EVERY):
         add(step, {measure: metrics[name][step].astype(float) for measure, name in METRICS.items() if name in metrics})
     scores, answers = scorer(aligned, seeds)
+    budget = budgets(config.training, config.adapter, last)[-1]
+    add(last, {results.BUDGET: np.full(len(cells), budget)})
     for i, cell in enumerate(cells):
         folder = inputs.adapter_dir(align_folder(context.root, cell))
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -365,7 +374,7 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
     start = lanes.merged(aligned, adapter.sites().lora(), seeds) if adapter.adapter == "new" else aligned
     probe = context.probes.attack and context.probes.attack(align_config, config, tokenizer, seeds)
     found: list[list[Row]] = [[] for _ in cells]
-    answers = {}
+    budget, answers = budgets(config.training, adapter.sites(), last), {}
 
     def observe(step: int, of: lanes.Lanes) -> None:
         measured = probe(step, of) if probe and (step in context.plan.score_steps or step == last) else {}
@@ -375,6 +384,7 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
         if step and (step in context.plan.score_steps or step == last):
             scores, answers[str(step)] = scorer(of, seeds)
             for i, cell in enumerate(cells):
+                found[i].extend(results.measured_rows(cell, "attack", step, {results.BUDGET: budget[step]}))
                 found[i].extend(results.score_rows(cell, "attack", step, scores[i]))
 
     lanes.train(start, config.method, config.training, config.data.bucket, sources, seeds,

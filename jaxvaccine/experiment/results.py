@@ -8,7 +8,8 @@ backbone as it comes |
 | stage | "backbone", "alignment" or "attack" |
 | step | steps done in that stage |
 | measure | harmful_score (not_refused of a judge of phrases), with it no_answer and unread; over_refusal, sst2, … in
-percent; harmful_loss in nats a token; and what a study measures |
+percent; harmful_loss in nats a token; budget, the learning rate times LoRA scale summed over the stage's steps so far
+(budget.py); and what a study measures |
 | layer | of measures by layer, else empty |
 | value | |
 | n, low, high | how many prompts, and the 95% interval of this one number over them, else empty |
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TABLE = "results.csv"
+BUDGET = "budget"
 COLUMNS = ("backbone", "method", "attack", "seed", "stage", "step", "measure", "layer", "value", "n", "low", "high")
 
 Row = dict[str, Any]

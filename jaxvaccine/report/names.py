@@ -14,7 +14,7 @@ ONLY_LAYERS = "only_layers"
 
 PERCENT = "%"
 NATS = "nats per token"
-LOSS = "harmful_loss"
+LOSS, BUDGET = "harmful_loss", "budget"
 HS, NOT_REFUSED, OVER_REFUSAL = "harmful_score", "not_refused", "over_refusal"
 NO_ANSWER, UNREAD = "no_answer", "unread"
 
@@ -65,6 +65,7 @@ MEASURES = {
     "alpaca_eval": Measure("AlpacaEval win rate", PERCENT, "higher",
                            "answers that the judge prefers to the reference's, a tie counts half"),
     LOSS: Measure("h(w)", NATS, "", "mean loss on harmful answers"),
+    BUDGET: Measure("budget"),
     "harmful_probe_loss": Measure("h(w)", NATS),
     "reduction": Measure("h(w) − h(w')", NATS),
     "harmful_training_loss": Measure("harmful training loss", NATS),
