@@ -12,6 +12,7 @@ import pandas as pd
 
 from jaxvaccine.experiment.plans import split_method
 from jaxvaccine.experiment.results import COLUMNS, TABLE
+from jaxvaccine.report.statistics import RUN
 
 TEXTS = ("backbone", "method", "attack", "stage", "measure")
 WHOLE = ("seed", "step")
@@ -19,7 +20,6 @@ NUMBERS = ("layer", "value", "n", "low", "high")
 STAGES = ("backbone", "alignment", "attack")
 # What tells a row from every other.
 KEY = ["backbone", "method", "attack", "seed", "stage", "step", "measure", "layer"]
-RUN = ["backbone", "seed"]
 CELL = ["backbone", "method", "attack", "seed"]
 
 

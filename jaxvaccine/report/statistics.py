@@ -1,7 +1,8 @@
-"""The numbers of every report: mean ± standard deviation, one 95% interval, rank correlations over layers.
+"""The numbers of every report: mean ± standard deviation, one 95% interval, differences to another method, the
+probability of a high score, rank correlations over layers.
 
-A run is a backbone and a seed. By scipy.stats where it has them (imported when it is asked: it takes a second); ours is
-the hierarchical bootstrap alone, which it has not.
+A run is a backbone and a seed. What is measured on a run is measured on prompts, the same of all runs. By scipy.stats
+where it has them (imported when it is asked: it takes a second).
 """
 
 import math
@@ -12,7 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-PERCENT_BOUNDS = (0.0, 100.0)
+from jaxvaccine.evaluation.rates import mean_score_interval
+
+RUN = ["backbone", "seed"]
+UNBOUNDED = (-math.inf, math.inf)
+PERCENT_BOUNDS, DIFFERENCE_BOUNDS, CORRELATION_BOUNDS = (0.0, 100.0), (-100.0, 100.0), (-1.0, 1.0)
+# What an interval is over, from the most to the least that it speaks for; "" where there is none.
+BACKBONES, SEEDS, PROMPTS = "backbones", "seeds", "prompts"
+HALF = 50.0  # percent
 RESAMPLES = 10_000
 
 
@@ -21,9 +29,10 @@ class Estimate(NamedTuple):
 
     Attributes:
       values: [N], one per run.
-      mean: of them.
-      sd: the sample's standard deviation; NaN of a single run.
-      low, high: 95% interval of the mean over runs; of a single run its own interval over prompts, NaN if it has none.
+      mean: of the backbones' means, each over its seeds: a backbone counts once, however many seeds it has.
+      sd: the standard deviation of `values` (N − 1); NaN of a single run.
+      low, high: 95% interval of the mean, by `interval`; NaN where there is none.
+      over: what it is over: BACKBONES, SEEDS (of the only backbone), PROMPTS (of the only run), or "" without any.
     """
 
     values: np.ndarray
@@ -31,46 +40,180 @@ class Estimate(NamedTuple):
     sd: float
     low: float
     high: float
+    over: str = ""
 
     @property
     def runs(self) -> int:
         return len(self.values)
 
 
-def interval(values: np.ndarray, bounds: tuple[float, float] = (-math.inf, math.inf)) -> tuple[float, float]:
-    """95% interval of the mean over runs: Student's t, cut at the bounds of the quantity; NaN of a single run."""
+class Interval(NamedTuple):
+    """95% interval of a mean; NaN and "" where nothing tells how far it may be off."""
+
+    mean: float
+    low: float
+    high: float
+    over: str
+
+
+def interval(values: Sequence[float], backbones: Sequence[str] | None = None, own: np.ndarray | None = None,
+             bounds: tuple[float, float] = UNBOUNDED) -> Interval:
+    """The one interval of all reports: of the mean over backbones, seeds and prompts.
+
+    Runs of a backbone are alike, and no independent evidence of what another backbone would give. So a backbone's mean
+    over its seeds is one observation, and between them it is Student's t with a degree of freedom fewer than there are
+    backbones. With unequal numbers of seeds, and so unequal variances, that t is conservative at 95% (R. Ibragimov and
+    U. K. Müller, "t-statistic based correlation and heterogeneity robust inference", JBES 28, 2010). With one backbone
+    the observations are its seeds, and the interval says nothing of other backbones.
+
+    t sees what differs between runs, and not that all runs answer the same prompts, which other prompts would change
+    for all alike. That part is at most what it is if all runs err alike: the mean of the runs' own distances from their
+    value to either end of their interval over prompts, each of the n of one run (a standard deviation of a mean is at
+    most the mean of standard deviations). Both parts are joined by the root of their squares, for either end (G. Y. Zou
+    and A. Donner, "Construction of confidence limits about effect measures", Statistics in Medicine 27, 2008). So there
+    is width where all runs give 100, and the interval of a single run is its own.
+
+    Args:
+      values: [N], one per run, N > 0.
+      backbones: [N], of the runs; None if all are of one.
+      own: [N, 2], low and high of every run over its prompts; None or NaN where there is none.
+      bounds: of the quantity, at which the interval is cut.
+    """
     from scipy import stats
 
     values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return math.nan, math.nan
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    low, high = np.clip([values.mean() - half, values.mean() + half], *bounds)
-    return float(low), float(high)
+    names = np.zeros(len(values)) if backbones is None else np.asarray(backbones)
+    groups = [names == name for name in dict.fromkeys(names)]
+    means = np.array([values[group].mean() for group in groups])
+    apart, over = (means, BACKBONES) if len(means) > 1 else (values, SEEDS)
+    half = 0.0
+    if len(apart) > 1:
+        half = stats.t.ppf(0.975, len(apart) - 1) * apart.std(ddof=1) / math.sqrt(len(apart))
+    mean, down, up = float(means.mean()), 0.0, 0.0
+    own = np.full((len(values), 2), math.nan) if own is None else np.asarray(own, dtype=float).reshape(-1, 2)
+    known = ~np.isnan(own).any(axis=1)
+    if known.any():
+        # Rounding may put a rate of 100% an epsilon above its interval.
+        lengths = np.maximum((own - values[:, None]) * [-1, 1], 0)
+        down, up = np.mean([lengths[group & known].mean(axis=0) for group in groups if (group & known).any()], axis=0)
+    elif len(apart) == 1:
+        return Interval(mean, math.nan, math.nan, "")
+    low, high = np.clip([mean - math.hypot(half, down), mean + math.hypot(half, up)], *bounds)
+    return Interval(mean, float(low), float(high), over if len(apart) > 1 else PROMPTS)
 
 
-def estimate(values: Sequence[float], percent: bool = False,
-             own: tuple[float, float] = (math.nan, math.nan)) -> Estimate | None:
+def _estimate(values: Sequence[float], backbones: Sequence[str] | None, own: np.ndarray | None,
+              bounds: tuple[float, float]) -> Estimate | None:
+    values = np.asarray(values, dtype=float)
+    if not len(values):
+        return None
+    mean, *ends, over = interval(values, backbones, own, bounds)
+    return Estimate(values, mean, float(values.std(ddof=1)) if len(values) > 1 else math.nan, *ends, over)
+
+
+def estimate(values: Sequence[float], percent: bool = False, own: np.ndarray | None = None,
+             backbones: Sequence[str] | None = None) -> Estimate | None:
     """Mean, deviation and interval of [N] values, one per run; None without any.
 
     Args:
       values: one per run.
       percent: whether they are percentages, so that the interval lies within 0 and 100.
-      own: interval of a single run by itself, such as Wilson's over its prompts.
+      own, backbones: as of `interval`.
     """
-    values = np.asarray(values, dtype=float)
-    if not len(values):
-        return None
-    if len(values) == 1:
-        return Estimate(values, float(values[0]), math.nan, *map(float, own))
-    low, high = interval(values, PERCENT_BOUNDS if percent else (-math.inf, math.inf))
-    return Estimate(values, float(values.mean()), float(values.std(ddof=1)), low, high)
+    return _estimate(values, backbones, own, PERCENT_BOUNDS if percent else UNBOUNDED)
+
+
+def own_intervals(rows: pd.DataFrame, percent: bool = False) -> np.ndarray:
+    """[N, 2]: the interval over prompts of every row; of a percentage without one Wilson's of its n, if that is known.
+    """
+    own = rows[["low", "high"]].to_numpy(dtype=float)
+    if percent:
+        for i in np.flatnonzero(np.isnan(own).any(axis=1) & (rows["n"] >= 1).to_numpy()):
+            value, n = rows["value"].iloc[i], int(rows["n"].iloc[i])
+            own[i] = mean_score_interval(value * n / 100, n)
+    return own
 
 
 def estimate_rows(rows: pd.DataFrame, percent: bool = False) -> Estimate | None:
     """`estimate` of the rows of one cell, measure and step in a table of results, one per run."""
-    own = (rows["low"].iloc[0], rows["high"].iloc[0]) if len(rows) == 1 else (math.nan, math.nan)
-    return estimate(rows["value"].to_numpy(), percent, own)
+    return estimate(rows["value"].to_numpy(), percent, own_intervals(rows, percent), rows["backbone"].to_numpy())
+
+
+def paired(rows: pd.DataFrame, reference: pd.DataFrame, percent: bool = False) -> Estimate | None:
+    """The mean difference of runs to the reference's runs of the same backbone and seed; None without such a pair.
+
+    Everything that a backbone and a seed do to both alike is gone from a difference, and so it is from the interval,
+    which is `interval` of the differences. The part of the prompts: the table has no verdicts, so that a pair's own
+    interval is the one of two rates that are independent given their prompts (R. G. Newcombe, "Interval estimation for
+    the difference between independent proportions", Statistics in Medicine 17, 1998, method 10). It is too wide where
+    both models fall for the same prompts, as they do, and too narrow only if one falls for those that the other
+    withstands.
+
+    Args:
+      rows, reference: of one cell, measure and step each, one per run.
+      percent: whether values are percentages, so that differences lie within −100 and 100.
+
+    Raises:
+      pandas.errors.MergeError: a run is there twice.
+    """
+    def sides(of: pd.DataFrame) -> pd.DataFrame:
+        ends = own_intervals(of, percent)
+        return of[[*RUN, "value"]].assign(down=of["value"] - ends[:, 0], up=ends[:, 1] - of["value"])
+
+    pairs = sides(rows).merge(sides(reference), on=RUN, suffixes=("", "_of"), validate="one_to_one")
+    if pairs.empty:
+        return None
+    difference = pairs["value"] - pairs["value_of"]
+    own = np.column_stack([difference - np.hypot(pairs["down"], pairs["up_of"]),
+                           difference + np.hypot(pairs["up"], pairs["down_of"])])
+    return _estimate(difference, pairs["backbone"].to_numpy(), own, DIFFERENCE_BOUNDS if percent else UNBOUNDED)
+
+
+class Probability(NamedTuple):
+    """Of a new run's value above a threshold.
+
+    Attributes:
+      count, runs: how many of the runs are above.
+      mean: the probability, from 0 to 1; it is never 0 or 1.
+      low, high: its 95% interval.
+    """
+
+    count: int
+    runs: int
+    mean: float
+    low: float
+    high: float
+
+
+def above(rows: pd.DataFrame, threshold: float = HALF) -> Probability | None:
+    """The probability that a new run, of a new backbone and a new seed, has a value above the threshold.
+
+    A backbone counts as one trial however many seeds it has, and the part of its runs that are above as so much of a
+    success; with one backbone every seed is a trial, and it is the probability of a new seed. With Jeffreys' prior the
+    posterior of k of m is Beta(k + 1/2, m − k + 1/2): its mean is the probability of the next one, and its middle 95%
+    the interval, which begins at 0 where k is 0 and ends at 1 where k is m (L. D. Brown, T. T. Cai and A. DasGupta,
+    "Interval estimation for a binomial proportion", Statistical Science 16, 2001). The value is the measured one, on
+    the prompts of the test.
+
+    Args:
+      rows: of one cell, measure and step in a table of results, one per run.
+      threshold: a value equal to it is not above.
+
+    Returns:
+      None of a single run, which says nothing about others, or of none.
+    """
+    from scipy import stats
+
+    hits = (rows["value"] > threshold).astype(float)
+    if len(hits) < 2:
+        return None
+    parts = hits.groupby(rows["backbone"].to_numpy()).mean()
+    trials, successes = (len(parts), parts.sum()) if len(parts) > 1 else (len(hits), hits.sum())
+    posterior = stats.beta(successes + 0.5, trials - successes + 0.5)
+    count = int(hits.sum())
+    return Probability(count, len(hits), (successes + 0.5) / (trials + 1),
+                       float(posterior.ppf(0.025)) if count else 0.0,
+                       float(posterior.ppf(0.975)) if count < len(hits) else 1.0)
 
 
 def rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -80,19 +223,6 @@ def rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
         return np.asarray(stats.spearmanrho(np.asarray(x, float), np.asarray(y, float), axis=-1).statistic)
-
-
-def bootstrap_interval(rho: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
-    """95% interval of the mean of [backbones, seeds]: backbones drawn with replacement, then seeds in each of them."""
-    backbones, seeds = rho.shape
-    drawn = rng.integers(backbones, size=(RESAMPLES, backbones, 1)), rng.integers(seeds, size=(
-        RESAMPLES, backbones, seeds))
-    values = rho[drawn].reshape(RESAMPLES, -1)
-    known = ~np.isnan(values)
-    # A resample without any is left out.
-    means = np.nansum(values, axis=1)[known.any(1)] / known.sum(axis=1)[known.any(1)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def permutation_p(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> float:
@@ -125,8 +255,9 @@ class Correlation(NamedTuple):
 
     Attributes:
       rho: [backbones, seeds], Spearman's of every run; NaN where it is not defined.
-      mean: over the runs that have one.
-      low, high: 95% interval of the mean, by `bootstrap_interval`.
+      mean: of the backbones' means over the runs that have one.
+      low, high, over: 95% interval of the mean, by `interval`; NaN of a single run. It is over runs: which layers there
+        are is given, and so are the prompts.
       p: by `permutation_p`.
     """
 
@@ -134,6 +265,7 @@ class Correlation(NamedTuple):
     mean: float
     low: float
     high: float
+    over: str
     p: float
 
 
@@ -141,9 +273,9 @@ def correlation(x: np.ndarray, y: np.ndarray) -> Correlation:
     """Of [backbones, seeds, L]; NaN all where no run has a ρ. A run that is missing is NaN."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     rho = rank_correlations(x, y)
-    if np.isnan(rho).all():
-        return Correlation(rho, math.nan, math.nan, math.nan, math.nan)
-    known = ~np.isnan(rho.ravel())
-    runs = [values.reshape(-1, values.shape[-1])[known] for values in (x, y)]
-    return Correlation(rho, float(np.nanmean(rho)), *bootstrap_interval(rho, np.random.default_rng(0)),
+    known = ~np.isnan(rho)
+    if not known.any():
+        return Correlation(rho, math.nan, math.nan, math.nan, "", math.nan)
+    runs = [values[known] for values in (x, y)]
+    return Correlation(rho, *interval(rho[known], np.nonzero(known)[0], bounds=CORRELATION_BOUNDS),
                        permutation_p(*runs, np.random.default_rng(0)))
