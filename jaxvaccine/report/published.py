@@ -1,77 +1,145 @@
-"""A paper's figures beside ours."""
+"""A paper's figures beside ours: published, ours, the difference, and in what the settings deviate."""
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
+import numpy as np
 import pandas as pd
 
-from jaxvaccine.experiment.plans import Panel, Point
 from jaxvaccine.report import names, results, tables
-from jaxvaccine.report.statistics import estimate_rows
+from jaxvaccine.report.statistics import Estimate, estimate_rows
+
+# The papers' two figures, as published.csv spells them.
+HS, FA = "harmful_score", "accuracy"
+AVERAGE = "average"
 
 
-class Figure(Protocol):
-    """A published figure."""
+class Entry(Protocol):
+    """A row of a paper's table: whose cell it is, and how the published figures spell its place."""
 
     method: str
-    poison_ratio: str
-    n: int
-    harmful_score: float  # percent
-    accuracy: float  # percent
-    model: str
+    attack: str
+    curve: str
     task: str
-    source: str
-
-
-class TableCell(NamedTuple):
-    """A cell of a paper's main tables."""
-
-    point: Point
     p: str
-    n: int
+    n: str
+    setting: str
+    backbone: int
 
 
-def table_cells(ratios: Panel, counts: Panel, p: str, n: int) -> list[TableCell]:
-    """The cells of both panels. p: of the attacks over n; n: of those over p."""
-    over_p = [TableCell(point, point.x, n) for curve in ratios.curves.values() for point in curve]
-    over_n = [TableCell(point, p, int(point.x)) for curve in counts.curves.values() for point in curve]
-    return over_p + over_n
+def same_model(model: str, published: str) -> bool:
+    """Whether a model's name or path is that of a published one, spelt in any way: "meta-llama/Llama-2-7b-hf"."""
+    def plain(text: str) -> str:
+        return "".join(c for c in text.lower().rsplit("/", 1)[-1] if c.isalnum())
+
+    return plain(published) != "" and plain(model).startswith(plain(published))
 
 
-def comparison(table: pd.DataFrame, cells: Sequence[TableCell], figures: Sequence[Figure]) -> str:
-    """Markdown: published, ours, difference and interval, HS and FA of every cell; a cell without results has none.
+def lookup(published: pd.DataFrame, entry: Entry, measure: str) -> pd.DataFrame:
+    """The published rows of an entry's place and measure, a row for each model and source."""
+    found = published[(published["measure"] == measure) & (published["step"].isna()) & (published["layer"].isna())]
+    # A curve's name is the method without the setting that is varied, or the method itself.
+    found = found[found["method"].isin({entry.method, entry.curve})]
+    for name, value in (("task", entry.task), ("poison_ratio", entry.p), ("n", entry.n), ("setting", entry.setting)):
+        known = found[name] == value
+        found = found[known | (found[name] == "") if name == "n" else known]
+    return found
+
+
+def comparison(table: pd.DataFrame, entries: Sequence[Entry], models: Sequence[str], published: pd.DataFrame,
+               deviation: str) -> str:
+    """Markdown: of every entry HS and FA, published and ours, their difference, in what the settings deviate, source.
+
+    Args:
+      table: results of the plan.
+      entries: rows of the paper's table.
+      models: the backbones that entries number.
+      published: rows of published.csv that stand beside them; a place that is not in them has none.
+      deviation: what is other than in the paper beside the model, in few words; "" for nothing.
 
     Where a judge of phrases judged, ours is not refused: it has a row of its own, and no difference from an HS.
     """
-    by_place: Mapping[tuple[str, str, int], Figure] = {(f.method, f.poison_ratio, f.n): f for f in figures}
-    attacked, task = results.attacked(table), names.accuracy(table["measure"].unique())
-    by_phrases = [names.NOT_REFUSED] if names.harm(table["measure"].unique()) == names.NOT_REFUSED else []
+    attacked = results.attacked(table)
+    harm = names.harm(table["measure"].unique())
+    by_phrases = [names.NOT_REFUSED] if harm == names.NOT_REFUSED else []
     rows = []
-    for point, p, n in cells:
-        of = results.pick(attacked, method=point.method, attack=point.attack)
-        figure = by_place.get((point.method, p, n))
-        for measure in (*by_phrases, names.HS, task):
-            name = "FA" if measure == task else names.measure(measure).name
-            ours = estimate_rows(results.pick(of, measure=measure), percent=True)
-            row = [names.method(point.method), p, str(n), name, "", tables.NONE, "", tables.NONE, ""]
-            if ours:
-                row[5], row[7] = f"{ours.mean:.2f}", f"{ours.low:.1f}–{ours.high:.1f}"
-            if figure and measure not in by_phrases:
-                number = figure.harmful_score if measure == names.HS else figure.accuracy
-                row[4], row[8] = f"{number:.2f}", f"{figure.source}: {figure.model}, {figure.task}"
-                row[6] = f"{ours.mean - number:+.2f}" if ours else ""
-            rows.append(row)
-    return tables.table(["method", "p", "n", "%", "published", "ours", "difference", "95% interval of ours", "source"],
-                        rows)
+    for entry in entries:
+        model = models[entry.backbone]
+        of = results.pick(attacked, method=entry.method, attack=entry.attack, backbone=model)
+        task = entry.task if (of["measure"] == entry.task).any() else names.accuracy(of["measure"].unique())
+        for measure in (*by_phrases, HS, FA):
+            ours = estimate_rows(results.pick(of, measure=task if measure == FA else measure), percent=True)
+            shown = lookup(published, entry, measure)
+            # The model's own figure where there is one, else that of the model in most tables.
+            own = shown[[same_model(model, name) for name in shown["model"]]] if len(shown) else shown
+            figure = (own if len(own) else shown).head(1)
+            rows.append(_row(entry, measure, ours, figure, model, deviation))
+    return tables.table(["method", "p", "n", "setting", "%", "published", "ours", "difference", "95% interval of ours",
+                         "deviates in", "source of the published"], rows)
 
 
-def largest_drop(table: pd.DataFrame, cells: Sequence[TableCell], method: str) -> str:
-    """By how much a method's HS is lower than another's at the same p and n, at most; "–" without such a pair."""
-    attacked = results.pick(results.attacked(table), measure=names.HS)
-    hs = {(cell.point.method, cell.p, cell.n): rows["value"].mean() for cell in cells
-          if len(rows := results.pick(attacked, method=cell.point.method, attack=cell.point.attack))}
-    drops = [(hs[place] - hs[method, *place[1:]], *place) for place in hs if (method, *place[1:]) in hs]
-    if not drops:
-        return tables.NONE
-    drop, other, p, n = max(drops)
-    return f"{drop:.1f} points, against {names.method(other)} at p = {p}, n = {n}"
+def _row(entry: Entry, measure: str, ours: Estimate | None, figure: pd.DataFrame, model: str, deviation: str
+         ) -> list[str]:
+    row = [names.method(entry.method), entry.p, entry.n, entry.setting.replace("=", " = ").replace("_", " "),
+           "FA" if measure == FA else names.measure(measure).name, tables.NONE, tables.NONE, "", "", "", ""]
+    if ours:
+        row[6] = f"{ours.mean:.2f}"
+        row[8] = "" if np.isnan(ours.low) else f"{ours.low:.1f}–{ours.high:.1f}"
+    if len(figure):
+        one = figure.iloc[0]
+        row[5] = f"{one['value']:.2f}"
+        row[7] = f"{ours.mean - one['value']:+.2f}".replace("-", "−") if ours else ""
+        other = "" if same_model(model, one["model"]) else f"model ({one['model']})"
+        row[9] = "; ".join(filter(None, (other, deviation)))
+        row[10] = f"{one['source']} ({one['confidence']})"
+    return row
+
+
+def unmatched(entries: Iterable[Entry], published: pd.DataFrame) -> str:
+    """Markdown: the published figures that stand beside no entry; "" if there are none."""
+    beside = set()
+    for entry in entries:
+        for measure in (HS, FA):
+            beside.update(lookup(published, entry, measure).index)
+    rest = published[~published.index.isin(beside) & published["measure"].isin((HS, FA))
+                     & published["step"].isna() & published["layer"].isna()]
+    if rest.empty:
+        return ""
+    rows = [[names.method(row.method), row.model, row.task, row.poison_ratio, row.n, row.setting,
+             "FA" if row.measure == FA else "HS", f"{row.value:.2f}", f"{row.source} ({row.confidence})"]
+            for row in rest.itertuples()]
+    return "Published beside these, and without a counterpart here:\n\n" + tables.table(
+        ["method", "model", "task", "p", "n", "setting", "%", "published", "source"], rows)
+
+
+def averages(table: pd.DataFrame, entries: Sequence[Entry], models: Sequence[str], published: pd.DataFrame,
+             over: str) -> str:
+    """Markdown: the mean over a table's places (`over`: "poison_ratio" or "n"), published and ours; "" without any."""
+    means = published[published[over] == AVERAGE]
+    attacked, rows = results.attacked(table), []
+    for method in dict.fromkeys(entry.curve for entry in entries):
+        for measure in (HS, FA):
+            values = []
+            for entry in entries:
+                of = results.pick(attacked, method=entry.method, attack=entry.attack, backbone=models[0])
+                task = entry.task if (of["measure"] == entry.task).any() else names.accuracy(of["measure"].unique())
+                found = results.pick(of, measure=task if measure == FA else measure)
+                if entry.curve == method and entry.backbone == 0 and len(found):
+                    values.append(found["value"].mean())
+            figure = means[(means["method"] == method) & (means["measure"] == measure)]
+            if len(figure):
+                rows.append([names.method(method), "FA" if measure == FA else "HS", f"{figure.iloc[0]['value']:.2f}",
+                             f"{np.mean(values):.2f} of {len(values)} places" if values else tables.NONE])
+    return "" if not rows else tables.table(["mean over the table", "%", "published", "ours"], rows)
+
+
+def deviations(ours: Mapping[str, Any], papers: Mapping[str, Any], stage: str) -> list[list[str]]:
+    """[stage, setting, the paper's, ours] of every setting of a recipe that is another here."""
+    return [[stage, name.replace("_", " "), _shown(value), _shown(ours.get(name))] for name, value in papers.items()
+            if _shown(ours.get(name)) != _shown(value)]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return ", ".join(map(str, value))
+    return tables.NONE if value is None else f"{value:g}" if isinstance(value, int | float) else str(value)
