@@ -15,11 +15,14 @@ from absl import flags, logging
 from jaxvaccine.experiment import compare_judges, recipes
 from jaxvaccine.experiment.align import AlignConfig, align
 from jaxvaccine.experiment.attack import AttackConfig, attack, goes_on, split_new_adapter
-from jaxvaccine.experiment.config import FieldError, Setting, make, settings
+from jaxvaccine.experiment.config import FieldError, Setting, make, require, settings
 from jaxvaccine.experiment.evaluate import EvaluateConfig, evaluate
 from jaxvaccine.experiment.run import PlanConfig, run
 
-PRESET = "The published recipe of this defense; flags that are given go before it. With --help: shows what it sets."
+PRESET = ("A paper's recipe of a method; booster and t_vaccine are short for booster/booster and t_vaccine/t_vaccine. "
+          "Flags that are given go before it. With --help: shows what it sets.")
+PROTOCOL = ("Which attack of the preset: the method's own, as its authors' script has it, or one for all methods, that on "
+            "the paper's own, on a new adapter or on the aligned one.")
 
 
 class Section(NamedTuple):
@@ -66,19 +69,41 @@ def flag_errors(prefix: str) -> Iterator[None]:
         raise ValueError(f"--{prefix}{error.name}: {error.message}") from error
 
 
+class Presets(NamedTuple):
+    """The presets of a command.
+
+    Attributes:
+      names: all of them.
+      read: what --preset sets, given the other flags; raises FieldError.
+      protocols: whether --protocol chooses among their attacks.
+    """
+
+    names: tuple[str, ...]
+    read: Callable[[flags.FlagValues], Mapping[str, Any]]
+    protocols: bool = False
+
+
 class Verb(NamedTuple):
     """A command: its flags, and what it does with them."""
 
     text: str  # what it does, and an example
     sections: tuple[Section, ...]
     call: Callable[[flags.FlagValues], None]
-    presets: Mapping[str, Mapping[str, Any]] = {}
+    presets: Presets | None = None
 
 
-def _read(config_class: type, values: flags.FlagValues, presets: Mapping[str, Mapping[str, Any]] | None = None) -> Any:
-    preset = presets[values.preset] if presets and values.preset else None
+def _read(config_class: type, values: flags.FlagValues, presets: Presets | None = None) -> Any:
     with flag_errors(""):
-        return make(config_class, given(Section(config_class), values), preset)
+        return make(config_class, given(Section(config_class), values), _preset(presets, values))
+
+
+def _preset(presets: Presets | None, values: flags.FlagValues) -> Mapping[str, Any]:
+    """What --preset sets; nothing without one."""
+    if presets and values.preset:
+        return presets.read(values)
+    if presets and presets.protocols:
+        require(not values["protocol"].present, "protocol", values.protocol, "--preset beside it")
+    return {}
 
 
 def _reports() -> types.ModuleType:
@@ -88,24 +113,54 @@ def _reports() -> types.ModuleType:
     return runs
 
 
+def _of_alignment(values: flags.FlagValues) -> Mapping[str, Any]:
+    return recipes.alignment(*recipes.parse_pair(values.preset), recipes.harmful_of(values.harmful_data or ""))
+
+
 def _align(values: flags.FlagValues) -> None:
-    config = _read(AlignConfig, values, recipes.ALIGN)
+    config = _read(AlignConfig, values, ALIGN_PRESETS)
     with flag_errors(""):
-        _reports().write(align(config))
+        _reports().write(align(config, _warn_of_few(values.preset, alignment="alignment", harmful="harmful")))
+
+
+def _warn_of_few(preset: str | None, **rows: str) -> Callable[[Mapping[str, Sequence[Any]]], None]:
+    """Of a run's examples, warns where there are fewer than in the preset's paper. rows: their names in the run, by
+    those in `recipes.rows`."""
+    def look(examples: Mapping[str, Sequence[Any]]) -> None:
+        counts = {name: len(examples[of]) for name, of in rows.items() if of in examples}
+        if preset and (text := recipes.fewer_than_published(*recipes.parse_pair(preset), counts)):
+            logging.warning("%s", text)
+    return look
+
+
+def _of_attack(values: flags.FlagValues) -> Mapping[str, Any]:
+    asked, (paper, method) = given(Section(AttackConfig), values), recipes.parse_pair(values.preset)
+    recipe = recipes.attack(paper, method, recipes.task_of(paper, values.user_data or ""), values.protocol,
+                            recipes.harmful_of(values.harmful_data or ""))
+    chosen = {**recipe, **asked}
+    continued = goes_on(chosen.get("adapter", "auto"), recipes.alignment(paper, method)["defense"],
+                        chosen.get("defense", "none"))
+    return split_new_adapter(recipe)[0] if continued else recipe
 
 
 def _finetune(values: flags.FlagValues) -> None:
-    asked = given(Section(AttackConfig), values)
-    presets = {name: split_new_adapter(recipe)[0] if goes_on(
-        asked.get("adapter", "auto"), name, asked.get("defense", "none")) else recipe
-        for name, recipe in recipes.FINETUNE.items()}
-    config = _read(AttackConfig, values, presets)
+    config = _read(AttackConfig, values, ATTACK_PRESETS)
     with flag_errors(""):
-        _reports().write(attack(config))
+        _reports().write(attack(config, _warn_of_few(values.preset, guide="alignment")))
+
+
+def _of_tests(values: flags.FlagValues) -> Mapping[str, Any]:
+    require(values.preset in recipes.EVALUATION, "preset", values.preset, " or ".join(recipes.EVALUATION))
+    return recipes.EVALUATION[values.preset]
+
+
+ALIGN_PRESETS = Presets(recipes.pairs(), _of_alignment)
+ATTACK_PRESETS = Presets(recipes.pairs(), _of_attack, protocols=True)
+TEST_PRESETS = Presets(tuple(recipes.EVALUATION), _of_tests)
 
 
 def _evaluate(values: flags.FlagValues) -> None:
-    config = _read(EvaluateConfig, values)
+    config = _read(EvaluateConfig, values, TEST_PRESETS)
     with flag_errors(""):
         evaluate(config)
     _reports().write(config.run.run_dir)
@@ -114,7 +169,7 @@ def _evaluate(values: flags.FlagValues) -> None:
 
 # What an attack and an evaluation have from the alignment, or from the plan's cells.
 ATTACK = Section(AttackConfig, "attack_", (
-    "run_dir", "aligned", "poison_ratio", "defense", "alignment_data", "seed", "overwrite", "test_data", "dtype",
+    "run_dir", "aligned", "poison_ratio", "defense", "seed", "overwrite", "test_data", "dtype",
     "remat", "bucket", "save_every", "progress"), "Attack: ")
 EVALUATION = Section(EvaluateConfig, "", (
     "run_dir", "model", "revision", "trained", "seed", "overwrite", "dtype", "progress", "max_length"), "Evaluation: ")
@@ -149,19 +204,19 @@ VERBS = {
 
 jaxvaccine align --preset=booster --model=meta-llama/Llama-2-7b-hf --run_dir=runs/booster \\
     --alignment_data=beavertails_refusal:train.jsonl[0:5000] --harmful_data=beavertails_unsafe:train.jsonl[0:5000]""",
-                  (Section(AlignConfig),), _align, recipes.ALIGN),
+                  (Section(AlignConfig),), _align, ALIGN_PRESETS),
     "finetune": Verb("""Fine-tunes an aligned model on a user's data of which a ratio is harmful: the attack.
 
 jaxvaccine finetune --preset=booster --aligned=runs/booster --run_dir=runs/booster-p0.1 \\
     --user_data=sst2:stanfordnlp/sst2@train --harmful_data=beavertails_unsafe:train.jsonl[5000:6000] \\
     --poison_ratio=0.1 --test_data=beavertails_unsafe:test.jsonl[0:500]""",
-                     (Section(AttackConfig),), _finetune, recipes.FINETUNE),
+                     (Section(AttackConfig),), _finetune, ATTACK_PRESETS),
     "evaluate": Verb("""Scores a model, as it comes or as a run left it: harmful score, fine-tune accuracy,
 over-refusal, the win rate on AlpacaEval and the loss on harmful answers.
 
 jaxvaccine evaluate --trained=runs/booster-p0.1 --run_dir=runs/booster-p0.1-scores \\
     --harmful_test=beavertails_unsafe:test.jsonl[0:500] --sst2_test=sst2:stanfordnlp/sst2@validation""",
-                     (Section(EvaluateConfig),), _evaluate),
+                     (Section(EvaluateConfig),), _evaluate, TEST_PRESETS),
     "run": Verb("""Carries out a plan: backbones times methods times attacks times seeds, aligned, attacked and scored;
 a table of all results, a report and plots.
 
@@ -187,7 +242,9 @@ def verb_flags(verb: Verb) -> flags.FlagValues:
     for section in verb.sections:
         define(section, values)
     if verb.presets:
-        flags.DEFINE_enum("preset", None, sorted(verb.presets), PRESET, flag_values=values)
+        flags.DEFINE_string("preset", None, PRESET, flag_values=values)
+        if verb.presets.protocols:
+            flags.DEFINE_enum("protocol", recipes.PROTOCOLS[0], recipes.PROTOCOLS, PROTOCOL, flag_values=values)
     flags.DEFINE_bool("help", False, "Shows this text.", short_name="h", flag_values=values)
     flags.DEFINE_integer("verbosity", None, "1 shows where an error was raised, and what libraries say.",
                          flag_values=values)
@@ -211,7 +268,8 @@ def call(name: str, verb: Verb, arguments: Sequence[str] | None = None) -> None:
     with readable_errors(name, lambda: values["verbosity"].value):  # known before all flags are
         rest = values([name, *arguments])[1:]
         if values.help:
-            print(help_text(verb, values.preset if verb.presets else None))
+            with flag_errors(""):
+                print(help_text(verb, values.preset if verb.presets else None, _preset(verb.presets, values)))
             return
         if rest:
             raise ValueError(f"found arguments {rest}, expected flags only")
@@ -243,17 +301,20 @@ def readable_errors(name: str, verbosity: Callable[[], int | None] = lambda: Non
         sys.exit(f"{name}: {error}")
 
 
-def help_text(verb: Verb, preset: str | None = None) -> str:
+def help_text(verb: Verb, preset: str | None = None, chosen: Mapping[str, Any] = types.MappingProxyType({})) -> str:
     """All flags of a verb in groups, a method's under its name, with their defaults and what the preset sets."""
     width = min(120, max(60, shutil.get_terminal_size((100, 24)).columns))
-    chosen = verb.presets[preset] if preset else {}
     groups: dict[str, list[str]] = {}
     for section in verb.sections:
         for setting in section.settings():
             title = section.title + setting.group + (f" (with {setting.option})" if setting.option else "")
             groups.setdefault(title, []).append(_flag_help(section.prefix, setting, chosen, preset, width))
     if verb.presets:
-        groups = {"Preset": [_wrapped("--preset=" + "|".join(sorted(verb.presets)), PRESET, width)], **groups}
+        listed = [_wrapped("--preset=NAME", f"{PRESET} One of {', '.join(verb.presets.names)}.", width)]
+        if verb.presets.protocols:
+            listed.append(_wrapped("--protocol=" + "|".join(recipes.PROTOCOLS),
+                                   f"{PROTOCOL} [default {recipes.PROTOCOLS[0]}]", width))
+        groups = {"Preset": listed, **groups}
     groups["Help"] = [_wrapped("--verbosity=1", "Shows where an error was raised, and what libraries say.", width),
                       _wrapped("--flagfile=FILE", "Reads flags from a file, one a line.", width)]
     return verb.text + "\n" + "".join(f"\n{title}\n" + "".join(lines) for title, lines in groups.items())

@@ -1,7 +1,7 @@
 """The alignment stage: a model is trained to refuse, with a defense."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -111,8 +111,12 @@ def tokenize(tokenizer, examples: Mapping[str, Sequence[data.Example]], max_leng
     return tokenized
 
 
-def align(config: AlignConfig) -> Path:
+def align(config: AlignConfig, look: Callable[[Examples], None] = lambda examples: None) -> Path:
     """Carries out the run, or goes on with it; returns its folder at once if it has finished.
+
+    Args:
+      config: of the run.
+      look: is shown the examples that were read, before anything is trained.
 
     Raises:
       FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
@@ -120,6 +124,7 @@ def align(config: AlignConfig) -> Path:
     """
     model, method = config.model, config.method
     examples = load_data(config.data, method)
+    look(examples)
     check_layers(method, stage.read_architecture(model.model, model.revision))
     tokenizer = stage.load_tokenizer(model.model, model.revision)
     tokenized = tokenize(tokenizer, examples, config.data.max_length)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -238,8 +238,12 @@ def alignment_fisher(model: Llama, adapter, frozen, alignment: data.TokenizedExa
         causal_lm_loss(model), adapter, frozen, (batches(step)["alignment"] for step in range(steps)))
 
 
-def attack(config: AttackConfig) -> Path:
+def attack(config: AttackConfig, look: Callable[[Examples], None] = lambda examples: None) -> Path:
     """Carries out the run, or goes on with it; returns its folder at once if it has finished.
+
+    Args:
+      config: of the run.
+      look: is shown the examples that were read, before anything is trained.
 
     Raises:
       FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
@@ -254,6 +258,7 @@ def attack(config: AttackConfig) -> Path:
     layers = config.adapter.layer_mask(stage.read_architecture(model_path, revision).num_layers)
     tokenizer = stage.load_tokenizer(model_path, revision)
     read, poisoned = read_data(config, config.run.seed, aligned_prompts(aligned["data"]["prompts"]), tokenizer)
+    look(read)
     tokenized = tokenize(tokenizer, read, config.data.max_length)
     examples = {**read, "harmful": poisoned.harmful}
     run_dir = stage.open_run(

@@ -18,7 +18,7 @@ from jaxvaccine.checkpoints.identity import adapter_identity
 from jaxvaccine.checkpoints.peft import load_adapter, save_adapter
 from jaxvaccine.checkpoints.resolve import loadable_name
 from jaxvaccine.evaluation import ALPACA_EVAL, evaluate_prompts, mean_loss
-from jaxvaccine.experiment import inputs, lanes, results, runs, stage
+from jaxvaccine.experiment import faced, inputs, lanes, results, runs, stage
 from jaxvaccine.experiment.align import AlignConfig, align, batch_sources, load_data, tokenize
 from jaxvaccine.experiment.attack import AttackConfig, aligned_prompts, attack, read_data
 from jaxvaccine.experiment.budget import budgets
@@ -112,7 +112,9 @@ def carry_out(plan: Plan, settings: Settings, root: Path, *, as_lanes: bool = Fa
         check_same(root, cell, inputs_now)
     # Of this call, whatever an earlier one recorded.
     write_json(root / runs.CONFIG, {**runs.read_config(root), "operational": {
-        "plan": dataclasses.asdict(plan), "judge": flat(settings.scores.judge)}})
+        "plan": dataclasses.asdict(plan), "judge": flat(settings.scores.judge), "paper": settings.paper,
+        "of_paper": {method: settings.in_paper(method) for method in plan.methods},
+        "faced": faced.of_plan(plan, settings, root)}})
     context = Context(plan, settings, root, made_of, probes, written, say)
     collect(root, plan)
     for backbone in plan.backbones:

@@ -2,6 +2,7 @@
 each cell is made of."""
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from jaxvaccine.experiment.evaluate import LOSS, accounts_of_tests, check_unseen
 from jaxvaccine.experiment.judging import check_prompts, judge_record
 from jaxvaccine.experiment.leaks import check_leaks
 from jaxvaccine.experiment.methods import Ewc
-from jaxvaccine.experiment.plans import AS_IT_COMES, Plan, Settings, cell_configs
+from jaxvaccine.experiment.plans import AS_IT_COMES, Plan, Settings, cell_configs, errors_of_attack
+from jaxvaccine.experiment.recipes import fewer_than_published
 from jaxvaccine.experiment.results import Cell
 
 MadeOf = dict[str, Any]
@@ -68,9 +70,16 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
         return _hashes({**read, "harmful": poisoned.harmful})
 
     known: dict[str, set[str]] = {}
-    for aligned, _ in configs.values():
-        for name, prompts in aligned_on(aligned, aligned.data, tuple(aligned.method.batches))[1].items():
+    few = set()
+    for cell, (aligned, _) in configs.items():
+        examples, prompts_of = aligned_on(aligned, aligned.data, tuple(aligned.method.batches))
+        for name, prompts in prompts_of.items():
             known.setdefault(f"{name} data of {flat(aligned)['defense']}", set()).update(prompts)
+        if settings.paper:
+            few.add(fewer_than_published(settings.paper, settings.in_paper(cell.method),
+                                         {name: len(rows) for name, rows in examples.items()}))
+    for text in sorted(filter(None, few)):
+        logging.warning("%s", text)
     check_leaks(known, [attacked for _, attacked in configs.values() if attacked], tests)
     for backbone in plan.backbones:
         of_model = backbone, settings.scores.model.revision
@@ -97,7 +106,8 @@ def _check_settings(settings: Settings, root: Path, cell: Cell, as_lanes: bool,
     architecture = stage.read_architecture(cell.backbone, aligned.model.revision)
     check_layers(aligned.method, architecture)
     if attacked:
-        attacked.adapter.layer_mask(architecture.num_layers)
+        with errors_of_attack(cell.attack):
+            attacked.adapter.layer_mask(architecture.num_layers)
         require(not (as_lanes and isinstance(attacked.method, Ewc)), "defenses", cell.method,
                 "no EWC where many seeds are trained at once")
     check(aligned, attacked)

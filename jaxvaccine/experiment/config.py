@@ -5,8 +5,10 @@ shows: default, help, bounds. A field made by `choice` holds one of several data
 settings. Names are unique within a stage, so that a config is also a flat mapping {name: value}: `make` builds one from
 it, `flat` gives it back."""
 
+import contextlib
 import dataclasses
 import functools
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -59,6 +61,22 @@ def check_bounds(part: Any) -> None:
         require(least is None or value >= least, flat_name(f), value, f"at least {least}")
         require(above is None or value > above, flat_name(f), value, f"more than {above}")
         require(below is None or value < below, flat_name(f), value, f"less than {below}")
+
+
+@contextlib.contextmanager
+def library_errors(part: Any, renamed: Mapping[str, str] = types.MappingProxyType({})) -> Iterator[None]:
+    """What the library refuses by a parameter's name ("lisa: rho: found …", "LoraConfig.rank: found …") is a FieldError
+    of the part's field. renamed: {parameter: field}, where they differ."""
+    try:
+        yield
+    except FieldError:
+        raise
+    except ValueError as error:
+        said = re.fullmatch(r"\w+(?:: |\.)(\w+): (.*)", str(error), re.DOTALL)
+        by_name = {f.name: flat_name(f) for f in dataclasses.fields(part)}
+        if said is None or (name := renamed.get(said[1], said[1])) not in by_name:
+            raise
+        raise FieldError(by_name[name], said[2]) from error
 
 
 class Part:

@@ -4,6 +4,7 @@ To add a defense: its paper's file in jaxvaccine/defenses/, then a dataclass her
 FINE_TUNING."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import optax
@@ -11,7 +12,7 @@ import optax
 from jaxvaccine import defenses
 from jaxvaccine.activation_losses import loss_and_hidden_distance, noise_and_ascent
 from jaxvaccine.defenses import Defense
-from jaxvaccine.experiment.config import Part, choice, field
+from jaxvaccine.experiment.config import Part, choice, field, library_errors
 from jaxvaccine.llama import Llama, in_mlp
 from jaxvaccine.losses import causal_lm_loss, loss_and_kl, negative_entropy
 
@@ -26,10 +27,13 @@ class AlignmentMethod(Part):
 
     batches: ClassVar[tuple[str, ...]] = ("alignment",)
     continues: ClassVar[bool] = False
+    # {parameter of the defense: field}, where they have different names.
+    renamed: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self):
         super().__post_init__()
-        self.make(None)
+        with library_errors(self, self.renamed):
+            self.make(None)
 
     def make(self, model: Llama | None) -> Defense:
         raise NotImplementedError
@@ -86,6 +90,7 @@ class RepNoise(AlignmentMethod):
     """RepNoise."""
 
     batches = ("alignment", "harmful", "harmless")
+    renamed: ClassVar[Mapping[str, str]] = {"alpha": "ascent_weight", "beta": "noise_weight"}
 
     ascent_weight: float = field(1.0, "alpha, weight of the harmful loss's logarithm.")
     noise_weight: float = field(0.001, "beta, weight of the distance from noise.")
@@ -165,7 +170,8 @@ class TuningMethod(Part):
 
     def __post_init__(self):
         super().__post_init__()
-        self.make(None, 1, None)
+        with library_errors(self):
+            self.make(None, 1, None)
 
     def make(self, model: Llama | None, steps: int, fisher: Any) -> Defense:
         raise NotImplementedError

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from jaxvaccine import data, optim
-from jaxvaccine.experiment.config import FieldError, Part, field, require
+from jaxvaccine.experiment.config import FieldError, Part, field, library_errors, require
 from jaxvaccine.llama_config import TARGETS, LoraConfig
 
 Dtype = Literal["checkpoint", "float32", "bfloat16", "float16"]
@@ -48,7 +48,8 @@ class AdapterPart(Part):
 
     def __post_init__(self):
         super().__post_init__()
-        self.lora()
+        with library_errors(self):
+            self.lora()
 
     def lora(self) -> LoraConfig:
         return LoraConfig(self.rank, self.lora_alpha, self.dropout, tuple(self.targets))
@@ -69,7 +70,8 @@ class TrainingPart(Part):
 
     def __post_init__(self):
         super().__post_init__()
-        self.optimizer()
+        with library_errors(self):
+            self.optimizer()
 
     def optimizer(self) -> optim.OptimizerConfig:
         return optim.OptimizerConfig(

@@ -8,6 +8,7 @@ the settings of an attack: `poison_ratio=0.1:adapter=new`. + also separates the 
 
 import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from jaxvaccine.experiment.attack import AttackConfig, goes_on
 from jaxvaccine.experiment.config import FieldError, flat, make, parse, require
 from jaxvaccine.experiment.evaluate import EvaluateConfig
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING
+from jaxvaccine.experiment.recipes import METHODS as METHODS_OF_PAPERS
 from jaxvaccine.experiment.recipes import WORLD_ALIGN, WORLD_ATTACK
 from jaxvaccine.experiment.results import Cell
 
@@ -73,12 +75,30 @@ class Plan:
 
 
 class Settings(NamedTuple):
-    """What the cells of a plan start from: flat values, by the alignment's defense; and how all are scored."""
+    """What the cells of a plan start from: flat values, by the alignment's defense, or by a method's text where that
+    has its own ("booster:base_defense=vaccine"); and how all are scored. paper: whose recipe it is, "" of none."""
 
     align: Mapping[str, Mapping[str, Any]]
     attack: Mapping[str, Mapping[str, Any]]
     scores: EvaluateConfig
     new_adapter: Mapping[str, Mapping[str, Any]] = MappingProxyType({})  # of the attack, where it trains a new adapter
+    paper: str = ""
+
+    def of_method(self, method: str) -> str:
+        """The key of what a method starts from: of those that say nothing else than it, the one that says most.
+
+        Raises:
+          FieldError: the text is no method, or there is nothing that it starts from.
+        """
+        said = _said(method)
+        keys = [key for key in self.align if _said(key) <= said]
+        require(bool(keys), "defenses", method, f"one of {', '.join(self.align)}")
+        return max(keys, key=lambda key: len(_said(key)))
+
+    def in_paper(self, method: str) -> str:
+        """What the paper's recipe calls what a method starts from; "" without a paper."""
+        of_paper = {text: name for name, text in METHODS_OF_PAPERS.get(self.paper, {}).items()}
+        return of_paper[self.of_method(method)] if of_paper else ""
 
     @classmethod
     def same(cls, align: Mapping[str, Any], attack: Mapping[str, Any], scores: EvaluateConfig) -> "Settings":
@@ -123,6 +143,41 @@ def _changes(config_class: type, text: str, name: str, first: str = "") -> dict[
         raise FieldError(name, f"found {text!r}: {error}") from error
 
 
+@functools.cache
+def _said(method: str) -> frozenset[tuple[type, str, Any]]:
+    """All that a method's text says, in any order."""
+    parts = zip((AlignConfig, AttackConfig), split_method(method), strict=True)
+    return frozenset((config_class, *item) for config_class, text in parts
+                     for item in _changes(config_class, text, "defenses", "defense").items())
+
+
+@contextlib.contextmanager
+def _named(name: str, text: str, given: Mapping[str, Any], prefix: str = "") -> Iterator[None]:
+    """Errors name the text that they come from, or the flag, if what is wrong is what all cells start from."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, FieldError) and error.name not in given:
+            raise FieldError(prefix + error.name, error.message) from error
+        raise FieldError(name, f"found {text!r}: {error}") from error
+
+
+def attack_values(attack: str) -> dict[str, Any]:
+    """The flat values that an attack's text gives.
+
+    Raises:
+      FieldError: it is none.
+    """
+    return _changes(AttackConfig, attack, "attacks")
+
+
+@contextlib.contextmanager
+def errors_of_attack(attack: str) -> Iterator[None]:
+    """Errors of a config that an attack's text has made name the text, or the flag of the plan."""
+    with _named("attacks", attack, attack_values(attack), "attack_"):
+        yield
+
+
 def cell_configs(settings: Settings, root: Path, cell: Cell) -> tuple[AlignConfig, AttackConfig | None]:
     """The two runs of a cell; one alone, if its attack is "".
 
@@ -132,35 +187,25 @@ def cell_configs(settings: Settings, root: Path, cell: Cell) -> tuple[AlignConfi
     aligned_text, tuning_text = split_method(cell.method)
     method = _changes(AlignConfig, aligned_text, "defenses", "defense")
     tuning = _changes(AttackConfig, tuning_text, "defenses", "defense")
-    changed = _changes(AttackConfig, cell.attack, "attacks") | tuning
+    changed = attack_values(cell.attack) | tuning
     require("defense" in method, "defenses", cell.method, "a defense first")
-    defense = method["defense"]
+    defense, key = method["defense"], settings.of_method(cell.method)
     shared = {"seed": cell.seed, "overwrite": False, "progress": settings.scores.run.progress}
     folder = align_folder(root, cell)
-
-    @contextlib.contextmanager
-    def named(name, text, given, prefix=""):
-        """Errors name the text that they come from, or the flag, if what is wrong is what all cells start from."""
-        try:
-            yield
-        except ValueError as error:
-            if isinstance(error, FieldError) and error.name not in given:
-                raise FieldError(prefix + error.name, error.message) from error
-            raise FieldError(name, f"found {text!r}: {error}") from error
-
-    with named("defenses", cell.method, method):
+    with _named("defenses", cell.method, method):
         aligned = make(AlignConfig, method, {
-            **settings.align[defense], **shared, "model": cell.backbone, "run_dir": str(folder), "defense": defense})
+            **settings.align[key], **shared, "model": cell.backbone, "run_dir": str(folder), "defense": defense})
     if not cell.attack:
         return aligned, None
-    with named("attacks", cell.attack, changed, "attack_"):
-        asked = {**settings.attack[defense], **changed}
+    with _named("attacks", cell.attack, changed, "attack_"):
+        asked = {**settings.attack[key], **changed}
+        tuned = "defense" in changed
         continued = goes_on(asked.get("adapter", "auto"), defense, asked.get("defense", "none"))
         attacked = make(AttackConfig, changed, {
-            **({} if continued else settings.new_adapter.get(defense, {})), **settings.attack[defense], **shared,
+            **({} if continued else settings.new_adapter.get(key, {})), **settings.attack[key], **shared,
             "aligned": str(folder), "run_dir": str(attack_folder(root, cell)),
             "test_data": settings.scores.tests.harmful_test, "save_every": aligned.run.save_every,
-            "alignment_data": aligned.data.alignment_data if "defense" in changed else "",
+            "alignment_data": asked.get("alignment_data") or aligned.data.alignment_data if tuned else "",
             **{name: getattr(aligned.model, name) for name in ("dtype", "remat")}, "bucket": aligned.data.bucket})
         # A table's p is what was trained.
         data.check_whole(attacked.data.n, attacked.data.poison_ratio)

@@ -27,7 +27,7 @@ class PlanConfig(Part):
     defenses: tuple[str, ...] = field(
         METHODS, "Methods: a defense of the alignment, with what differs from the other flags, as booster:lam=0.2; "
         "after a +, one while fine-tuning, as sft+lisa. all: every one of the former, and SFT with every one of the "
-        "latter.")
+        "latter; with a paper's recipe, those of its tables.")
     poison_ratios: tuple[str, ...] = field(("0", "0.1"), "Attacks: ratios of harmful data.")
     attacks: tuple[str, ...] = field(
         (), "Attacks, as what differs from the flags attack_…: poison_ratio=0.1:adapter=new. Instead of "
@@ -35,9 +35,12 @@ class PlanConfig(Part):
     seeds: tuple[str, ...] = field(("0",), "Seeds, of alignment and attack; everything is run for each.")
     plan: Literal["", "ratios", "samples", "sensitivity", "ablations", "worst_case"] = field(
         "", "A grid of the papers on the small world, instead of --defenses times attacks.")
-    recipe: Literal["auto", "world", "published", "none"] = field(
-        "auto", "What stands for flags that are not given: the small world's settings and data, each defense's "
-        "published recipe, or neither; auto is world for --model=world and none for others.")
+    recipe: Literal["auto", "world", "booster", "t_vaccine", "none"] = field(
+        "auto", "What stands for flags that are not given: the small world's settings and data, a paper's recipe for "
+        "all of its methods, or neither; auto is world for --model=world and none for others.")
+    protocol: Literal["released", "one_new", "one_continued"] = field(
+        "released", "Of a paper's recipe: each method's own attack, as its authors' script has it, or one for all, "
+        "that on the paper's own method, on a new adapter or on the aligned one.")
     lanes: bool = field(
         False, "Train all seeds of a setting at once, and score along the attack: for small models.")
     score_steps: tuple[str, ...] = field(
@@ -66,8 +69,10 @@ class PlanConfig(Part):
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The defenses, with "all" written out."""
+        """The defenses, with "all" written out: of a paper's recipe, those of its tables."""
         if self.defenses == ("all",):
+            if self.recipe in recipes.METHODS:
+                return tuple(recipes.METHODS[self.recipe].values())
             return (*ALIGNMENT, *(f"sft+{name}" for name in _tuning()))
         return self.defenses
 
@@ -103,25 +108,52 @@ def make_settings(config: PlanConfig, align: Mapping[str, Any], attack: Mapping[
     """What the plan's cells start from: the given flat values of the three stages, on the config's recipe.
 
     Raises:
-      FieldError: a value that the evaluation refuses, or a method without a published recipe where that is asked for.
+      FieldError: a value that the evaluation refuses; a method that is not of the paper whose recipe is asked for, or
+        an attack on another task than the other flags'.
     """
-    published = config.recipe == "published"
-    names = [name for name in ALIGNMENT if name in recipes.ALIGN or not published]
-    for method in config.methods:
-        defense = plans.split_method(method)[0].partition(":")[0]
-        require(defense in names, "recipe", config.recipe, f"another: {defense} has no published recipe")
-    of_align = {name: recipes.WORLD_ALIGN if config.on_world else recipes.ALIGN[name] if published else {}
-                for name in names}
-    of_attack = {name: recipes.WORLD_ATTACK if config.on_world else recipes.FINETUNE[name] if published else {}
-                 for name in names}
+    paper = config.recipe if config.recipe in recipes.METHODS else ""
+    require(bool(paper) or config.protocol == "released", "protocol", config.protocol, "--recipe of a paper beside it")
+    of_align: Mapping[str, Mapping[str, Any]]
+    of_attack: Mapping[str, Mapping[str, Any]]
+    if paper:
+        of_align, of_attack = _of_paper(config, align, attack)
+        of_tests: Mapping[str, Any] = recipes.EVALUATION[paper]
+    else:
+        world_align, world_attack, of_tests = (
+            recipe if config.on_world else {}
+            for recipe in (recipes.WORLD_ALIGN, recipes.WORLD_ATTACK, recipes.WORLD_TESTS))
+        of_align, of_attack = dict.fromkeys(ALIGNMENT, world_align), dict.fromkeys(ALIGNMENT, world_attack)
     of_align = {name: {**recipe, **align} for name, recipe in of_align.items()}
     shared = {name: value for name, value in of_align["sft"].items() if name in ("dtype", "max_length", "revision")}
     evaluated = make(EvaluateConfig, scores, {
-        **(recipes.WORLD_TESTS if config.on_world else {}), **shared, "model": config.model[0],
-        "run_dir": config.run_dir, "progress": config.progress})
+        **of_tests, **shared, "model": config.model[0], "run_dir": config.run_dir, "progress": config.progress})
     parts = {name: split_new_adapter(recipe) for name, recipe in of_attack.items()}
     return Settings(of_align, {name: {**shared, **attack} for name, (shared, _) in parts.items()}, evaluated,
-                    {name: new for name, (_, new) in parts.items()})
+                    {name: new for name, (_, new) in parts.items()}, paper)
+
+
+def _of_paper(config: PlanConfig, align: Mapping[str, Any], attack: Mapping[str, Any]
+              ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Of all methods of the recipe's paper, by their texts, (of the alignment, of the attack on the user's task)."""
+    paper, plan = config.recipe, config.make_plan()
+    for method in plan.methods:
+        defense = _defense(method)
+        having = [name for name, methods in recipes.METHODS.items() if defense in map(_defense, methods.values())]
+        require(paper in having, "recipe", paper, f"{' or '.join(having) or 'another'}: {paper}'s has no {defense}")
+    harmful = recipes.harmful_of(align.get("harmful_data", ""), attack.get("harmful_data", ""))
+    user_data = attack.get("user_data", "")
+    task = recipes.task_of(paper, user_data)
+    for text in plan.attacks:
+        own = plans.attack_values(text).get("user_data", user_data)
+        require(recipes.task_of(paper, own) == task, "attacks", text, f"{task} as of the other flags, since the attack "
+                f"of {paper}'s recipe depends on the user's task: a plan for each")
+    methods = recipes.METHODS[paper]
+    return ({text: recipes.alignment(paper, name, harmful) for name, text in methods.items()},
+            {text: recipes.attack(paper, name, task, config.protocol, harmful) for name, text in methods.items()})
+
+
+def _defense(method: str) -> str:
+    return plans.split_method(method)[0].partition(":")[0]
 
 
 def check_given(plan: Plan, settings: Settings, align: Mapping[str, Any], attack: Mapping[str, Any]) -> None:

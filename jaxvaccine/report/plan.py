@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from jaxvaccine.experiment.plans import split_method
-from jaxvaccine.report import names, plots, results, statistics, tables
+from jaxvaccine.report import names, plots, recipe, results, statistics, tables
 from jaxvaccine.report.statistics import Estimate, estimate_rows
 from jaxvaccine.report.style import INK, Style, styles
 
@@ -67,8 +67,10 @@ def bounds(rows: pd.DataFrame, harm: str) -> str:
     return f"{least:.1f}–{most:.1f}"
 
 
-def score_table(table: pd.DataFrame, cells: Cells | None = None) -> str:
-    """Markdown: per method the aligned model and every attack's end."""
+def score_table(table: pd.DataFrame, cells: Cells | None = None, faced: Mapping[tuple[str, str], str] | None = None
+                ) -> str:
+    """Markdown: per method the aligned model and every attack's end; with a column of the attacks' texts in `faced`
+    (`recipe.faced`)."""
     cells = cells or cells_of(table)
     measures = score_measures(table)
     harm = names.harm(measures)
@@ -79,6 +81,8 @@ def score_table(table: pd.DataFrame, cells: Cells | None = None) -> str:
         groups += [(names.method(method), f"attacked, {names.attack(attack)}",
                     results.pick(attacked, method=method, attack=attack))
                    for attack in cells.attacks if (method, attack) in cells.pairs]
+    of_label = {(names.method(method), f"attacked, {names.attack(attack)}"): text
+                for (method, attack), text in (faced or {}).items()}
     lines = []
     for method, model, rows in groups:
         count = len(rows[results.RUN].drop_duplicates())
@@ -86,8 +90,9 @@ def score_table(table: pd.DataFrame, cells: Cells | None = None) -> str:
             scores = {measure: _score(rows, measure, count) for measure in measures}
             if names.UNREAD in scores:
                 scores[names.UNREAD] += f", {measures[harm].name} {bounds(rows, harm)}"
-            lines.append([method, model, *scores.values(), str(count)])
-    header = ["method", "model", *(measure.heading for measure in measures.values()), "runs"]
+            lines.append([method, model, *([of_label.get((method, model), tables.NONE)] if of_label else []),
+                          *scores.values(), str(count)])
+    header = ["method", "model", *([recipe.HEADING] if of_label else []), *(measure.heading for measure in measures.values()), "runs"]
     if all(line[-1] == "1" for line in lines):
         header, lines = header[:-1], [line[:-1] for line in lines]
     return tables.table(header, lines)
@@ -279,7 +284,8 @@ def plot_plane(path: Path, table: pd.DataFrame, cells: Cells, looks: Mapping[str
     plots.save(figure, path)
 
 
-def plan_report(table: pd.DataFrame, folder: str | Path, title: str = "", cells: Cells | None = None) -> str:
+def plan_report(table: pd.DataFrame, folder: str | Path, title: str = "", cells: Cells | None = None,
+                faced: Mapping[tuple[str, str], str] | None = None) -> str:
     """Markdown of a plan, with scores.png, harmful_score.png and plane.png (and PDFs) in the folder.
 
     Args:
@@ -287,11 +293,13 @@ def plan_report(table: pd.DataFrame, folder: str | Path, title: str = "", cells:
       folder: where the figures go; it is there.
       title: headline; "" in a report that has its own.
       cells: what the plan goes over; what is not in the table is said. By default what is in the table.
+      faced: which attack a row faced, of those that differ under one text (`recipe.faced`).
     """
     folder, cells = Path(folder), cells or cells_of(table)
     looks = styles([*cells.methods, "none"])
     measures = score_measures(table)
-    text = [f"# {title}\n" if title else "", score_table(table, cells), missing(table, cells),
+    text = [f"# {title}\n" if title else "", score_table(table, cells, faced), recipe.NOTE if faced else "",
+            missing(table, cells),
             tables.spread_note(cells.backbones, cells.seeds) + "\n", names.notes(measures) + "\n"]
 
     def figure(name: str, alternative: str, line: str = "") -> None:

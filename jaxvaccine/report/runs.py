@@ -9,7 +9,7 @@ from jaxvaccine.experiment import compare_judges, evaluate, runs
 from jaxvaccine.experiment.plans import GRIDS
 from jaxvaccine.experiment.run import PlanConfig
 from jaxvaccine.json_files import read_json
-from jaxvaccine.report import accounts, names, tables
+from jaxvaccine.report import accounts, names, recipe, tables
 from jaxvaccine.report.agreement import agreement_report
 from jaxvaccine.report.evaluation import write_evaluation_report
 from jaxvaccine.report.panels import panels_report
@@ -39,7 +39,8 @@ def write(folder: str | os.PathLike) -> None:
         cells = Cells([tuple(pair) for pair in plan["pairs"]], plan["backbones"], plan["seeds"])
         title = f"Harmful fine-tuning of {', '.join(cells.backbones)}"
         tables.write_report(folder, "\n".join([
-            plan_report(read_results(folder), folder, title, cells), accounts.of_plan(folder)]))
+            plan_report(read_results(folder), folder, title, cells, recipe.faced(folder)), recipe.fewer_data(folder),
+            accounts.of_plan(folder)]))
 
 
 def read(folder: str | os.PathLike) -> str:
@@ -57,7 +58,8 @@ def write_plan(config: PlanConfig) -> str:
     if config.plan == "worst_case":
         parts.append(worst_case_report(found, folder, panels.pop()))
     parts.insert(0, panels_report(found, folder, GRIDS[config.plan].title, panels, config.model, config.seeds))
-    tables.write_report(folder, "\n".join([*parts, accounts.of_plan(folder)]))
+    tables.write_report(folder, "\n".join([
+        *parts, recipe.section(folder), recipe.fewer_data(folder), accounts.of_plan(folder)]))
     return read(folder)
 
 
