@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from jaxvaccine.experiment import recipes
 from jaxvaccine.experiment.budget import budgets
+from jaxvaccine.experiment.config import names
 from jaxvaccine.experiment.parts import AdapterPart, TrainingPart
 from jaxvaccine.report.regime import CONTINUED, NEW, Published
 
@@ -28,8 +30,35 @@ def load() -> pd.DataFrame:
                        na_values={"step": [""], "layer": [""]})
 
 
-def budget_ratio(alignment: TrainingPart, aligned: AdapterPart, attack: TrainingPart, attacked: AdapterPart,
-                 rows: tuple[int, int], steps: np.ndarray) -> np.ndarray:
-    """[S] of the ratio after the attack's `steps`, those of a run on rows = (aligned, the user's)."""
-    before = budgets(alignment, aligned, alignment.count_steps(rows[0]))[-1]
-    return before / budgets(attack, attacked, attack.count_steps(rows[1]))[steps]
+def published_ratio(paper: str, method: str) -> np.ndarray:
+    """[S + 1] budget ratios of a paper's run before and after every step of its attack; infinite before the first."""
+    align, attack = recipes.alignment(paper, method), recipes.attack(paper, method)
+
+    def sides(flat_values):
+        return [kind(**{name: value for name, value in flat_values.items() if name in names(kind)})
+                for kind in (TrainingPart, AdapterPart)]
+
+    training, adapter = sides(align)
+    attacked, new = sides({**{name: align[name] for name in ("rank", "lora_alpha")}, **attack})
+    before = budgets(training, adapter, training.count_steps(recipes.rows(paper, method)["alignment"]))[-1]
+    with np.errstate(divide="ignore"):
+        return before / budgets(attacked, new, attacked.count_steps(attack["n"]))
+
+
+def harm_curves() -> list[Published]:
+    """Published HS over budget ratios, of Llama-2-7B under p = 0.1: Booster's figure, and the ends of other attacks."""
+    found, curves = load(), []
+    for method, adapter in (("sft", NEW), ("booster", CONTINUED)):
+        rows = found[(found["table"] == "statistics") & (found["measure"] == "harmful_score")
+                     & (found["method"] == method) & (found["step"] > 0)].sort_values("step")
+        ratio = published_ratio("booster", method)
+        curves.append(Published(method, adapter, ratio[rows["step"].astype(int)].tolist(), rows["value"].tolist(),
+                                "published"))
+    for paper, table, method, adapter in (
+            ("booster", "ratios", "sft", NEW), ("booster", "ratios", "vaccine", NEW),
+            ("booster", "ratios", "booster", CONTINUED), ("t_vaccine", "main", "t_vaccine", NEW)):
+        rows = found[(found["list"] == paper) & (found["table"] == table) & (found["method"] == method)
+                     & (found["poison_ratio"] == "0.1") & (found["measure"] == "harmful_score")]
+        curves.append(Published(method, adapter, [float(published_ratio(paper, method)[-1])], rows["value"].tolist()[:1],
+                                "published table"))
+    return curves

@@ -16,7 +16,7 @@ one for all."""
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 from absl import flags
@@ -32,7 +32,7 @@ from jaxvaccine.experiment.parts import check_sources
 from jaxvaccine.experiment.plans import Plan, Settings, cell_configs
 from jaxvaccine.experiment.results import Cell
 from jaxvaccine.experiment.run import PlanConfig, check_given, make_settings
-from jaxvaccine.report import accounts, names, tables
+from jaxvaccine.report import accounts, names, recipe, tables
 from jaxvaccine.report import published as beside
 from jaxvaccine.report import runs as reports
 from jaxvaccine.report.panels import panel_report
@@ -47,8 +47,6 @@ TASK_DATA = {"agnews": "agnews_data", "gsm8k": "gsm8k_data", "alpaca_eval": "alp
 @dataclasses.dataclass(frozen=True)
 class ReproduceConfig(PlanConfig):
     """Plan."""
-
-    one_task: ClassVar[bool] = False
 
     paper: Literal["booster", "t_vaccine"] = field("booster", "Whose tables and recipes.")
     table: tuple[str, ...] = field((), "Which tables; all unless given. Booster: " + ", ".join(
@@ -184,7 +182,7 @@ def table_report(name: str, table: Table, found: pd.DataFrame, config: Reproduce
     figures = figures[(figures["list"] == config.paper) & figures["table"].isin(table.published)]
     text = [f"## {table.title}\n", table.note + "\n" if table.note else "",
             "" if len(figures) else "No published figure of this table can be cited.\n",
-            beside.comparison(found, table.entries, config.model, figures, deviation)]
+            beside.comparison(found, table.entries, config.model, figures, deviation, recipe.faced(folder))]
     for over in ("poison_ratio", "n"):
         text.append(beside.averages(found, table.entries, config.model, figures, over))
     text.append(beside.unmatched(table.entries, figures[figures[["poison_ratio", "n"]].ne(beside.AVERAGE).all(axis=1)]))

@@ -18,7 +18,7 @@ from jaxvaccine.checkpoints.identity import adapter_identity
 from jaxvaccine.checkpoints.peft import load_adapter, save_adapter
 from jaxvaccine.checkpoints.resolve import loadable_name
 from jaxvaccine.evaluation import ALPACA_EVAL, evaluate_prompts, mean_loss
-from jaxvaccine.experiment import faced, inputs, lanes, results, runs, stage
+from jaxvaccine.experiment import faced, inputs, lanes, recipes, results, runs, stage
 from jaxvaccine.experiment.align import AlignConfig, align, batch_sources, load_data, tokenize
 from jaxvaccine.experiment.attack import AttackConfig, aligned_prompts, attack, read_data
 from jaxvaccine.experiment.budget import budgets
@@ -47,6 +47,8 @@ METRICS = {"batch_loss": "loss", "batch_harmful_loss": "harmful_loss",
            "batch_harmful_gradient_norm": "harmful_gradient_norm", "probabilities": "probabilities",
            "active_layers": "active_layers"}
 METRICS_EVERY = 5
+# Fields of the tests of a user's task.
+USERS_TASKS = ("sst2_test", "agnews_test", "gsm8k_test", "alpaca_eval_test")
 # Prompts of every test whose answers are kept.
 SHOWN = 2
 
@@ -179,9 +181,9 @@ def _score_backbone(context: Context, backbone: str) -> None:
 
 
 def _score(context: Context, cell: Cell, stage_name: str, step: int, folder: Path, model: str = "", trained: str = "",
-           measured: Mapping[str, Any] = MappingProxyType({})) -> bool:
+           measured: Mapping[str, Any] = MappingProxyType({}), tests: EvaluateConfig | None = None) -> bool:
     """Scores what is in a folder; whether that has changed the cell's result. measured: what else is known of it."""
-    scores, scored = context.settings.scores, _scores_folder(folder)
+    scores, scored = tests or context.settings.scores, _scores_folder(folder)
     revision = scores.model.revision if model else ""
     found = evaluate(dataclasses.replace(
         scores, model=dataclasses.replace(scores.model, model=model, revision=revision, trained=trained),
@@ -222,8 +224,19 @@ def _one_by_one(context: Context, backbone: str) -> None:
                 folder, adapter = attack(attacked), attacked.adapter.resolve(flat(aligned), attacked.method).sites()
                 steps = _steps_done(folder)
                 if _score(context, cell, "attack", steps, folder, trained=str(folder),
-                          measured={results.BUDGET: budgets(attacked.training, adapter, steps)[-1]}):
+                          measured={results.BUDGET: budgets(attacked.training, adapter, steps)[-1]},
+                          tests=_tests(context.settings, attacked)):
                     _say(context, [cell])
+
+
+def _tests(settings: Settings, attacked: AttackConfig) -> EvaluateConfig:
+    """The plan's evaluation, of FA on the user's own task alone where the settings want that and have a test of it."""
+    scores, kinds = settings.scores, recipes.kinds(attacked.data.user_data)
+    own = [name for name in USERS_TASKS if name.removesuffix("_test") in kinds and getattr(scores.tests, name)]
+    if not (settings.own_task and own):
+        return scores
+    others = {name: "" for name in USERS_TASKS if name not in own}
+    return dataclasses.replace(scores, tests=dataclasses.replace(scores.tests, **others))
 
 
 def _steps_done(folder: Path) -> int:

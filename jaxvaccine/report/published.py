@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
-from jaxvaccine.report import names, results, tables
+from jaxvaccine.report import names, recipe, results, tables
 from jaxvaccine.report.statistics import Estimate, estimate_rows
 
 # The papers' two figures, as published.csv spells them.
@@ -47,8 +47,9 @@ def lookup(published: pd.DataFrame, entry: Entry, measure: str) -> pd.DataFrame:
 
 
 def comparison(table: pd.DataFrame, entries: Sequence[Entry], models: Sequence[str], published: pd.DataFrame,
-               deviation: str) -> str:
-    """Markdown: of every entry HS and FA, published and ours, their difference, in what the settings deviate, source.
+               deviation: str, faced: Mapping[tuple[str, str], str]) -> str:
+    """Markdown: of every entry HS and FA, published and ours, their difference, in what the settings deviate, which
+    attack it faced where attacks differ, source.
 
     Args:
       table: results of the plan.
@@ -56,6 +57,7 @@ def comparison(table: pd.DataFrame, entries: Sequence[Entry], models: Sequence[s
       models: the backbones that entries number.
       published: rows of published.csv that stand beside them; a place that is not in them has none.
       deviation: what is other than in the paper beside the model, in few words; "" for nothing.
+      faced: as of `recipe.faced`.
 
     Where a judge of phrases judged, ours is not refused: it has a row of its own, and no difference from an HS.
     """
@@ -74,8 +76,11 @@ def comparison(table: pd.DataFrame, entries: Sequence[Entry], models: Sequence[s
             own = shown[[same_model(model, name) for name in shown["model"]]] if len(shown) else shown
             figure = (own if len(own) else shown).head(1)
             rows.append(_row(entry, measure, ours, figure, model, deviation))
-    return tables.table(["method", "p", "n", "setting", "%", "published", "ours", "difference", "95% interval of ours",
-                         "deviates in", "source of the published"], rows)
+            if faced:
+                rows[-1].insert(4, faced.get((entry.method, entry.attack), tables.NONE))
+    header = ["method", "p", "n", "setting", "%", "published", "ours", "difference", "95% interval of ours",
+              "deviates in", "source of the published"]
+    return tables.table([*header[:4], *([recipe.HEADING] if faced else []), *header[4:]], rows)
 
 
 def _row(entry: Entry, measure: str, ours: Estimate | None, figure: pd.DataFrame, model: str, deviation: str

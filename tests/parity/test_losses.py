@@ -10,6 +10,7 @@ pytest.importorskip("peft")
 from experiments.parity import pytorch_reference
 from jaxvaccine.checkpoints import hugging_face
 from jaxvaccine.losses import causal_lm_loss
+from tests import rounding
 from tests.parity import suite
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "one_torch_thread")
@@ -29,6 +30,10 @@ def test_loss(tiny_dir):
     row_without = batch | {"labels": np.where(np.arange(4)[:, None] == 1, -100, batch["labels"]).astype(np.int32)}
     for one in (batch, full, row_without):
         tensors = {name: torch.tensor(value, dtype=torch.long) for name, value in one.items()}
-        expected = reference.adapted(**tensors).loss.item()
-        assert abs(float(loss_fn(problem.adapter, frozen, one)[0]) - expected) < 1e-6 * expected
-        assert abs(reference.loss(one).item() - expected) < 1e-6 * expected
+        theirs = reference.adapted(**tensors)
+        expected = theirs.loss.item()
+        # log softmax moves by at most twice what the logits do, and so does its mean.
+        tolerance = 2 * rounding.forward(model.config, theirs.logits.detach().numpy())
+        assert tolerance < 1e-3 * expected
+        assert abs(float(loss_fn(problem.adapter, frozen, one)[0]) - expected) < tolerance
+        assert abs(reference.loss(one).item() - expected) < tolerance
