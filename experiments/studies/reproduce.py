@@ -28,7 +28,7 @@ from jaxvaccine.experiment.config import field, make, require
 from jaxvaccine.experiment.evaluate import EvaluateConfig
 from jaxvaccine.experiment.plans import Panel, Plan, Point
 from jaxvaccine.experiment.run import PlanConfig, make_settings, run
-from jaxvaccine.report import accounts, tables
+from jaxvaccine.report import accounts, recipe, tables
 from jaxvaccine.report import runs as reports
 from jaxvaccine.report.panels import panels_report
 from jaxvaccine.report.published import comparison, largest_drop, table_cells
@@ -87,11 +87,11 @@ class ReproduceConfig(PlanConfig):
         super().__post_init__()
         require(len(self.model) == 1, "model", self.model, "one backbone")
         if self.recipe == "auto":
-            object.__setattr__(self, "recipe", "world" if self.model[0] == world.NAME else "published")
+            object.__setattr__(self, "recipe", "world" if self.model[0] == world.NAME else self.paper)
 
     def panels(self) -> list[Panel]:
-        recipe = recipes.WORLD_ALIGN if self.on_world else recipes.ALIGN[self.paper]
-        return LISTS[self.paper](REDUCED if self.on_world else FULL, recipe)
+        start = recipes.WORLD_ALIGN if self.on_world else recipes.alignment(self.paper, self.paper)
+        return LISTS[self.paper](REDUCED if self.on_world else FULL, start)
 
     def make_plan(self) -> Plan:
         return Plan(self.model, plans.pairs(self.panels()), tuple(map(int, self.seeds)))
@@ -104,9 +104,9 @@ def claim(config: ReproduceConfig, found, cells, align: Mapping[str, Any]) -> st
     architecture, dtype = stage.read_architecture(config.model[0]), "float32"
 
     def memory(defense: str) -> float:
-        recipe = recipes.WORLD_ALIGN if config.on_world else recipes.ALIGN[defense]
+        start = recipes.WORLD_ALIGN if config.on_world else recipes.alignment(config.paper, defense)
         aligned = make(AlignConfig, {**align, "defense": defense}, {
-            **recipe, "model": config.model[0], "run_dir": "-"})
+            **start, "model": config.model[0], "run_dir": "-"})
         return sum(step_memory(aligned, dtype, architecture))
 
     return f"{100 * (memory('t_vaccine') / memory('vaccine') - 1):+.2f}% (XLA's buffer assignment of a step, {dtype})"
@@ -137,7 +137,8 @@ def reproduce(config: ReproduceConfig, align: Mapping[str, Any], attack: Mapping
         "experiment, and the difference then says how far it carries over.\n",
         comparison(found, cells, published.TABLES[config.paper]),
         tables.table(["statement", "published", "ours", "source"], statements),
-        panels_report(found, folder, "", panels, config.model, config.seeds), accounts.of_plan(folder)]))
+        panels_report(found, folder, "", panels, config.model, config.seeds), recipe.section(folder),
+        recipe.fewer_data(folder), accounts.of_plan(folder)]))
     return reports.read(folder)
 
 
