@@ -44,7 +44,7 @@ class CompareConfig(Part):
     defense: tuple[str, ...] = field(tuple(METHODS), f"What to compare, of {', '.join(METHODS)}.")
     dtype: Literal["float32", "float64", "bfloat16"] = field(
         "float32", "Of the frozen weights and of the computation; the adapter is float32, in float64 that too.")
-    preset: str = field("", "A paper's recipe of a method, as of `jaxvaccine align`; flags that are given go before it.")
+    preset: str = field("", "A paper's recipe of a method, such as booster/sft; flags that are given go before it.")
 
     def __post_init__(self):
         super().__post_init__()

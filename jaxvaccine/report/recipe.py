@@ -89,18 +89,16 @@ def section(folder: str | Path) -> str:
 
 
 def fewer_data(folder: str | Path) -> str:
-    """Markdown: where the cells that are there read fewer rows than the paper's, "" of another recipe than a paper's."""
+    """Markdown: where the cells that are there read fewer rows than the paper's; "" of no paper's recipe."""
     operational, found = _operational(folder), {}
     if not (paper := operational.get("paper")):
         return ""
     plan = operational["plan"]
-    for method, attack in plan["pairs"]:
-        name = operational["of_paper"][method]
-        for cell in (Cell(plan["backbones"][0], method, text, plan["seeds"][0]) for text in dict.fromkeys(("", attack))):
-            path = result_path(Path(folder), cell)
-            if path.is_file():
-                counts = counts_of(read_json(path).get("accounts", {}), attacked=bool(cell.attack))
-                found[recipes.fewer_than_published(paper, name, counts)] = None
+    for method, attack in dict.fromkeys((method, text) for method, attack in plan["pairs"] for text in ("", attack)):
+        path = result_path(Path(folder), Cell(plan["backbones"][0], method, attack, plan["seeds"][0]))
+        if path.is_file():
+            counts = counts_of(read_json(path).get("accounts", {}), attacked=bool(attack))
+            found[recipes.fewer_than_published(paper, operational["of_paper"][method], counts)] = None
     lines = [f"- {text[0].upper()}{text[1:]}.\n" for text in found if text]
     return "".join(["Less than the paper has:\n\n", *lines]) if lines else ""
 
