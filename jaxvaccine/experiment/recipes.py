@@ -133,8 +133,9 @@ def parse_pair(text: str) -> tuple[str, str]:
         method = paper
     if method in METHODS.get(paper, ()):
         return paper, method
-    others = [pair for pair in pairs() if pair.partition("/")[2] == method] or pairs()
-    raise FieldError("preset", f"found {text!r}, expected a paper's method, {' or '.join(others)}")
+    others = [pair for pair in pairs() if pair.partition("/")[2] == method]
+    expected = " or ".join(others) if others else f"one of {', '.join(pairs())}"
+    raise FieldError("preset", f"found {text!r}, expected a paper's method, {expected}")
 
 
 def _check(paper: str, method: str, harmful: str) -> None:

@@ -56,7 +56,7 @@ def test_every_cell_is_a_valid_setting(paper, values, argv, tmp_path):
 def test_recipes_are_the_published_ones_but_for_flags(tmp_path):
     _, _, settings = parsed("--paper=t_vaccine", "--rho=7", "--attack_epochs=3", "--dtype=bfloat16", *REAL)
     aligned, attacked = cell_configs(settings, tmp_path, Cell("some/model", "t_vaccine", "poison_ratio=0.1", 0))
-    expected, found = recipes.ALIGN["t_vaccine"], flat(aligned)
+    expected, found = recipes.alignment("t_vaccine", "t_vaccine"), flat(aligned)
     assert found["rho"] == 7
     assert {name: found[name] for name in expected if name != "rho"} == {
         name: value for name, value in expected.items() if name != "rho"}
