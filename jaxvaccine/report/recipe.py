@@ -34,14 +34,18 @@ def _rate(of: Mapping[str, Any]) -> str:
     return f"rate {of['learning_rate']:g} {of['schedule']}{warmup}"
 
 
+def _layers(of: Mapping[str, Any]) -> str:
+    return "all layers" if of["only_layers"] is None else f"layers {', '.join(of['only_layers'])} alone"
+
+
 def _plain(name: str) -> Callable[[Mapping[str, Any]], str]:
-    return lambda of: names.setting(name, "none" if of[name] is None else str(of[name]))
+    return lambda of: names.setting(name, f"{of[name]:g}")
 
 
 # What is said together, {settings: their text}.
 _PARTS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], str]] = {
     ("adapter", "rank", "lora_alpha", "targets"): _adapter, ("dropout",): _plain("dropout"),
-    ("only_layers",): _plain("only_layers"), ("steps", "epochs"): _length,
+    ("only_layers",): _layers, ("steps", "epochs"): _length,
     ("batch_size",): lambda of: f"batches of {of['batch_size']}",
     ("learning_rate", "schedule", "warmup_ratio"): _rate, ("weight_decay",): _plain("weight_decay"),
     ("clip_norm",): _plain("clip_norm"), ("max_length",): lambda of: f"length {of['max_length']}",

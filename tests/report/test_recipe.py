@@ -27,14 +27,15 @@ def write(folder, **operational):
 
 @pytest.mark.parametrize("changes, ours, theirs", [
     ({"batch_size": 5}, "batches of 10", "batches of 5"),
-    ({"adapter": "continue", "rank": 32}, "new adapter, rank 8, alpha 1, on q, v", "aligned adapter, rank 32, alpha 1, on q, v"),
+    ({"adapter": "continue", "rank": 32}, "new adapter, rank 8, alpha 1, on q, v",
+     "aligned adapter, rank 32, alpha 1, on q, v"),
     ({"learning_rate": 1e-3, "schedule": "constant", "warmup_ratio": 0.0},
      "rate 1e-05 cosine, 10% warm-up", "rate 0.001 constant"),
     ({"steps": 40, "epochs": None}, "20 epochs", "40 steps"), ({"max_length": 100}, "length 200", "length 100"),
     ({"epochs": 50.0, "n": 700}, "20 epochs; n = 1000", "50 epochs; n = 700"),
-    ({"dropout": 0.0}, "dropout = 0.1", "dropout = 0.0"), ({"clip_norm": 0.0}, "clip norm = 1.0", "clip norm = 0.0"),
-    ({"weight_decay": 0.0}, "weight decay = 0.1", "weight decay = 0.0"),
-    ({"only_layers": ["0"]}, "only layers = none", "only layers = ['0']"),
+    ({"dropout": 0.0}, "dropout = 0.1", "dropout = 0"), ({"clip_norm": 0.0}, "clip norm = 1", "clip norm = 0"),
+    ({"weight_decay": 0.0}, "weight decay = 0.1", "weight decay = 0"),
+    ({"only_layers": ["0", "2"]}, "all layers", "layers 0, 2 alone"),
     ({"targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
      "new adapter, rank 8, alpha 1, on q, v", "new adapter, rank 8, alpha 1, on all projections"),
 ])  # fmt: skip
