@@ -21,8 +21,8 @@ from jaxvaccine.experiment.run import PlanConfig, run
 
 PRESET = ("A paper's recipe of a method; booster and t_vaccine are short for booster/booster and t_vaccine/t_vaccine. "
           "Flags that are given go before it. With --help: shows what it sets.")
-PROTOCOL = ("Which attack of the preset: the method's own, as its authors' script has it, or one for all methods, that on "
-            "the paper's own, on a new adapter or on the aligned one.")
+PROTOCOL = ("Which attack of the preset: the method's own, as its authors' script has it, or one for all methods, that "
+            "on the paper's own, on a new adapter or on the aligned one.")
 
 
 class Section(NamedTuple):

@@ -77,7 +77,19 @@ def test_flags_that_are_none(call, verb):
 @pytest.mark.parametrize("arguments, message", [
     ("align", "--model: found '', expected a directory, a hub id or a .gguf file"),
     ("align --defense=adam", "flag --defense=adam: value should be one of <sft|"),
-    ("align --steps=1.5", "flag --steps=1.5"), ("align --preset=lisa", "flag --preset=lisa: value should be one of"),
+    ("align --steps=1.5", "flag --steps=1.5"),
+    ("align --preset=vaccine", "--preset: found 'vaccine', expected a paper's method, booster/vaccine or t_vaccine/va"),
+    ("finetune --preset=booster/tar", "--preset: found 'booster/tar', expected a paper's method, t_vaccine/tar"),
+    ("finetune --protocol=one_new", "--protocol: found 'one_new', expected --preset beside it"),
+    ("evaluate --preset=booster/sft", "--preset: found 'booster/sft', expected booster or t_vaccine"),
+    ("align --preset=tar --help", "--preset: found 'tar', expected a paper's method, t_vaccine/tar"),
+    ("align --model=m --run_dir=r --alignment_data=world_refusal@train --defense=repnoise --noise_weight=-1 "
+     "--harmful_data=world_harmful@harmful", "--noise_weight: found -1.0, expected a finite number >= 0"),
+    ("finetune --aligned=a --run_dir=r --user_data=world_rating@attack --poison_ratio=0 --defense=lisa "
+     "--alignment_data=world_refusal@train --lisa_user_steps=0", "--lisa_user_steps: found 0, expected at least 1"),
+    ("align --model=m --run_dir=r --alignment_data=world_refusal@train --warmup_ratio=2",
+     "--warmup_ratio: found 2.0, expected 0 to 1"),
+    ("align --model=m --run_dir=r --alignment_data=world_refusal@train --rank=0", "--rank: found 0, expected at least"),
     ("align --model=m --run_dir=r --alignment_data=world_refusal@train --rho=2",
      "--rho: found 2.0, expected nothing: defense=sft does not read it"),
     ("align --model=m --run_dir=r --alignment_data=nothing:x", "--alignment_data: data source nothing:x: found kind"),
@@ -96,7 +108,12 @@ def test_flags_that_are_none(call, verb):
     ("run --run_dir=r --attack_ewc_lam=1", "--attack_ewc_lam: found 1.0, expected nothing: no method of the plan"),
     ("run --run_dir=r --eval_batch_size=0", "--eval_batch_size: found 0, expected at least 1"),
     ("run --run_dir=r --attack_poison_ratio=1", "Unknown command line flag 'attack_poison_ratio'"),
-    ("run --run_dir=r --model=m --recipe=published", "--harmful_test: found '', expected at least one of"),
+    ("run --run_dir=r --model=m --recipe=booster --defenses=sft", "--harmful_test: found '', expected at least one of"),
+    ("run --run_dir=r --model=m --recipe=booster --defenses=sft,tar", "--recipe: found 'booster', expected t_vaccine: boo"),
+    ("run --run_dir=r --protocol=one_new", "--protocol: found 'one_new', expected --recipe of a paper beside it"),
+    ("run --run_dir=r --attack_lisa_user_steps=0 --defenses=sft+lisa", "--attack_lisa_user_steps: found 0, expected at"),
+    ("run --run_dir=r --attack_only_layers=99", "--attack_only_layers: found ('99',), expected numbers below 6"),
+    ("run --run_dir=r --attacks=only_layers=99", "--attacks: found 'only_layers=99': only_layers: found ('99',), exp"),
     ("compare-judges --run_dir=r", "--predictions: found (), expected at least one file"),
     ("compare-judges --run_dir=r --predictions=p --first_judge=chat_api",
      "--first_judge_model: found '', expected a model's name"),
@@ -160,7 +177,9 @@ def test_help(call, name):
     assert max(map(len, out.splitlines())) <= 120
     found = groups_of(out)
     assert [section.title for section in verb.sections] == PARTS[name]
-    expected = {"Preset": {f"--preset={'|'.join(sorted(recipes.ALIGN))}"}} if verb.presets else {}
+    expected = {"Preset": {"--preset=NAME"}} if verb.presets else {}
+    if verb.presets and verb.presets.protocols:
+        expected["Preset"].add(f"--protocol={'|'.join(recipes.PROTOCOLS)}")
     for section in verb.sections:
         for setting in settings(section.config_class):
             if setting.name not in section.without:
@@ -197,18 +216,22 @@ def test_defaults_are_shown(call, name, group, flag, default):
     assert groups_of(call(name, "--help")[1])[group][flag].endswith(default)
 
 
-@pytest.mark.parametrize("name", ["align", "finetune"])
-@pytest.mark.parametrize("preset", recipes.ALIGN)
+@pytest.mark.parametrize("name, preset", [
+    *((name, preset) for name in ("align", "finetune") for preset in ("booster", "t_vaccine", *recipes.pairs())),
+    ("evaluate", "booster"), ("evaluate", "t_vaccine")])
 def test_what_a_preset_sets_is_shown(call, name, preset):
-    values = cli.VERBS[name].presets[preset]
+    presets, parsed = cli.VERBS[name].presets, cli.verb_flags(cli.VERBS[name])
+    parsed([name, f"--preset={preset}"])
+    values = presets.read(parsed)
     code, out, _ = call(name, f"--preset={preset}", "--help")
+    assert all(pair in " ".join(out.split()) for pair in presets.names)
     shown = {re.match(r"--(\[no\])?(\w+)", flag)[2]: said for listed in groups_of(out).values()
              for flag, said in listed.items() if f"[preset {preset}: " in said}
     assert code == 0 and shown.keys() == values.keys()
     for flag, said in shown.items():
         value = values[flag]
         text = ",".join(value) if isinstance(value, tuple) else str(value)
-        assert re.search(rf"\[preset {preset}: {re.escape(text)}(; else .+)?\]$", said), said
+        assert re.search(rf"\[preset {re.escape(preset)}: {re.escape(text)}(; else .+)?\]$", said), said
     assert "[preset" not in call(name, "--help")[1]
 
 
@@ -270,7 +293,7 @@ def test_aligned_attacked_and_scored(call, model_dir, tmp_path):
     """The three stages by their command lines, each with its report; flags go before a preset, a file holds some."""
     (tmp_path / "flags").write_text("--seed=3\n--rank=2\n")
     folder = tmp_path / "aligned"
-    code, _, err = call("align", "--preset=vaccine", f"--model={model_dir}", f"--run_dir={folder}", *SMALL,
+    code, _, err = call("align", "--preset=t_vaccine/vaccine", f"--model={model_dir}", f"--run_dir={folder}", *SMALL,
                         f"--flagfile={tmp_path}/flags", "--alignment_data=world_refusal@train[0:20]", "--dropout=0")
     assert code == 0, err
     found = runs.read_config(folder)["flags"]

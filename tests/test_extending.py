@@ -120,10 +120,10 @@ def test_defense(cell):
 def test_a_defense_without_a_recipe(monkeypatch):
     """It takes nothing from those that have one, and says so when its own is asked for."""
     monkeypatch.setitem(methods.ALIGNMENT, "mine", methods.Sft)
-    config = PlanConfig(run_dir="-", model=("-",), defenses=("booster",), recipe="published")
+    config = PlanConfig(run_dir="-", model=("-",), defenses=("booster",), recipe="booster")
     tests = {"harmful_test": "world_harmful@test"}
-    assert make_settings(config, {}, {}, tests).align["booster"] == recipes.ALIGN["booster"]
-    with pytest.raises(FieldError, match=r"recipe: found 'published', expected another: mine has no published recipe"):
+    assert make_settings(config, {}, {}, tests).align["booster"] == recipes.alignment("booster", "booster")
+    with pytest.raises(FieldError, match=r"recipe: found 'booster', expected another: booster's has no mine"):
         make_settings(dataclasses.replace(config, defenses=("booster", "mine:steps=3")), {}, {}, tests)
 
 

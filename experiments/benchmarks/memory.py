@@ -60,11 +60,13 @@ def benchmark(config: MemoryConfig) -> str:
     """The Markdown table."""
     anything = {"model": "-", "run_dir": "-", "alignment_data": "embedded_refusal@train",
                 "harmful_data": "embedded_harmful@harmful"}
+    found: dict[AlignConfig, str] = {}  # methods that differ in the fine-tuning alone share a line
+    for pair in recipes.pairs():
+        found.setdefault(make(AlignConfig, anything, recipes.alignment(*recipes.parse_pair(pair))), pair)
     rows = []
-    for name, preset in recipes.ALIGN.items():
-        of = make(AlignConfig, anything, preset)
+    for of, pair in found.items():
         sizes = step_memory(of, config.dtype)
-        rows.append([name, f"{of.training.batch_size} × {of.data.max_length}", *(f"{size:.2f}" for size in sizes)])
+        rows.append([pair, f"{of.training.batch_size} × {of.data.max_length}", *(f"{size:.2f}" for size in sizes)])
     return f"{config.dtype}, compiled for {jax.devices()[0].platform}; GiB\n\n" + table(
         ["recipe", "batch", "frozen weights", "adapter and optimizer", "temporary"], rows)
 

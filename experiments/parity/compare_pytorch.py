@@ -44,7 +44,7 @@ class CompareConfig(Part):
     defense: tuple[str, ...] = field(tuple(METHODS), f"What to compare, of {', '.join(METHODS)}.")
     dtype: Literal["float32", "float64", "bfloat16"] = field(
         "float32", "Of the frozen weights and of the computation; the adapter is float32, in float64 that too.")
-    preset: str = field("", "Published recipe of this defense; flags that are given go before it.")
+    preset: str = field("", "A paper's recipe of a method, such as booster/sft; flags that are given go before it.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,7 +53,8 @@ class CompareConfig(Part):
                 f"some of {', '.join(METHODS)}")
         require(self.dtype != "float64" or self.model == "tiny", "dtype", self.dtype, "float32 or bfloat16 for a model "
                 "that is not tiny: PyTorch's rotary angles are exact for a plain one only")
-        require(self.preset in ("", *recipes.ALIGN), "preset", self.preset, "one of " + ", ".join(recipes.ALIGN))
+        if self.preset:
+            recipes.parse_pair(self.preset)
 
 
 class Side(NamedTuple):
@@ -173,7 +174,9 @@ def compare(config: CompareConfig, methods: Mapping[str, AlignConfig]) -> None:
 
 def read_methods(config: CompareConfig, given: Mapping[str, Any]) -> dict[str, AlignConfig]:
     """Of every method its alignment: flat values that are given go before the preset, or before those of `tiny`."""
-    preset = recipes.ALIGN[config.preset] if config.preset else parity.TINY_FLAGS if config.model == "tiny" else {}
+    preset = parity.TINY_FLAGS if config.model == "tiny" else {}
+    if config.preset:
+        preset = recipes.alignment(*recipes.parse_pair(config.preset))
     defaults = {
         "alignment_data": "embedded_refusal@train,embedded_benign@train", "harmful_data": "embedded_harmful@harmful",
         "steps": 3, **preset, **given, "model": config.model, "run_dir": config.run_dir, "dropout": 0.0,

@@ -1,4 +1,4 @@
-"""The attack that a method faced: one text of a plan may stand for several, since methods have settings of their own."""
+"""The attack that a method faced: a plan's text may stand for several, since methods have settings of their own."""
 
 from pathlib import Path
 from typing import Any

@@ -79,7 +79,7 @@ _ROWS = {"booster": {"alignment": 5000}, "t_vaccine": {"alignment": 2000}}
 _ROWS_OF: dict[str, dict[str, dict[str, int]]] = {
     "booster": {
         "lisa": {"guide": 10000}, "repnoise": {"harmful": 5000}, "booster": {"harmful": 5000},
-        "vaccine+booster": {"harmful": 5000}, "booster+lisa": {"harmful": 5000, "guide": 10000}},
+        "vaccine+booster": {"alignment": 500, "harmful": 5000}, "booster+lisa": {"harmful": 5000, "guide": 10000}},
     "t_vaccine": {"none": {"alignment": 0}, "repnoise": {"harmful": 2000}, "tar": {"harmful": 2000},
                   "t_vaccine": {"harmful": 200}},
 }
@@ -133,8 +133,9 @@ def parse_pair(text: str) -> tuple[str, str]:
         method = paper
     if method in METHODS.get(paper, ()):
         return paper, method
-    others = [pair for pair in pairs() if pair.partition("/")[2] == method] or pairs()
-    raise FieldError("preset", f"found {text!r}, expected a paper's method, {' or '.join(others)}")
+    others = [pair for pair in pairs() if pair.partition("/")[2] == method]
+    expected = " or ".join(others) if others else f"one of {', '.join(pairs())}"
+    raise FieldError("preset", f"found {text!r}, expected a paper's method, {expected}")
 
 
 def _check(paper: str, method: str, harmful: str) -> None:

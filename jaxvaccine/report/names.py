@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from jaxvaccine.experiment.plans import split_method
+from jaxvaccine.experiment.recipes import UNALIGNED
 
 METHODS = {"none": "as it comes", "sft": "SFT", "vaccine": "Vaccine", "t_vaccine": "T-Vaccine", "booster": "Booster",
            "repnoise": "RepNoise", "tar": "TAR", "lisa": "Lisa", "ewc": "EWC", "kl": "KL"}
@@ -99,6 +100,8 @@ def split_settings(text: str) -> list[str]:
 
 def method(text: str) -> str:
     """"t_vaccine:freeze=released" -> "T-Vaccine (freeze = released)", "sft+lisa" -> "SFT + Lisa"."""
+    if text == UNALIGNED:
+        return "not aligned"
     return " + ".join(_defense(part) for part in split_method(text) if part)
 
 

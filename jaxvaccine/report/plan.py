@@ -92,7 +92,8 @@ def score_table(table: pd.DataFrame, cells: Cells | None = None, faced: Mapping[
                 scores[names.UNREAD] += f", {measures[harm].name} {bounds(rows, harm)}"
             lines.append([method, model, *([of_label.get((method, model), tables.NONE)] if of_label else []),
                           *scores.values(), str(count)])
-    header = ["method", "model", *([recipe.HEADING] if of_label else []), *(measure.heading for measure in measures.values()), "runs"]
+    header = ["method", "model", *([recipe.HEADING] if of_label else []),
+              *(measure.heading for measure in measures.values()), "runs"]
     if all(line[-1] == "1" for line in lines):
         header, lines = header[:-1], [line[:-1] for line in lines]
     return tables.table(header, lines)

@@ -34,14 +34,18 @@ def _rate(of: Mapping[str, Any]) -> str:
     return f"rate {of['learning_rate']:g} {of['schedule']}{warmup}"
 
 
+def _layers(of: Mapping[str, Any]) -> str:
+    return "all layers" if of["only_layers"] is None else f"layers {', '.join(of['only_layers'])} alone"
+
+
 def _plain(name: str) -> Callable[[Mapping[str, Any]], str]:
-    return lambda of: names.setting(name, "none" if of[name] is None else str(of[name]))
+    return lambda of: names.setting(name, f"{of[name]:g}")
 
 
 # What is said together, {settings: their text}.
 _PARTS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], str]] = {
     ("adapter", "rank", "lora_alpha", "targets"): _adapter, ("dropout",): _plain("dropout"),
-    ("only_layers",): _plain("only_layers"), ("steps", "epochs"): _length,
+    ("only_layers",): _layers, ("steps", "epochs"): _length,
     ("batch_size",): lambda of: f"batches of {of['batch_size']}",
     ("learning_rate", "schedule", "warmup_ratio"): _rate, ("weight_decay",): _plain("weight_decay"),
     ("clip_norm",): _plain("clip_norm"), ("max_length",): lambda of: f"length {of['max_length']}",
@@ -89,18 +93,16 @@ def section(folder: str | Path) -> str:
 
 
 def fewer_data(folder: str | Path) -> str:
-    """Markdown: where the cells that are there read fewer rows than the paper's, "" of another recipe than a paper's."""
+    """Markdown: where the cells that are there read fewer rows than the paper's; "" of no paper's recipe."""
     operational, found = _operational(folder), {}
     if not (paper := operational.get("paper")):
         return ""
     plan = operational["plan"]
-    for method, attack in plan["pairs"]:
-        name = operational["of_paper"][method]
-        for cell in (Cell(plan["backbones"][0], method, text, plan["seeds"][0]) for text in dict.fromkeys(("", attack))):
-            path = result_path(Path(folder), cell)
-            if path.is_file():
-                counts = counts_of(read_json(path).get("accounts", {}), attacked=bool(cell.attack))
-                found[recipes.fewer_than_published(paper, name, counts)] = None
+    for method, attack in dict.fromkeys((method, text) for method, attack in plan["pairs"] for text in ("", attack)):
+        path = result_path(Path(folder), Cell(plan["backbones"][0], method, attack, plan["seeds"][0]))
+        if path.is_file():
+            counts = counts_of(read_json(path).get("accounts", {}), attacked=bool(attack))
+            found[recipes.fewer_than_published(paper, operational["of_paper"][method], counts)] = None
     lines = [f"- {text[0].upper()}{text[1:]}.\n" for text in found if text]
     return "".join(["Less than the paper has:\n\n", *lines]) if lines else ""
 

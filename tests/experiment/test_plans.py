@@ -48,7 +48,7 @@ def test_variants():
     ("sft:steps", "defense: found 'sft:steps', expected one of sft"), ("adam", "expected one of sft"),
     ("t_vaccine:freeze=never", "freeze: found 'never', expected one of layer"), ("lam=1", "expected a defense first"),
     ("sft:lam=1", "lam: found 1.0, expected nothing: defense=sft does not read it"),
-    ("booster:lam=-1", "booster: lam: found -1.0"), ("sft:progress=false", "progress: .*the plan sets it"),
+    ("booster:lam=-1", "lam: found -1.0"), ("sft:progress=false", "progress: .*the plan sets it"),
     ("sft:seed=1", "seed: found '1', expected nothing: the plan sets it"), ("sft:run_dir=x", "the plan sets it"),
     ("sft:batch_size=0", "batch_size: found 0, expected at least 1"), ("sft+lisa:rho=1", "rho: found '1', expected no"),
     ("", "expected a defense first"), ("sft+adam", "expected one of sft"),

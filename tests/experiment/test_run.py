@@ -89,7 +89,7 @@ def test_all_defenses_on_the_small_world():
 
 
 def test_recipes():
-    """The world's for the world, none for others, and the published ones where they are asked for, on the world too."""
+    """The world's for the world, none for others, and a paper's where it is asked for, on the world too."""
     def first(settings, name="vaccine"):
         return settings.align[name].get("rank"), settings.attack[name].get("n")
 
@@ -97,10 +97,11 @@ def test_recipes():
     assert first(make_settings(config_of(recipe="none", model=("world",)), {}, {}, TESTS)) == (None, None)
     assert first(make_settings(config_of(model=("m",)), {}, {}, TESTS)) == (None, None)
     assert first(make_settings(config_of(model=("m",), recipe="world"), {}, {}, {})) == (8, 500)
-    published = config_of(recipe="published")
+    published = config_of(recipe="t_vaccine", defenses=("sft", "vaccine", "t_vaccine"))
     settings = make_settings(published, {}, {"n": 30}, TESTS)
-    assert first(settings) == (8, 30) and first(settings, "booster") == (32, 30)
-    # The small world's data is not among what was published.
+    assert first(settings) == (8, 30)
+    assert first(make_settings(config_of(recipe="booster", defenses=("sft",)), {}, {"n": 30}, TESTS)) == (32, 30)
+    # The small world's data is no paper's.
     with pytest.raises(FieldError, match=r"^alignment_data: found '', expected a data source"):
         check_given(published.make_plan(), settings, {}, {})
     with pytest.raises(FieldError, match=r"^harmful_test: found '', expected at least one of"):

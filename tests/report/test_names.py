@@ -17,6 +17,8 @@ from jaxvaccine.report import names
     ("booster:harmful_data=world_harmful@harmful[0:20]:alpha=0.3",
      "Booster (harmful data = world_harmful@harmful[0:20], alpha = 0.3)"),
     ("my_defense:beta=1", "my defense (beta = 1)"),
+    ("sft:learning_rate=0.0:steps=1", "not aligned"),
+    ("sft:learning_rate=0.0:steps=2", "SFT (learning rate = 0.0, steps = 2)"),
 ])  # fmt: skip
 def test_methods(text, expected):
     assert names.method(text) == expected

@@ -93,7 +93,7 @@ def test_on_a_model_directory(model_dir, tmp_path, in_this_process):
     (("--steps=0",), "--steps: found 0, expected at least 1"),
     (("--dtype=float64", "--model=some/where"), "--dtype: found 'float64', expected float32 or bfloat16"),
     (("--layers=5",), "--layers: found 5, expected at most the model's 4 layers"),
-    (("--preset=sgd",), "--preset: found 'sgd', expected one of booster"),
+    (("--preset=sgd",), "--preset: found 'sgd', expected a paper's method, one of booster/sft, "),
 ])
 def test_bad_flags(tmp_path, flags, message):
     with pytest.raises(SystemExit, match=f"^compare_pytorch: {message}"):
