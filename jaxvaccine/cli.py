@@ -115,9 +115,11 @@ def _evaluate(values: flags.FlagValues) -> None:
 # What an attack and an evaluation have from the alignment, or from the plan's cells.
 ATTACK = Section(AttackConfig, "attack_", (
     "run_dir", "aligned", "poison_ratio", "defense", "alignment_data", "seed", "overwrite", "test_data", "dtype",
-    "remat", "bucket", "save_every", "progress"), "Attack: ")
+    "remat", "bucket", "prompt", "data_protocol", "save_every", "progress"), "Attack: ")
 EVALUATION = Section(EvaluateConfig, "", (
-    "run_dir", "model", "revision", "trained", "seed", "overwrite", "dtype", "progress", "max_length"), "Evaluation: ")
+    "run_dir", "model", "revision", "trained", "seed", "overwrite", "dtype", "progress", "max_length", "prompt",
+    "data_protocol"),
+    "Evaluation: ")
 ALIGNMENT = Section(AlignConfig, "", ("run_dir", "model", "defense", "seed", "overwrite", "progress"), "Alignment: ")
 
 

@@ -115,7 +115,8 @@ def make_settings(config: PlanConfig, align: Mapping[str, Any], attack: Mapping[
     of_attack = {name: recipes.WORLD_ATTACK if config.on_world else recipes.FINETUNE[name] if published else {}
                  for name in names}
     of_align = {name: {**recipe, **align} for name, recipe in of_align.items()}
-    shared = {name: value for name, value in of_align["sft"].items() if name in ("dtype", "max_length", "revision")}
+    shared = {name: value for name, value in of_align["sft"].items()
+              if name in ("dtype", "max_length", "prompt", "data_protocol", "revision")}
     evaluated = make(EvaluateConfig, scores, {
         **(recipes.WORLD_TESTS if config.on_world else {}), **shared, "model": config.model[0],
         "run_dir": config.run_dir, "progress": config.progress})
