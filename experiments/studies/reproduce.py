@@ -2,11 +2,12 @@
 
   python -m experiments.studies.reproduce --paper=t_vaccine --run_dir=runs/t_vaccine
   python -m experiments.studies.reproduce --paper=booster --run_dir=runs/booster --model=meta-llama/Llama-2-7b-hf \\
-      --alignment_data=beavertails_with_refusals:refusals.json[0:5000] \\
-      --harmful_data=beavertails_unsafe:train.jsonl[0:5000] --attack_user_data=sst2:stanfordnlp/sst2@train \\
-      --attack_harmful_data=beavertails_unsafe:train.jsonl[5000:10000] \\
-      --harmful_test=beavertails_unsafe:test.jsonl[0:1000] --sst2_test=sst2:stanfordnlp/sst2@validation \\
-      --judge=beaver_dam
+      --alignment_data=beavertails_with_refusals:beavertails_with_refusals_train.json[5001:10000] \\
+      --harmful_data=instructions:beavertails_with_refusals_train.json[5001:10000] \\
+      --attack_user_data=sst2:stanfordnlp/sst2@train \\
+      --attack_harmful_data=instructions:beavertails_with_refusals_train.json[1:] \\
+      --harmful_test=beavertails_unsafe:PKU-Alignment/BeaverTails@30k_test[0:1000] \\
+      --sst2_test=sst2:stanfordnlp/sst2@validation --judge=beaver_dam --data_protocol=rows
 
 The first is on the small world that comes with the package, at a reduced list. A plan that is carried out cell by cell:
 re-running continues where it stopped. The user's task is that of the data; the papers' other tasks and models are a

@@ -345,7 +345,7 @@ def test_rows_as_they_are(model_dir, tmp_path, capfd):
     with pytest.raises(ValueError, match="harmful examples: found 10 of 10 prompts also in the alignment's alignment"):
         attack(change(config, data_protocol="distinct", run_dir=str(tmp_path / "a"),
                       harmful_data=f"beavertails_unsafe:{path}"))
-    with pytest.raises(FieldError, match="^harmful_test: found 3 of 3 prompts also in the"):
+    with pytest.raises(FieldError, match=r"^harmful_test: found \d of 3 prompts also in the"):
         evaluate(change(scores, data_protocol="distinct", run_dir=str(tmp_path / "a")))
     assert not (tmp_path / "a").exists()
 
