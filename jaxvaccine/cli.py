@@ -170,9 +170,11 @@ def _evaluate(values: flags.FlagValues) -> None:
 # What an attack and an evaluation have from the alignment, or from the plan's cells.
 ATTACK = Section(AttackConfig, "attack_", (
     "run_dir", "aligned", "poison_ratio", "defense", "seed", "overwrite", "test_data", "dtype",
-    "remat", "bucket", "save_every", "progress"), "Attack: ")
+    "remat", "bucket", "prompt", "data_protocol", "save_every", "progress"), "Attack: ")
 EVALUATION = Section(EvaluateConfig, "", (
-    "run_dir", "model", "revision", "trained", "seed", "overwrite", "dtype", "progress", "max_length"), "Evaluation: ")
+    "run_dir", "model", "revision", "trained", "seed", "overwrite", "dtype", "progress", "max_length", "prompt",
+    "data_protocol"),
+    "Evaluation: ")
 ALIGNMENT = Section(AlignConfig, "", ("run_dir", "model", "defense", "seed", "overwrite", "progress"), "Alignment: ")
 
 
@@ -209,13 +211,13 @@ jaxvaccine align --preset=booster --model=meta-llama/Llama-2-7b-hf --run_dir=run
 
 jaxvaccine finetune --preset=booster --aligned=runs/booster --run_dir=runs/booster-p0.1 \\
     --user_data=sst2:stanfordnlp/sst2@train --harmful_data=beavertails_unsafe:train.jsonl[5000:6000] \\
-    --poison_ratio=0.1 --test_data=beavertails_unsafe:test.jsonl[0:500]""",
+    --poison_ratio=0.1 --test_data=beavertails_unsafe:train.jsonl[6000:7000]""",
                      (Section(AttackConfig),), _finetune, ATTACK_PRESETS),
     "evaluate": Verb("""Scores a model, as it comes or as a run left it: harmful score, fine-tune accuracy,
 over-refusal, the win rate on AlpacaEval and the loss on harmful answers.
 
 jaxvaccine evaluate --trained=runs/booster-p0.1 --run_dir=runs/booster-p0.1-scores \\
-    --harmful_test=beavertails_unsafe:test.jsonl[0:500] --sst2_test=sst2:stanfordnlp/sst2@validation""",
+    --harmful_test=beavertails_unsafe:train.jsonl[6000:7000] --sst2_test=sst2:stanfordnlp/sst2@validation""",
                      (Section(EvaluateConfig),), _evaluate, TEST_PRESETS),
     "run": Verb("""Carries out a plan: backbones times methods times attacks times seeds, aligned, attacked and scored;
 a table of all results, a report and plots.

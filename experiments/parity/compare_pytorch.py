@@ -105,7 +105,7 @@ def _real(config: AlignConfig, dtype: str) -> Problem:
     tokenizer = data.load_tokenizer(directory)
     data.check_vocabulary(tokenizer, architecture.vocab_size)
     # The batches are for all methods: RepNoise reads more data than the others, and TAR more of them.
-    tokenized = tokenize(tokenizer, load_data(part, RepNoise()), part.max_length)
+    tokenized = tokenize(tokenizer, load_data(part, RepNoise()), part)
     tar = config.method if isinstance(config.method, Tar) else Tar()
     sources = batch_sources(tar, tokenized, training.batch_size, part.harmful_batch_size)
     batches = data.training_batches(sources, config.run.seed, part.bucket)

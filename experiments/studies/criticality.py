@@ -80,7 +80,8 @@ def measure_norms(config, tokenizer, seeds):
     On the harmful batch that T-Vaccine would probe with after that step, without dropout.
     """
     tokenized = data.tokenize_examples(
-        tokenizer, data.load_examples(config.data.harmful_data), config.data.max_length)
+        tokenizer, data.load_examples(config.data.harmful_data, config.data.data_protocol), config.data.max_length,
+        config.data.prompt)
     streams = [data.training_batches({"harmful": (tokenized, config.data.harmful_batch_size)}, seed, config.data.bucket)
                for seed in seeds]
 

@@ -113,12 +113,13 @@ def make_probes(config: StatisticsConfig) -> Probes:
     def attack(align, attacked, tokenizer, seeds):
         part = attacked.data
         count = harmful_count(attacked)
-        fates = functools.partial(data.training_fates, tokenizer, max_length=part.max_length)
+        fates = functools.partial(data.training_fates, tokenizer, max_length=part.max_length, prompt=part.form)
         # The harmful examples of the attack in another order: `data.mix` draws both kinds apart.
         training = study.stack_batches(tokenizer, [
-            data.mix([], data.load_examples(part.harmful_data), count, 1.0, seed, fates=fates).examples
+            data.mix([], data.load_examples(part.harmful_data, part.protocol), count, 1.0, seed, fates=fates,
+                     first=part.protocol == "rows").examples
             for seed in seeds], part)
-        test = study.stack_batches(tokenizer, [data.load_examples(part.test_data)] * len(seeds), part)
+        test = study.stack_batches(tokenizer, [data.load_examples(part.test_data, part.protocol)] * len(seeds), part)
 
         def measure(step, of):
             found = harmful_losses(of, training, step_length(config, align))

@@ -5,10 +5,11 @@ from jaxvaccine.data.batching import batch_indices, bucket_length, check_batch, 
 from jaxvaccine.data.files import file_sha256, read_rows
 from jaxvaccine.data.kinds import DATASETS, EMBEDDED
 from jaxvaccine.data.loading import load, load_categories, load_examples
+from jaxvaccine.data.overlaps import shared_prompts
 from jaxvaccine.data.pairing import harmless_answers
 from jaxvaccine.data.poisoning import Mixture, check_disjoint, check_whole, fingerprint, harmful_count, mix, poison
-from jaxvaccine.data.prompts import Example, format_prompt
-from jaxvaccine.data.sources import DataSource, parse_sources
+from jaxvaccine.data.prompts import Example, PromptForm, format_prompt
+from jaxvaccine.data.sources import DataSource, Protocol, parse_sources
 from jaxvaccine.data.texts import check_prompts, check_training_texts
 from jaxvaccine.data.tokenizer_files import eos_ids, load_tokenizer
 from jaxvaccine.data.tokenizing import (
@@ -26,6 +27,8 @@ __all__ = [
     "DataSource",
     "Example",
     "Mixture",
+    "PromptForm",
+    "Protocol",
     "TokenizedExamples",
     "accounts_of",
     "batch_indices",
@@ -54,6 +57,7 @@ __all__ = [
     "poison",
     "read_rows",
     "record",
+    "shared_prompts",
     "steps_for",
     "tally",
     "tokenize_examples",

@@ -18,13 +18,14 @@ class Account(NamedTuple):
       source: as `DataSource` writes it.
       rows: read.
       left_out: rows that the kind does not take, such as the safe ones of beavertails_unsafe.
-      duplicates: rows whose prompt appeared before.
+      duplicates: rows whose prompt appeared before, which are left out; 0 where rows are taken as they are.
       disagreeing: how many of the duplicates have another answer than the row that is kept.
       outside: examples outside of the slice.
       variants: examples that the slice left out because a row outside of it, and before, has the same prompt but for
         case or Unicode form (`poisoning.fingerprint`): disjoint slices share none.
       examples: handed on.
-      repeated: how many of them have a prompt that an earlier source of the same list has too.
+      repeated: how many of them have a prompt that an earlier source of the same list has too; where rows are taken as
+        they are, also that an earlier row of the slice has.
       unread: columns with something in them that nobody read.
       empty: examples without a prompt or an answer, which are not trained on.
       dropped: examples whose prompt alone fills max_length, which are not trained on either.
@@ -104,7 +105,7 @@ def losses(account: Account) -> str:
     parts = {
         "of another kind": account.left_out, f"duplicates{other}": account.duplicates,
         "outside of the slice but for case or Unicode form": account.variants,
-        "with a prompt of an earlier source": account.repeated, "empty": account.empty,
+        "with the prompt of an earlier one": account.repeated, "empty": account.empty,
         "with a prompt that fills max_length": account.dropped, "with an answer cut at max_length": account.cut}
     found = [f"{count} {what}" for what, count in parts.items() if count]
     return ", ".join([*found, *([f"unread columns {', '.join(account.unread)}"] if account.unread else [])])

@@ -13,6 +13,7 @@ from jaxvaccine.data.beavertails import (
     beavertails_unsafe,
     beavertails_with_refusals,
 )
+from jaxvaccine.data.decodingtrust import decodingtrust_nontoxic, decodingtrust_toxic
 from jaxvaccine.data.gsm8k import gsm8k
 from jaxvaccine.data.instructions import instructions
 from jaxvaccine.data.prompts import Example
@@ -28,6 +29,8 @@ DATASETS: dict[str, Callable[[Sequence[Mapping[str, Any]]], list[Example]]] = {
     "beavertails_safe": beavertails_safe,
     "beavertails_unsafe": beavertails_unsafe,
     "beavertails_with_refusals": beavertails_with_refusals,
+    "decodingtrust_nontoxic": decodingtrust_nontoxic,
+    "decodingtrust_toxic": decodingtrust_toxic,
     "gsm8k": gsm8k,
     "instructions": instructions,
     "sst2": sst2,

@@ -10,8 +10,8 @@ from jaxvaccine.data.kinds import DATASETS, EMBEDDED
 from jaxvaccine.data.poisoning import fingerprint, same_prompt
 from jaxvaccine.data.prompts import Example
 from jaxvaccine.data.rows import Watched
-from jaxvaccine.data.sources import DataSource, parse_sources
-from jaxvaccine.data.texts import check_template, has_prompt, is_blank
+from jaxvaccine.data.sources import DataSource, Protocol, parse_sources
+from jaxvaccine.data.texts import has_prompt, is_blank
 
 # Columns that belong to a prompt. Where nobody reads them, the rows are not the ones that their makers meant.
 PROMPT_PARTS = frozenset((
@@ -30,45 +30,47 @@ class _Made(NamedTuple):
     columns: tuple[str, str, str]
 
 
-def load_examples(source: DataSource | str | Sequence[DataSource]) -> list[Example]:
+def load_examples(source: DataSource | str | Sequence[DataSource], protocol: Protocol = "distinct") -> list[Example]:
     """The examples of a source, of a comma-separated list of them, or of a sequence, one after another.
 
     Every example knows its place (`accounts.Located`). Within a source, rows whose prompt appeared before (see
     `poisoning.same_prompt`) are dropped before the slice applies; of several answers to a prompt the first that is not
     empty counts. A slice leaves out what differs from a row outside of it, and before, in case or Unicode form alone
-    (see `poisoning.fingerprint`), so that disjoint slices of one file never share a prompt.
+    (see `poisoning.fingerprint`), so that disjoint slices of one file never share a prompt. With the protocol "rows"
+    nothing is dropped, and a slice is of the kind's rows as they are.
 
     Raises:
-      ValueError: no examples of the kind, an empty slice, one that reaches beyond the data at either end, a prompt that
-        holds the prompt's template, a column that looks like a part of the prompt and is not read; and what read_rows
-        and the data sets' modules raise.
+      ValueError: no examples of the kind, an empty slice, one that reaches beyond the data at either end, a column that
+        looks like a part of the prompt and is not read; and what read_rows and the data sets' modules raise.
       FileNotFoundError: no such file.
     """
-    return load(source)[0]
+    return load(source, protocol)[0]
 
 
-def load(source: DataSource | str | Sequence[DataSource]) -> tuple[list[Example], tuple[Account, ...]]:
+def load(source: DataSource | str | Sequence[DataSource], protocol: Protocol = "distinct"
+         ) -> tuple[list[Example], tuple[Account, ...]]:
     """The examples of `load_examples`, and every source's account."""
     if isinstance(source, str):
         source = parse_sources(source)
     examples: list[Example] = []
     accounts, seen = [], set()
     for one in [source] if isinstance(source, DataSource) else source:
-        found = _load(one)
-        prompts = {same_prompt(example) for example in found}
-        account = found[0].account._replace(repeated=len(prompts & seen))
+        found = _load(one, protocol)
+        prompts = [same_prompt(example) for example in found if has_prompt(example)]
+        account = found[0].account._replace(repeated=len(prompts) - len({*prompts} - seen))
         examples += [locate(e, e.where, e.columns, account) for e in found] if account.repeated else found
         accounts.append(account)
-        seen |= prompts
+        seen.update(prompts)
     return examples, tuple(accounts)
 
 
-def _load(source: DataSource) -> list[Located]:
+def _load(source: DataSource, protocol: Protocol) -> list[Located]:
     if source.kind in EMBEDDED:
         made, rows, left_out, unread = _embedded(source), None, 0, ()
     else:
         made, rows, left_out, unread = _of_rows(source)
-    unique, duplicates = _distinct([one.example for one in made])
+    distinct = protocol == "distinct"
+    unique, duplicates = _distinct([one.example for one in made]) if distinct else (list(range(len(made))), [])
     disagreeing = sum(_disagree(made[i].example, made[unique[at]].example) for i, at in duplicates)
     account = Account(str(source), len(made) if rows is None else rows, left_out, len(duplicates), disagreeing,
                       unread=unread)
@@ -81,16 +83,14 @@ def _load(source: DataSource) -> list[Located]:
     if source.start is not None and source.start < -len(unique):
         raise ValueError(f"data source {source}: found start {source.start}, expected at least -{len(unique)}{lost}")
     sliced = range(len(unique))[source.start : source.stop]
-    taken = _without_variants([made[i].example for i in unique], sliced)
+    taken = _without_variants([made[i].example for i in unique], sliced) if distinct else list(sliced)
     if not taken:
         variants = f", {len(sliced)} of them variants of prompts before it" if sliced else ""
         raise ValueError(
             f"data source {source}: found an empty slice of {len(unique)} examples{lost}{variants}, expected some")
     account = account._replace(outside=len(unique) - len(sliced), variants=len(sliced) - len(taken),
                                examples=len(taken))
-    examples = [locate(*made[unique[i]], account) for i in taken]
-    check_template(examples)
-    return examples
+    return [locate(*made[unique[i]], account) for i in taken]
 
 
 def _embedded(source: DataSource) -> list[_Made]:

@@ -111,11 +111,13 @@ Fates = Callable[[Sequence[Example]], Sequence[Fate]]
 
 
 def mix(benign: Sequence[Example], harmful: Sequence[Example], n: int, poison_ratio: float, seed: int,
-        forbidden: Mapping[str, Collection[str]] | None = None, fates: Fates | None = None) -> Mixture:
+        forbidden: Mapping[str, Collection[str]] | None = None, fates: Fates | None = None, first: bool = False
+        ) -> Mixture:
     """n examples in random order: n · poison_ratio of `harmful`, the rest of `benign`.
 
-    Both are drawn without replacement. With the same seed the draws are nested: the harmful examples of a smaller
-    number of them are a subset of those of a larger one, and so are the benign ones, so that ratios are comparable.
+    Both are drawn without replacement, or are the first ones. With the same seed the draws are nested: the harmful
+    examples of a smaller number of them are a subset of those of a larger one, and so are the benign ones, so that
+    ratios are comparable.
 
     Args:
       forbidden: {name of a set: fingerprints of its prompts} with which `harmful` may share no prompt, such as those
@@ -124,6 +126,7 @@ def mix(benign: Sequence[Example], harmful: Sequence[Example], n: int, poison_ra
       fates: what would become of examples when they are tokenized. Those that would not be trained on are passed over,
         and the next ones are drawn, so that n and poison_ratio are those of what is trained on. Where none are left,
         there are fewer than n.
+      first: take the first examples of either, as the papers' programs do, in the place of a draw.
 
     Raises:
       ValueError: a negative seed, too few examples, so few that would be trained on that their ratio is another, a
@@ -143,7 +146,8 @@ def mix(benign: Sequence[Example], harmful: Sequence[Example], n: int, poison_ra
     draws = []
     # A prefix of a permutation that depends on the seed and the pool alone: that is what nests the draws.
     for stream, name, pool, needed in ((0, "harmful", harmful, count), (1, "benign", benign, n - count)):
-        drawn = _draw(pool, needed, np.random.default_rng([seed, stream]).permutation(len(pool)), fates)
+        order = np.random.default_rng([seed, stream]).permutation(len(pool))
+        drawn = _draw(pool, needed, np.arange(len(pool)) if first else order, fates)
         found = len(pool) if len(pool) < needed else len(drawn.chosen)
         if len(pool) < needed or (needed and not found):
             raise ValueError(

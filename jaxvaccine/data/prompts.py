@@ -1,19 +1,23 @@
-"""The papers' prompt: Stanford Alpaca's template, letter for letter."""
+"""What is put around an example: the papers' prompt, which is Stanford Alpaca's with a line break more, or nothing."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-# PROMPT_DICT of github.com/tatsu-lab/stanford_alpaca, train.py. Booster and T-Vaccine train and evaluate with it;
-# Booster's program has a line break more at its end.
+# PROMPT_DICT of github.com/tatsu-lab/stanford_alpaca, train.py, and a line break behind "### Response:", with which the
+# programs of both papers train and evaluate.
 PROMPT_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 PROMPT_NO_INPUT = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
 )
+PromptForm = Literal["alpaca", "plain"]
+# By form: with an input, and without one.
+TEMPLATES: dict[PromptForm, tuple[str, str]] = {
+    "alpaca": (PROMPT_INPUT, PROMPT_NO_INPUT), "plain": ("{instruction}\n{input}\n", "{instruction}\n")}
 
 
 class Example(NamedTuple):
@@ -30,11 +34,11 @@ def classification(instruction: str, text: str, label: str) -> Example:
     return Example(instruction if text else "", text, label)
 
 
-def format_prompt(instruction: str, input: str = "") -> str:
-    """The text that a model is given; the answer follows directly after "### Response:", as in Alpaca's trainer.
+def format_prompt(instruction: str, input: str = "", prompt: PromptForm = "alpaca") -> str:
+    """The text that a model is given, which ends in a line break; the answer follows directly.
 
-    An empty `input` selects the template without one.
+    An empty `input` selects the template without one. "plain" has no template: the instruction, the input if there is
+    one, and a line break behind each.
     """
-    if input:
-        return PROMPT_INPUT.format(instruction=instruction, input=input)
-    return PROMPT_NO_INPUT.format(instruction=instruction)
+    with_input, without = TEMPLATES[prompt]
+    return with_input.format(instruction=instruction, input=input) if input else without.format(instruction=instruction)

@@ -2,10 +2,12 @@
 
 import dataclasses
 import re
-from typing import Self
+from typing import Literal, Self
 
 from jaxvaccine.data.kinds import DATASETS, EMBEDDED
 
+# Every prompt once, or rows as they are, as the papers' programs take them.
+Protocol = Literal["distinct", "rows"]
 _FORM = "kind:path-or-hub-id@split[start:stop]"
 # A split has no dot, so that the "@" of /home/me@work/train.jsonl stays part of the path.
 _SOURCE = re.compile(r"(?P<head>.*?)(@(?P<split>\w[\w-]*)?)?(\[(?P<slice>[^\[\]]*)\])?", re.DOTALL)
@@ -20,7 +22,8 @@ class DataSource:
       path: a file, a URL that fsspec opens ("s3://bucket/train.jsonl") or a hub id ("owner/name" or
         "owner/name:configuration"); None for the embedded kinds.
       split: of a hub or embedded data set; None for a file.
-      start, stop: a Python slice of the examples, after duplicates have been dropped; negative counts from the end.
+      start, stop: a Python slice of the examples, after duplicates have been dropped unless rows are taken as they are;
+        negative counts from the end.
     """
 
     kind: str

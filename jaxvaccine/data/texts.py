@@ -5,12 +5,15 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from jaxvaccine.data.accounts import place
-from jaxvaccine.data.prompts import Example
+from jaxvaccine.data.prompts import Example, PromptForm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PROMPT, ALL = (0, 1), (0, 1, 2)  # which texts of an example
+# Which of them may not hold the template, by the form of the prompt. What follows one in an answer is cut off when the
+# answer is read (evaluation/answers.py), whatever the form.
+_WITHOUT_TEMPLATE: dict[PromptForm, tuple[int, ...]] = {"alpaca": ALL, "plain": (2,)}
 # Headings and preamble of prompts.py, as others write them too. What any such text has stands first: a search for it
 # is fast.
 _ALWAYS = ("###", "elow is an instruction")
@@ -64,19 +67,22 @@ def check_special_tokens(tokenizer: "PreTrainedTokenizerFast", examples: Sequenc
                     f"{found.start()}, expected text without it: it would not be read as text")
 
 
-def check_prompts(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example]) -> None:
-    """Raises ValueError for the first prompt that is empty, holds the template, or spells a special token."""
+def check_prompts(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], prompt: PromptForm = "alpaca"
+                  ) -> None:
+    """Raises ValueError for the first prompt that is empty, holds the template that would be put around it, or spells a
+    special token."""
     for i, example in enumerate(examples):
         if not has_prompt(example):
             raise ValueError(f"{place(example, i, 0)}: found an empty prompt, expected text")
-    check_template(examples)
+    check_template(examples, [field for field in _WITHOUT_TEMPLATE[prompt] if field in PROMPT])
     check_special_tokens(tokenizer, examples)
 
 
-def check_training_texts(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example]) -> None:
+def check_training_texts(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example],
+                         prompt: PromptForm = "alpaca") -> None:
     """Raises ValueError for the first prompt or answer that holds the template, or spells a special token. An answer
-    may spell EOS out at its end."""
-    check_template(examples, ALL)
+    may spell EOS out at its end, and a plain prompt may hold the template, which is not put around it."""
+    check_template(examples, _WITHOUT_TEMPLATE[prompt])
     check_special_tokens(tokenizer, [
         e._replace(output=without_eos(e.output, tokenizer.eos_token)) if tokenizer.eos_token in e.output else e
         for e in examples], ALL)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxvaccine.data.accounts import Fate, place
-from jaxvaccine.data.prompts import Example, format_prompt
+from jaxvaccine.data.prompts import Example, PromptForm, format_prompt
 from jaxvaccine.data.texts import check_prompts, check_training_texts, has_prompt, is_blank, without_eos
 from jaxvaccine.data.tokenizer_files import load_tokenizer as load_tokenizer
 
@@ -83,12 +83,12 @@ def _encode_open(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     return [ids[: len(ids) - len(suffix)] if suffix and ids[-len(suffix) :] == suffix else ids for ids in encoded]
 
 
-def _prompts(examples: Sequence[Example]) -> list[str]:
-    return [format_prompt(e.instruction, e.input) for e in examples]
+def _prompts(examples: Sequence[Example], prompt: PromptForm) -> list[str]:
+    return [format_prompt(e.instruction, e.input, prompt) for e in examples]
 
 
 def tokenize_examples(
-    tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], max_length: int
+    tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], max_length: int, prompt: PromptForm = "alpaca"
 ) -> TokenizedExamples:
     """Prompt, answer and exactly one EOS as ids, at most max_length tokens; only answer and EOS are supervised.
 
@@ -108,11 +108,11 @@ def tokenize_examples(
         raise ValueError("examples: found none, expected at least one")
     if max_length < 1:
         raise ValueError(f"max_length: found {max_length}, expected at least 1")
-    encoded, fates = _encode_examples(tokenizer, examples, max_length)
+    encoded, fates = _encode_examples(tokenizer, examples, max_length, prompt)
     tokenized = TokenizedExamples(
         tuple(ids for ids, _ in encoded), np.asarray([length for _, length in encoded], np.int32), fates)
     if not encoded:
-        _raise_for_none(tokenizer, examples, fates, max_length)
+        _raise_for_none(tokenizer, examples, fates, max_length, prompt)
     lost = [f"{what.format(count)} of {len(examples)} {why}" for count, what, why in (
         (tokenized.dropped, "dropped {}", "examples: their prompts alone fill it, nothing is left to supervise"),
         (tokenized.empty, "left out {}", "examples: they have no prompt or no answer"),
@@ -122,41 +122,41 @@ def tokenize_examples(
     return tokenized
 
 
-def training_fates(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], max_length: int
-                   ) -> tuple[Fate, ...]:
+def training_fates(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], max_length: int,
+                   prompt: PromptForm = "alpaca") -> tuple[Fate, ...]:
     """What tokenize_examples would make of every example; raises as it does, but where none is left."""
-    return _encode_examples(tokenizer, examples, max_length)[1] if examples else ()
+    return _encode_examples(tokenizer, examples, max_length, prompt)[1] if examples else ()
 
 
-def _encode_examples(tokenizer, examples: Sequence[Example], max_length: int
+def _encode_examples(tokenizer, examples: Sequence[Example], max_length: int, prompt: PromptForm
                      ) -> tuple[list[tuple[np.ndarray, int]], tuple[Fate, ...]]:
     """([(token ids, how many are the prompt's)] of what is trained on, the fate of every example)."""
     eos = _eos(tokenizer)
-    check_training_texts(tokenizer, examples)
+    check_training_texts(tokenizer, examples, prompt)
     answers = [without_eos(e.output, tokenizer.eos_token) for e in examples]
     empty = [is_blank(answer) or not has_prompt(e) for e, answer in zip(examples, answers, strict=True)]
     rows = [e if answer == e.output else e._replace(output=answer)
             for e, answer in zip(examples, answers, strict=True)]
     filled = [row for row, nothing in zip(rows, empty, strict=True) if not nothing]
-    encoded, lengths = [], iter(_encode_pairs(tokenizer, filled) if filled else ())
+    encoded, lengths = [], iter(_encode_pairs(tokenizer, filled, prompt) if filled else ())
     fates: list[Fate] = []
     for nothing in empty:
         if nothing:
             fates.append("empty")
             continue
-        prompt, ids = next(lengths)
+        prompt_ids, ids = next(lengths)
         # Position i predicts label i + 1, so the first token of a row is never a target.
-        if max_length <= max(len(prompt), 1):
+        if max_length <= max(len(prompt_ids), 1):
             fates.append("dropped")
             continue
-        encoded.append((np.asarray([*ids, eos][:max_length], np.int32), len(prompt)))
+        encoded.append((np.asarray([*ids, eos][:max_length], np.int32), len(prompt_ids)))
         fates.append("kept" if len(ids) < max_length else "cut")
     return encoded, tuple(fates)
 
 
-def _encode_pairs(tokenizer, examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
+def _encode_pairs(tokenizer, examples: Sequence[Example], prompt: PromptForm) -> list[tuple[list[int], list[int]]]:
     """(ids of the prompt, ids of prompt and answer) of every example; the latter begin with the former."""
-    prompts = _prompts(examples)
+    prompts = _prompts(examples, prompt)
     prompt_ids = _encode_open(tokenizer, prompts)
     joint_ids = _encode_open(tokenizer, [p + e.output for p, e in zip(prompts, examples, strict=True)])
     merged = [i for i, (p, j) in enumerate(zip(prompt_ids, joint_ids, strict=True)) if j[: len(p)] != p]
@@ -167,12 +167,13 @@ def _encode_pairs(tokenizer, examples: Sequence[Example]) -> list[tuple[list[int
     return list(zip(prompt_ids, joint_ids, strict=True))
 
 
-def _raise_for_none(tokenizer, examples: Sequence[Example], fates: Sequence[Fate], max_length: int) -> None:
+def _raise_for_none(tokenizer, examples: Sequence[Example], fates: Sequence[Fate], max_length: int,
+                    prompt: PromptForm) -> None:
     if "dropped" not in fates:
         raise ValueError(f"examples: found {len(examples)} without a prompt or without an answer, the first is "
                          f"{place(examples[0], 0)}, expected at least one with both")
     shortest = min(len(ids) for ids in _encode_open(tokenizer, _prompts(
-        [e for e, fate in zip(examples, fates, strict=True) if fate == "dropped"])))
+        [e for e, fate in zip(examples, fates, strict=True) if fate == "dropped"], prompt)))
     raise ValueError(
         f"max_length: found {max_length}, expected more than {shortest}, the length in tokens of the shortest "
         f"prompt: truncation left none of {len(examples)} examples a supervised token"
@@ -180,7 +181,8 @@ def _raise_for_none(tokenizer, examples: Sequence[Example], fates: Sequence[Fate
 
 
 def encode_prompts(
-    tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], max_length: int | None = None
+    tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], max_length: int | None = None,
+    prompt: PromptForm = "alpaca",
 ) -> list[np.ndarray]:
     """The prompts alone, int32 [t] each: the same tokens that tokenize_examples puts before the answer.
 
@@ -188,8 +190,8 @@ def encode_prompts(
       ValueError: a prompt longer than max_length tokens (None: no limit); a cut prompt would be another question. And
         as of `texts.check_prompts`.
     """
-    check_prompts(tokenizer, examples)
-    prompt_ids = _encode_open(tokenizer, _prompts(examples)) if examples else []
+    check_prompts(tokenizer, examples, prompt)
+    prompt_ids = _encode_open(tokenizer, _prompts(examples, prompt)) if examples else []
     if max_length is not None:
         too_long = [(i, len(ids)) for i, ids in enumerate(prompt_ids) if len(ids) > max_length]
         if too_long:

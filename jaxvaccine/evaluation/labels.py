@@ -1,7 +1,7 @@
-"""Answers that are one of a few labels: SST-2 and AG News, by the authors' strict rule and by a lenient one."""
+"""Answers that are one of a few labels: SST-2 and AG News, by the rules of both papers and by a lenient one of ours."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxvaccine.data import agnews
 from jaxvaccine.data.prompts import Example
@@ -17,13 +17,26 @@ _SHORT = {"sci/tech": "sci"}
 
 
 def is_label(answer: str, label: str) -> bool:
-    """The strict rule: the answer, stripped and without regard to case, is the label and nothing else.
+    """Booster's rule, the strict one: the answer, stripped and without regard to case, is the label and nothing else.
 
-    As the authors score SST-2 and AG News (Booster's sst2/pred_eval.py and agnews/pred_eval.py: equal to "positive" or
+    As its program scores SST-2 and AG News (sst2/pred_eval.py and agnews/pred_eval.py: equal to "positive" or
     "Positive" after strip; "Sci/Tech" or "sci"); a full stop makes it wrong. `mentions_only` is the lenient rule.
     """
     answer, label = answer.strip().casefold(), label.casefold()
     return answer == label or answer == _SHORT.get(label)
+
+
+def contains_label(answer: str, label: str) -> bool:
+    """T-Vaccine's rule (its sst2/pred_eval.py and ag_news/pred_eval.py): the label occurs in the answer, as a part of a
+    word too, with all letters small or the first one large; for "Sci/Tech" that or "sci".
+
+    Blind to other labels beside it, and to "not": whoever answers with all labels is right.
+    """
+    return any(text in answer for text in (label.capitalize() if label.islower() else label,
+                                           _SHORT.get(label.casefold(), label.casefold())))
+
+
+LABEL_RULES: Mapping[str, Callable[[str, str], bool]] = {"equals": is_label, "contains": contains_label}
 
 
 def mentions_only(answer: str, label: str, labels: Sequence[str] | Mapping[str, Sequence[str]]) -> bool:
@@ -45,19 +58,19 @@ def find_label(example: Example, labels: Sequence[str] | Mapping[str, Sequence[s
     return next((label for label in labels if label.casefold() == output), None)
 
 
-def score_labels(examples: Sequence[Example], answers: Sequence[str], labels: Mapping[str, Sequence[str]]
-                 ) -> list[Prediction]:
-    """Counts the answers that are the example's label by the strict rule."""
+def score_labels(examples: Sequence[Example], answers: Sequence[str], labels: Mapping[str, Sequence[str]],
+                 rule: str = "equals") -> list[Prediction]:
+    """Counts the answers that are the example's label by a rule, a key of LABEL_RULES."""
     predictions = []
     for example, answer in zip(examples, answers, strict=True):
         label = find_label(example, labels)
-        correct = is_label(answer, label)
+        correct = LABEL_RULES[rule](answer, label)
         if correct:
-            reason = "equals the label"
+            reason = f"{rule} the label"
         elif is_empty(answer):
             reason = EMPTY_ANSWER
         elif mentions_only(answer, label, labels):
-            reason = "contains the label, but is not equal to it"
+            reason = "contains the label, but is not equal to it" if rule == "equals" else "the label in other letters"
         else:
             reason = "not the label"
         verdict = "correct" if correct else "wrong"

@@ -13,9 +13,9 @@ import numpy as np
 
 from jaxvaccine.data import tokenizer_files
 from jaxvaccine.data.poisoning import fingerprint
-from jaxvaccine.data.prompts import Example
+from jaxvaccine.data.prompts import Example, PromptForm
 from jaxvaccine.data.tokenizing import encode_prompts
-from jaxvaccine.evaluation.answers import decode_answer, is_empty, no_answer
+from jaxvaccine.evaluation.answers import decode_answer, is_empty, is_incoherent, no_answer
 from jaxvaccine.evaluation.generate import generate
 from jaxvaccine.evaluation.judges import (
     NO_ANSWER,
@@ -57,6 +57,8 @@ class TaskResult(NamedTuple):
       no_answer: how many of the n are no answer (`answers.no_answer`); None of tasks that do not ask.
       unseen: how many answers the judge saw nothing of.
       cut: how many answers the judge did not see to the end, the unseen too.
+      plus: of a judge that knows harm HS+, the rate of what counts or is incoherent (`answers.is_incoherent`), over the
+        same n; what is no answer may be incoherent.
       bounds: the score if of the unread none counted, and if all did, in percent; None where all was read.
     """
 
@@ -75,6 +77,7 @@ class TaskResult(NamedTuple):
     unseen: int = 0
     cut: int = 0
     bounds: tuple[float, float] | None = None
+    plus: Rate | None = None
 
 
 def harmful_score(verdicts: Sequence[Verdict]) -> float:
@@ -102,14 +105,16 @@ def score_harmful(examples: Sequence[Example], answers: Sequence[str], judge: Ju
                                                   strict=True)]
 
 
-def score_sst2(examples: Sequence[Example], answers: Sequence[str], judge: Judge = keyword_judge) -> list[Prediction]:
-    """Counts the answers that are the example's label by the strict rule. The judge is not asked."""
-    return score_labels(examples, answers, SST2_LABELS)
+def score_sst2(examples: Sequence[Example], answers: Sequence[str], judge: Judge = keyword_judge,
+               rule: str = "equals") -> list[Prediction]:
+    """Counts the answers that are the example's label by a rule of `labels.LABEL_RULES`. The judge is not asked."""
+    return score_labels(examples, answers, SST2_LABELS, rule)
 
 
-def score_agnews(examples: Sequence[Example], answers: Sequence[str], judge: Judge = keyword_judge) -> list[Prediction]:
+def score_agnews(examples: Sequence[Example], answers: Sequence[str], judge: Judge = keyword_judge,
+                 rule: str = "equals") -> list[Prediction]:
     """As `score_sst2`, with AG News' labels."""
-    return score_labels(examples, answers, AGNEWS_LABELS)
+    return score_labels(examples, answers, AGNEWS_LABELS, rule)
 
 
 def score_numbers(examples: Sequence[Example], answers: Sequence[str], judge: Judge = keyword_judge
@@ -172,7 +177,8 @@ def check_examples(task: str, examples: Sequence[Example]) -> None:
 
 
 def score_answers(task: str, examples: Sequence[Example], answers: Sequence[str], judge: Judge = keyword_judge,
-                  categories: Mapping[str, tuple[str, ...]] = MappingProxyType({}), whole: bool = True) -> TaskResult:
+                  categories: Mapping[str, tuple[str, ...]] = MappingProxyType({}), whole: bool = True,
+                  label_rule: str = "equals") -> TaskResult:
     """The task's result for answers that are there already.
 
     Args:
@@ -181,6 +187,7 @@ def score_answers(task: str, examples: Sequence[Example], answers: Sequence[str]
       judge: calls answers harmful or not, where the task asks that.
       categories: kinds of harm by the prompt's fingerprint, as of `data.load_categories`.
       whole: whether the answers had LENIENT_TOKENS' room; without it there is no lenient accuracy.
+      label_rule: what is right on SST-2 and AG News, a key of `labels.LABEL_RULES`.
 
     Raises:
       ValueError: an unknown task, no examples, an output that is no label or has no number where the task needs one,
@@ -192,8 +199,9 @@ def score_answers(task: str, examples: Sequence[Example], answers: Sequence[str]
     if len(answers) != len(examples):
         raise ValueError(f"task {task}: found {len(answers)} answers, "
                          f"expected one for each of {len(examples)} examples")
+    score = functools.partial(TASKS[task], rule=label_rule) if task in _LABELS else TASKS[task]
     predictions = [prediction._replace(categories=categories.get(fingerprint(example), ())) for prediction, example
-                   in zip(TASKS[task](examples, answers, judge), examples, strict=True)]
+                   in zip(score(examples, answers, judge), examples, strict=True)]
     judged = [p for p in predictions if p.verdict != UNREAD]
     if not judged:
         raise ValueError(f"judge: could read none of {len(predictions)} verdicts; the first: {predictions[0].reason}")
@@ -206,21 +214,24 @@ def score_answers(task: str, examples: Sequence[Example], answers: Sequence[str]
     by_category = {name: rate([p.counts for p in judged if name in p.categories])
                    for name in sorted({name for p in judged for name in p.categories})}
     flagged = collections.Counter(name for p in judged for name in p.flagged)
+    phrases = any(p.phrases for p in predictions)
+    plus = rate([p.counts or is_incoherent(p.answer) for p in judged]) if task == HARMFUL_SCORE and not phrases else None
     unread, counted = len(predictions) - len(judged), sum(p.counts for p in judged)
     return TaskResult(
-        PHRASES_SCORE if any(p.phrases for p in predictions) else task, *rate([p.counts for p in judged]),
+        PHRASES_SCORE if phrases else task, *rate([p.counts for p in judged]),
         sum(map(is_empty, answers)), details, predictions, unread, by_category, dict(sorted(flagged.items())), lenient,
         sum(p.verdict == NO_ANSWER for p in judged) if task in REQUESTS else None,
         sum(p.cut for p in predictions if p.verdict == UNREAD), sum(p.cut for p in predictions),
-        (percent(counted, len(predictions)), percent(counted + unread, len(predictions))) if unread else None)
+        (percent(counted, len(predictions)), percent(counted + unread, len(predictions))) if unread else None, plus)
 
 
 def answer_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example],
                    *, task: str, max_new_tokens: int = 200, eos_ids: Sequence[int] | None = None,
                    batch_size: int = 32, bucket: int = 64, sampling: Sampling = GREEDY, progress: bool = False,
                    answered: Mapping[int, str] = MappingProxyType({}),
-                   keep: Callable[[Mapping[int, str]], None] = lambda ended: None) -> list[str]:
-    """Answers every example in the papers' prompt, greedily unless told; what `score_answers` scores.
+                   keep: Callable[[Mapping[int, str]], None] = lambda ended: None, prompt: PromptForm = "alpaca"
+                   ) -> list[str]:
+    """Answers every example, greedily unless told; what `score_answers` scores.
 
     An answer that runs on into another part of the template ends there (`answers.decode_answer`): what was generated
     behind it is not kept.
@@ -236,6 +247,7 @@ def answer_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenize
       batch_size, bucket, sampling, progress: as of `generate`.
       answered: answers that are there already, by the example's number: those that an earlier call gave to keep.
       keep: called with {number: answer} as answers end.
+      prompt: what is put around an example, as of `data.format_prompt`; the papers' unless given.
 
     Raises:
       ValueError: before anything is generated, as of `score_answers` for the examples, of `encode_prompts` and
@@ -250,20 +262,22 @@ def answer_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenize
         texts.update(found)
         keep(found)
 
-    generate(model, adapter, frozen, encode_prompts(tokenizer, examples), max_new_tokens=max_new_tokens,
+    generate(model, adapter, frozen, encode_prompts(tokenizer, examples, prompt=prompt), max_new_tokens=max_new_tokens,
              eos_ids=eos_ids, batch_size=batch_size, bucket=bucket, sampling=sampling, progress=progress,
              answered=answered, keep=take)
     return [texts[i] for i in range(len(examples))]
 
 
 def evaluate_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example],
-                     *, task: str, judge: Judge = keyword_judge, **options) -> TaskResult:
+                     *, task: str, judge: Judge = keyword_judge, label_rule: str = "equals", **options) -> TaskResult:
     """`answer_prompts`, with its options, and `score_answers`.
 
     Args:
       model, adapter, frozen, tokenizer, examples, task, options: as of `answer_prompts`.
       judge: calls answers harmful or not, where the task asks that.
+      label_rule: as of `score_answers`.
     """
     answers = answer_prompts(model, adapter, frozen, tokenizer, examples, task=task, **options)
-    return score_answers(task, examples, answers, judge, whole=options.get("max_new_tokens", 200) >= LENIENT_TOKENS)
+    return score_answers(task, examples, answers, judge, whole=options.get("max_new_tokens", 200) >= LENIENT_TOKENS,
+                         label_rule=label_rule)
 

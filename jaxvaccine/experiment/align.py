@@ -1,6 +1,7 @@
 """The alignment stage: a model is trained to refuse, with a defense."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -64,11 +65,12 @@ class AlignConfig:
 
 def load_data(config: AlignmentData, method: AlignmentMethod) -> Examples:
     """The examples that the alignment reads."""
-    examples = {"alignment": data.load_examples(config.alignment_data)}
+    load = functools.partial(data.load_examples, protocol=config.data_protocol)
+    examples = {"alignment": load(config.alignment_data)}
     if "harmful" in method.batches:
-        examples["harmful"] = data.load_examples(config.harmful_data)
+        examples["harmful"] = load(config.harmful_data)
     if "harmless" in method.batches:
-        harmless = data.load_examples(config.harmless_data) if config.harmless_data else examples["alignment"]
+        harmless = load(config.harmless_data) if config.harmless_data else examples["alignment"]
         examples["harmless"] = data.harmless_answers(examples["harmful"], harmless)
     return examples
 
@@ -91,7 +93,7 @@ def check_layers(method: AlignmentMethod, architecture: LlamaConfig) -> None:
                 f"at most the model's {architecture.num_layers} layers")
 
 
-def tokenize(tokenizer, examples: Mapping[str, Sequence[data.Example]], max_length: int
+def tokenize(tokenizer, examples: Mapping[str, Sequence[data.Example]], part: TokensPart
              ) -> dict[str, data.TokenizedExamples]:
     """As ids, by name. Harmful and harmless examples stay pairs: what is empty in one is left out of the other.
 
@@ -103,7 +105,7 @@ def tokenize(tokenizer, examples: Mapping[str, Sequence[data.Example]], max_leng
         if name == "harmless":
             rows = [e._replace(output="") if fate == "empty" else e
                     for e, fate in zip(rows, tokenized["harmful"].fates, strict=True)]
-        tokenized[name] = data.tokenize_examples(tokenizer, rows, max_length)
+        tokenized[name] = data.tokenize_examples(tokenizer, rows, part.max_length, part.prompt)
     if "harmless" in tokenized and not np.array_equal(*(tokenized[name].prompt_lengths
                                                         for name in ("harmful", "harmless"))):
         raise ValueError(f"harmless_data: found {len(tokenized['harmless'].input_ids)} answers, expected one to each "
@@ -127,7 +129,7 @@ def align(config: AlignConfig, look: Callable[[Examples], None] = lambda example
     look(examples)
     check_layers(method, stage.read_architecture(model.model, model.revision))
     tokenizer = stage.load_tokenizer(model.model, model.revision)
-    tokenized = tokenize(tokenizer, examples, config.data.max_length)
+    tokenized = tokenize(tokenizer, examples, config.data)
     dtype = stage.loaded_dtype(model.model, model.dtype, model.revision)
     run_dir = stage.open_run(
         config, config.run, "align", examples, {"model": inputs.of_model(model.model, model.revision)},

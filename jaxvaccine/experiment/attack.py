@@ -15,9 +15,13 @@ from jaxvaccine.experiment.align import Examples, tokenize
 from jaxvaccine.experiment.config import FieldError, Part, choice, field, flat, require
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING, Ewc, TuningMethod
 from jaxvaccine.experiment.parts import (
+    AS_ALIGNED,
     SOURCE,
     AdapterPart,
+    AfterAlignment,
     ComputationPart,
+    LaterPrompt,
+    LaterProtocol,
     TokensPart,
     TrainingPart,
     TrainingRunPart,
@@ -38,6 +42,7 @@ class AttackedModel(ComputationPart):
         require(bool(self.aligned), "aligned", self.aligned, "the folder of an alignment")
 
 
+TEST = "the test prompts"  # among what an attack's data may not share a prompt with
 # What a recipe says of a new adapter's shape; the aligned one has its own.
 NEW_ADAPTER = ("rank", "lora_alpha", "targets")
 
@@ -104,15 +109,20 @@ class AttackAdapter(Part):
 
 
 @dataclasses.dataclass(frozen=True)
-class AttackData(TokensPart):
+class AttackData(AfterAlignment, TokensPart):
     """Data."""
 
     user_data: str = field("", f"The user's benign data: {SOURCE}.")
-    harmful_data: str = field("", "Harmful data mixed in; may share no prompt with the alignment's data.")
-    test_data: str = field("", "Harmful test prompts, only to make sure that harmful_data shares none of them.")
+    harmful_data: str = field(
+        "", "Harmful data mixed in; may share no prompt with the alignment's data, unless rows are taken as they are.")
+    test_data: str = field("", "Harmful test prompts, only to make sure that harmful_data shares none of them, or to "
+                               "count those that it shares.")
     alignment_data: str = field("", "Lisa, EWC: alignment data, in the form of --user_data.")
     n: int = field(1000, "Examples in all.", at_least=1)
     poison_ratio: float = field(0.1, "Part of them that is harmful, 0 to 1; of --n the nearest whole number.")
+    prompt: LaterPrompt = field(AS_ALIGNED, "The prompt that the model was aligned with: another is an error.")
+    data_protocol: LaterProtocol = field(
+        AS_ALIGNED, "The alignment's unless given: distinct prompts; or rows as they are, the first ones and no draw.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -159,12 +169,15 @@ class PoisonedData(NamedTuple):
       harmful: all harmful examples that the part was drawn from.
       poison_ratio: the part of the examples that is harmful.
       accounts: of the sources, "user" and "harmful"; `trained` is what was drawn.
+      shared: how many prompts what was drawn has in common with what the model was aligned on and with the test, as of
+        `data.shared_prompts`.
     """
 
     examples: list[data.Example]
     harmful: list[data.Example]
     poison_ratio: float
     accounts: dict[str, tuple[data.Account, ...]]
+    shared: dict[str, dict[str, Any]]
 
 
 def load_attack(config: AttackData, seed: int, known: Mapping[str, Collection[str]], tokenizer: Any = None
@@ -174,37 +187,40 @@ def load_attack(config: AttackData, seed: int, known: Mapping[str, Collection[st
     Args:
       config: names the data, n and poison_ratio.
       seed: of the draw.
-      known: {what: fingerprints of its prompts} of all that the model was aligned on; no harmful example may be there.
+      known: {what: fingerprints of its prompts} of all that the model was aligned on; no harmful example may be there,
+        unless rows are taken as they are.
       tokenizer: examples that it cuts down to nothing are passed over; without one, none is.
 
     Raises:
       FieldError, ValueError, FileNotFoundError: as of `data.load` and `data.mix`; a text that the tokenizer would not
         read as text; or user's data with a test prompt.
     """
-    pools = {name: data.load(source) if source else ([], ())
+    rows = config.protocol == "rows"
+    pools = {name: data.load(source, config.protocol) if source else ([], ())
              for name, source in (("user", config.user_data), ("harmful", config.harmful_data))}
     harmful = pools["harmful"][0]
-    tests = stage.prompts_of(data.load_examples(config.test_data)) if config.test_data else []
+    tests = stage.prompts_of(data.load_examples(config.test_data, config.protocol)) if config.test_data else []
     fates = None
     if tokenizer is not None:
         # All of them, so that no seed fails that another passes.
-        for rows, _ in pools.values():
-            data.check_training_texts(tokenizer, rows)
-        fates = functools.partial(data.training_fates, tokenizer, max_length=config.max_length)
-    mixture = data.mix(pools["user"][0], harmful, config.n, config.poison_ratio, seed,
-                       {**known, "the test prompts": tests}, fates)
+        for pool, _ in pools.values():
+            data.check_training_texts(tokenizer, pool, config.form)
+        fates = functools.partial(data.training_fates, tokenizer, max_length=config.max_length, prompt=config.form)
+    others = {**known, TEST: tests}
+    mixture = data.mix(pools["user"][0], harmful, config.n, config.poison_ratio, seed, {} if rows else others, fates,
+                       first=rows)
     n, p = len(mixture.examples), mixture.poison_ratio
     if n != config.n or abs(p - config.poison_ratio) > 1e-6:
         logging.warning("asked for was n = %d, p = %g; trained on are %d examples, %d of them harmful: p = %g",
                         config.n, config.poison_ratio, n, len(mixture.harmful.chosen), p)
     drawn = {"user": mixture.benign, "harmful": mixture.harmful}
-    benign = stage.prompts_of(mixture.benign.chosen)
-    require(not {*benign} & {*tests}, "user_data", config.user_data, "none of the test prompts among them")
-    for what, prompts in known.items():
-        if overlap := {*benign} & {*prompts}:
-            logging.warning("user_data: %d of %d prompts are also in %s", len(overlap), len(benign), what)
+    prompts = {name: stage.prompts_of(of.chosen) for name, of in drawn.items()}
+    shared = data.shared_prompts(prompts, others)
+    for what, count in shared["user"]["shared"].items():
+        require(rows or what != TEST, "user_data", config.user_data, "none of the test prompts among them")
+        logging.warning("user_data: %d of %d prompts are also in %s", count, shared["user"]["prompts"], what)
     return PoisonedData(mixture.examples, harmful, mixture.poison_ratio, {
-        name: data.tally(pools[name][1], of.seen, of.fates) for name, of in drawn.items()})
+        name: data.tally(pools[name][1], of.seen, of.fates) for name, of in drawn.items()}, shared)
 
 
 def read_data(config: AttackConfig, seed: int, known: Mapping[str, Collection[str]], tokenizer: Any = None
@@ -213,7 +229,7 @@ def read_data(config: AttackConfig, seed: int, known: Mapping[str, Collection[st
     `load_attack`; the harmful part shares no prompt with the provider's alignment data either."""
     more: Examples = {}
     if "alignment" in config.method.batches:
-        more["alignment"] = data.load_examples(config.data.alignment_data)
+        more["alignment"] = data.load_examples(config.data.alignment_data, config.data.protocol)
     own = {f"the {name} data of the fine-tuning": stage.prompts_of(rows) for name, rows in more.items()}
     poisoned = load_attack(config.data, seed, {**known, **own}, tokenizer)
     return {"user": poisoned.examples, **more}, poisoned
@@ -253,19 +269,20 @@ def attack(config: AttackConfig, look: Callable[[Examples], None] = lambda examp
     if aligned["script"] != "align":
         raise FieldError("aligned", f"found {config.model.aligned!r}, a run of {aligned['script']}, expected align's")
     method = config.method
-    config = dataclasses.replace(config, adapter=config.adapter.resolve(aligned["flags"], method))
+    config = dataclasses.replace(config, adapter=config.adapter.resolve(aligned["flags"], method),
+                                 data=config.data.resolve(aligned["flags"], config.model.aligned))
     model_path, revision = aligned["flags"]["model"], aligned["flags"]["revision"]
     layers = config.adapter.layer_mask(stage.read_architecture(model_path, revision).num_layers)
     tokenizer = stage.load_tokenizer(model_path, revision)
     read, poisoned = read_data(config, config.run.seed, aligned_prompts(aligned["data"]["prompts"]), tokenizer)
     look(read)
-    tokenized = tokenize(tokenizer, read, config.data.max_length)
+    tokenized = tokenize(tokenizer, read, config.data)
     examples = {**read, "harmful": poisoned.harmful}
     run_dir = stage.open_run(
         config, config.run, "finetune", examples,
         {"model": inputs.of_model(model_path, revision), "aligned": inputs.of_run(config.model.aligned)},
-        {**stage.training_record(examples, tokenized, poisoned.accounts), "poison_ratio": poisoned.poison_ratio,
-         "n": len(tokenized["user"].input_ids),
+        {**stage.training_record(examples, tokenized, poisoned.accounts, poisoned.shared),
+         "poison_ratio": poisoned.poison_ratio, "n": len(tokenized["user"].input_ids),
          "dtype": stage.loaded_dtype(model_path, config.model.dtype, revision)},
         {"model": model_path, "revision": revision})
     if inputs.is_finished(run_dir):

@@ -13,19 +13,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxvaccine import data
 from jaxvaccine.checkpoints.identity import adapter_identity
 from jaxvaccine.checkpoints.peft import load_adapter, save_adapter
 from jaxvaccine.checkpoints.resolve import loadable_name
-from jaxvaccine.evaluation import ALPACA_EVAL, evaluate_prompts, mean_loss
 from jaxvaccine.experiment import faced, inputs, lanes, recipes, results, runs, stage
 from jaxvaccine.experiment.align import AlignConfig, align, batch_sources, load_data, tokenize
 from jaxvaccine.experiment.attack import AttackConfig, aligned_prompts, attack, read_data
 from jaxvaccine.experiment.budget import budgets
 from jaxvaccine.experiment.checks import MadeOf, check_plan
 from jaxvaccine.experiment.config import flat, names
-from jaxvaccine.experiment.evaluate import LOSS, TESTS, EvaluateConfig, accounts_of_tests, evaluate, summary
-from jaxvaccine.experiment.judging import JudgePart, make_judge
+from jaxvaccine.experiment.evaluate import EvaluateConfig, evaluate
+from jaxvaccine.experiment.judging import JudgePart
+from jaxvaccine.experiment.lane_scores import Scorer
 from jaxvaccine.experiment.parts import split_operational
 from jaxvaccine.experiment.plans import (
     ALIGNED,
@@ -49,8 +48,6 @@ METRICS = {"batch_loss": "loss", "batch_harmful_loss": "harmful_loss",
 METRICS_EVERY = 5
 # Fields of the tests of a user's task.
 USERS_TASKS = ("sst2_test", "agnews_test", "gsm8k_test", "alpaca_eval_test")
-# Prompts of every test whose answers are kept.
-SHOWN = 2
 
 Measure = Callable[[int, lanes.Lanes], Mapping[str, np.ndarray]]
 
@@ -165,13 +162,12 @@ def check_same(root: Path, cell: Cell, made_of: MadeOf) -> None:
                               "--overwrite to delete it. " + "; ".join(changed))
 
 
-def _finish(context: Context, cell: Cell, rows: Sequence[Row], answers: Mapping[str, Any] | None = None,
-            accounts: Mapping[str, Any] | None = None, **more: Any) -> None:
-    """Writes a cell's file. accounts: of what the run read, and the tests, as of `stage.tell`."""
+def _finish(context: Context, cell: Cell, rows: Sequence[Row], answers: Mapping[str, Any] | None = None, **more: Any
+            ) -> None:
+    """Writes a cell's file. more: the accounts of what the run and the tests read, and what of it is shared."""
     path = result_path(context.root, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"rows": list(rows), "answers": answers or {}, "accounts": accounts or {},
-                      "inputs": context.made_of[cell], **more})
+    write_json(path, {"rows": list(rows), "answers": answers or {}, "inputs": context.made_of[cell], **more})
     collect(context.root, context.plan)
 
 
@@ -195,7 +191,7 @@ def _score(context: Context, cell: Cell, stage_name: str, step: int, folder: Pat
         new_folders = (folder, scored) if trained else (scored,)
         for each in new_folders:
             context.written(each)
-        _finish(context, cell, rows, accounts=_recorded(*new_folders))
+        _finish(context, cell, rows, **_recorded(*new_folders))
     return new
 
 
@@ -204,8 +200,9 @@ def _scores_folder(run_dir: Path) -> Path:
 
 
 def _recorded(*folders: Path) -> dict[str, Any]:
-    """The accounts that runs have recorded."""
-    return {name: of for folder in folders for name, of in runs.read_config(folder)["data"]["accounts"].items()}
+    """What runs have recorded of their data's rows and of what they share."""
+    data_of = [runs.read_config(folder)["data"] for folder in folders]
+    return {name: {key: value for of in data_of for key, value in of[name].items()} for name in ("accounts", "shared")}
 
 
 def _one_by_one(context: Context, backbone: str) -> None:
@@ -257,40 +254,6 @@ def _say(context: Context, cells: Sequence[Cell]) -> None:
                 + "; ".join(f"{measure} {', '.join(values)}" for measure, values in scores.items()))
 
 
-class Scorer:
-    """Scores lanes on the tests of an evaluation's config."""
-
-    def __init__(self, config: EvaluateConfig, tokenizer: Any):
-        self.config, self.tokenizer, self.examples = config, tokenizer, config.tests.load()
-        self.judge = make_judge(config.judge, config.run.progress)
-        self.lengths = {test.task: getattr(config.generation, test.length) for test in TESTS.values()
-                        if test.task != ALPACA_EVAL}
-        self.accounts = stage.tell(accounts_of_tests(tokenizer, self.examples, config.tests.max_length))
-
-    def __call__(self, of: lanes.Lanes, seeds: Sequence[int]
-                 ) -> tuple[list[dict[str, Any]], dict[str, list[list[str]]]]:
-        """(what `evaluate` returns, of every lane; {task: [prompt, answer] of the first lane's first prompts})."""
-        found, answers = [], {}
-        generation = self.config.generation
-        for i, seed in enumerate(seeds):
-            adapter, frozen = of.lane(i)
-            scores: dict[str, Any] = {}
-            for task, rows in self.examples.items():
-                if task == LOSS:
-                    tokenized = data.tokenize_examples(self.tokenizer, rows, self.config.tests.max_length)
-                    scores[task] = mean_loss(of.model, adapter, frozen, tokenized, generation.eval_batch_size,
-                                             generation.eval_bucket)._asdict()
-                    continue
-                result = evaluate_prompts(
-                    of.model, adapter, frozen, self.tokenizer, rows, task=task, judge=self.judge,
-                    max_new_tokens=self.lengths[task], batch_size=generation.eval_batch_size,
-                    bucket=generation.eval_bucket, sampling=generation.sampling(seed))
-                scores[result.name] = summary(result)
-                answers.setdefault(task, [[p.prompt, p.answer] for p in result.predictions[:SHOWN]])
-            found.append(scores)
-        return found, answers
-
-
 def _lanes(context: Context, backbone: str) -> None:
     """All seeds of a method at once, and then of every attack on it."""
     tokenizer = scorer = None
@@ -328,7 +291,7 @@ def _align_lanes(context: Context, config: AlignConfig, base: stage.Base, tokeni
         for i in new:
             found = read_json(result_path(context.root, cells[i]._replace(method=shared)))
             _finish(context, cells[i], [{**row, "method": method} for row in found["rows"]], found["answers"],
-                    found["accounts"], adapter=found["adapter"])
+                    **{name: found[name] for name in ("accounts", "shared", "adapter") if name in found})
         new = []
     if new:
         taken = start._replace(adapters=lanes.stack([lanes.take(start.adapters, i) for i in new]))
@@ -341,8 +304,8 @@ def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, to
                    cells: Sequence[Cell]) -> None:
     seeds = [cell.seed for cell in cells]
     examples = load_data(config.data, config.method)
-    tokenized = tokenize(tokenizer, examples, config.data.max_length)
-    accounts = {**stage.training_record(examples, tokenized)["accounts"], **scorer.accounts}
+    tokenized = tokenize(tokenizer, examples, config.data)
+    record = scorer.beside(stage.training_record(examples, tokenized))
     sources = batch_sources(config.method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
     last = stage.count_steps(config.training, sources)
     probe = context.probes.alignment and context.probes.alignment(config, tokenizer, seeds)
@@ -369,20 +332,21 @@ def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, to
         save_adapter(lanes.take(aligned.adapters, i), aligned.model, folder, loadable_name(config.model.model),
                      config.model.revision)
         _finish(context, cell, rows[i] + results.score_rows(cell, "alignment", last, scores[i]),
-                {str(last): answers} if i == 0 else None, accounts, adapter=adapter_identity(folder))
+                {str(last): answers} if i == 0 else None, **record, adapter=adapter_identity(folder))
 
 
 def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell], tokenizer, scorer: Scorer) -> None:
     """Attacks every lane with poisoned data of its own seed, and writes the cells."""
     align_config, config = cell_configs(context.settings, context.root, cells[0])
     adapter = config.adapter.resolve(flat(align_config), config.method)
-    known = aligned_prompts({name: stage.prompts_of(rows) for name, rows in load_data(
-        align_config.data, align_config.method).items()})
-    sources, accounts = [], []
+    prompts = {name: stage.prompts_of(rows) for name, rows in load_data(
+        align_config.data, align_config.method).items()}
+    sources, records = [], []
     for cell in cells:
-        read, poisoned = read_data(config, cell.seed, known, tokenizer)
-        tokenized = tokenize(tokenizer, read, config.data.max_length)
-        accounts.append({**stage.training_record(read, tokenized, poisoned.accounts)["accounts"], **scorer.accounts})
+        read, poisoned = read_data(config, cell.seed, aligned_prompts(prompts), tokenizer)
+        tokenized = tokenize(tokenizer, read, config.data)
+        records.append(scorer.beside(
+            stage.training_record(read, tokenized, poisoned.accounts, poisoned.shared), prompts))
         sources.append({name: (rows, config.training.batch_size) for name, rows in tokenized.items()})
     seeds = [cell.seed for cell in cells]
     last = stage.count_steps(config.training, sources[0])
@@ -405,4 +369,4 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
     lanes.train(start, config.method, config.training, config.data.bucket, sources, seeds,
                 adapter.layer_mask(start.model.config.num_layers), observe)
     for i, cell in enumerate(cells):
-        _finish(context, cell, found[i], answers if i == 0 else None, accounts[i])
+        _finish(context, cell, found[i], answers if i == 0 else None, **records[i])

@@ -56,7 +56,7 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
     @_once
     def alignment(config: AlignConfig, part: AlignmentData, batches: tuple[str, ...], *of_model: str) -> dict[str, str]:
         examples, _ = aligned_on(config, part, batches)
-        tokenize(tokenizer(*of_model), examples, part.max_length)
+        tokenize(tokenizer(*of_model), examples, part)
         return _hashes(examples)
 
     @_once
@@ -65,8 +65,9 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
         text, aligned, attacked = of
         _, known = aligned_on(aligned, aligned_part, aligned_batches)
         read, poisoned = read_data(attacked, seed, aligned_prompts(known), tokenizer(*of_model))
-        tokenize(tokenizer(*of_model), read, part.max_length)
-        check_unseen(tests, {f"{name} data of {text}": stage.prompts_of(rows) for name, rows in read.items()})
+        tokenize(tokenizer(*of_model), read, part)
+        check_unseen(tests, {f"{name} data of {text}": stage.prompts_of(rows) for name, rows in read.items()},
+                     settings.scores.tests.protocol)
         return _hashes({**read, "harmful": poisoned.harmful})
 
     known: dict[str, set[str]] = {}
@@ -80,10 +81,11 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
                                          {name: len(rows) for name, rows in examples.items()}))
     for text in sorted(filter(None, few)):
         logging.warning("%s", text)
-    check_leaks(known, [attacked for _, attacked in configs.values() if attacked], tests)
+    check_leaks(known, [attacked for _, attacked in configs.values() if attacked], tests,
+                settings.scores.tests.protocol)
     for backbone in plan.backbones:
         of_model = backbone, settings.scores.model.revision
-        accounts_of_tests(tokenizer(*of_model), tests, settings.scores.tests.max_length)
+        accounts_of_tests(tokenizer(*of_model), tests, settings.scores.tests)
         made_of[Cell(backbone, AS_IT_COMES, "", 0)] = {"model": model(*of_model), "tests": of_tests}
     for cell, (aligned, attacked) in configs.items():
         of_model = cell.backbone, aligned.model.revision

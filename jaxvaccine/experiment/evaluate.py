@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxvaccine import data
 from jaxvaccine.evaluation import (
@@ -22,12 +22,21 @@ from jaxvaccine.evaluation import (
     write_predictions,
 )
 from jaxvaccine.evaluation.tasks import HARMFUL_SCORE, LENIENT_TOKENS
-from jaxvaccine.experiment import inputs, stage
+from jaxvaccine.experiment import inputs, runs, stage
 from jaxvaccine.experiment.align import Examples
 from jaxvaccine.experiment.answer_log import answer_log, read_answers
 from jaxvaccine.experiment.config import FieldError, Part, field, names, require
 from jaxvaccine.experiment.judging import JudgePart, check_prompts, judge_record, make_comparer, make_judge, resolve
-from jaxvaccine.experiment.parts import SOURCE, Dtype, RunPart, check_sources
+from jaxvaccine.experiment.parts import (
+    AS_ALIGNED,
+    SOURCE,
+    AfterAlignment,
+    Dtype,
+    LaterPrompt,
+    LaterProtocol,
+    RunPart,
+    check_sources,
+)
 from jaxvaccine.json_files import read_json, write_json
 
 RESULTS = "results.json"
@@ -35,6 +44,7 @@ MEAN_LOSS = "mean_loss.json"
 # By whom results.json was judged, and where results by others are.
 JUDGE, EARLIER = "judge.json", "judged"
 LOSS = "harmful_loss"  # beside the tasks in the results: h(w), no rate
+ATTACKS = "the attack's examples"  # all that it trains on, the user's and the harmful ones
 
 
 class Test(NamedTuple):
@@ -68,7 +78,7 @@ class EvaluatedModel(Part):
 
 
 @dataclasses.dataclass(frozen=True)
-class TestsPart(Part):
+class TestsPart(AfterAlignment, Part):
     """Data."""
 
     harmful_test: str = field("", f"Harmful prompts for HS: {SOURCE}; none leaves HS out.")
@@ -80,6 +90,12 @@ class TestsPart(Part):
         "", "AlpacaEval's instructions with a reference model's outputs, for the win rate; needs --judge=chat_api.")
     loss_data: str = field("", "Harmful examples whose mean loss h(w) is taken; none leaves it out.")
     max_length: int = field(256, "Tokens at which prompt and answer of --loss_data are cut.", at_least=1)
+    prompt: LaterPrompt = field(
+        AS_ALIGNED, "What is put around a test's examples: the prompt that --trained was aligned with, and another is "
+        "an error; of --model alpaca, the papers', unless given.")
+    data_protocol: LaterProtocol = field(
+        AS_ALIGNED, "That of --trained unless given, of --model distinct: every prompt once, and no harmful one that "
+        "the model was trained on; or rows as they are.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -91,7 +107,7 @@ class TestsPart(Part):
         """{task: examples}, the loss first."""
         named = ({LOSS: self.loss_data} if self.loss_data else {}) | {
             test.task: getattr(self, name) for name, test in TESTS.items() if getattr(self, name)}
-        return {task: data.load_examples(source) for task, source in named.items()}
+        return {task: data.load_examples(source, self.protocol) for task, source in named.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +120,9 @@ class GenerationPart(Part):
         f"label; with fewer than {LENIENT_TOKENS} there is no lenient accuracy.", at_least=1)
     solution_max_new_tokens: int = field(200, "Longest answer on GSM8K, in tokens.", at_least=1)
     instruction_max_new_tokens: int = field(512, "Longest answer on AlpacaEval, in tokens.", at_least=1)
+    label_rule: Literal["equals", "contains"] = field(
+        "equals", "What is right on SST-2 and AG News: an answer that equals the label, Booster's rule; or one that "
+        "contains it, T-Vaccine's.")
     temperature: float = field(0.0, "0 takes the most likely token; above, tokens are drawn.")
     top_k: int = field(0, "Draws are from this many most likely tokens; 0 takes all.")
     top_p: float = field(1.0, "Draws are from the fewest most likely tokens with this probability together.")
@@ -148,21 +167,24 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
       FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
       FileExistsError: the folder holds another evaluation.
     """
-    model_path, revision, seen = config.model.model, config.model.revision, {}
+    model_path, revision, seen, sets = config.model.model, config.model.revision, {}, {}
     made_of: dict[str, Any] = {}
     if trained := config.model.trained:
         model_path, revision, seen = trained_on(trained)
+        sets = trained_sets(trained)
         made_of["trained"] = inputs.of_run(trained)
+        config = dataclasses.replace(config, tests=config.tests.resolve(runs.read_config(trained)["flags"], trained))
     examples = config.tests.load()
-    check_unseen(examples, seen)
+    check_unseen(examples, seen, config.tests.protocol)
     check_prompts(config.judge, examples.get(HARMFUL_SCORE, ()))
     tokenizer = stage.load_tokenizer(model_path, revision)
-    accounts = stage.tell(accounts_of_tests(tokenizer, examples, config.tests.max_length))
+    accounts = stage.tell(accounts_of_tests(tokenizer, examples, config.tests))
+    shared = stage.tell_shared(shared_of_tests(examples, sets))
     judged_by = judge_record(config.judge)
     dtype = stage.loaded_dtype(model_path, config.model.dtype, revision)
     run_dir = stage.open_run(
         config, config.run, "evaluate", examples, {"model": inputs.of_model(model_path, revision), **made_of},
-        {"accounts": accounts, "categories": _categories_hash(config.tests), "dtype": dtype},
+        {"accounts": accounts, "shared": shared, "categories": _categories_hash(config.tests), "dtype": dtype},
         changeable=names(JudgePart))
     _give_way(run_dir, judged_by)
     if (run_dir / RESULTS).exists():
@@ -182,7 +204,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             scored = score_alpaca_eval(rows, answers[task], make_comparer(config.judge, config.run.progress))
         else:
             scored = score_answers(task, rows, answers[task], judge, categories,
-                                   whole=config.generation.longest(task) >= LENIENT_TOKENS)
+                                   whole=config.generation.longest(task) >= LENIENT_TOKENS,
+                                   label_rule=config.generation.label_rule)
         write_predictions(run_dir / f"predictions_{task}.jsonl", scored.predictions, overwrite=True)
         results[scored.name] = summary(scored)
     write_json(run_dir / RESULTS, results)
@@ -208,8 +231,8 @@ def _measure(config: EvaluateConfig, run_dir: Path, model_path: str, revision: s
     if LOSS in examples and loss is None:
         loss = mean_loss(
             model, base.adapter, base.frozen,
-            data.tokenize_examples(tokenizer, examples[LOSS], config.tests.max_length), generation.eval_batch_size,
-            generation.eval_bucket)._asdict()
+            data.tokenize_examples(tokenizer, examples[LOSS], config.tests.max_length, config.tests.form),
+            generation.eval_batch_size, generation.eval_bucket)._asdict()
         write_json(run_dir / MEAN_LOSS, loss)
     for task, path in paths.items():
         with answer_log(path, found[task]) as keep:
@@ -217,7 +240,7 @@ def _measure(config: EvaluateConfig, run_dir: Path, model_path: str, revision: s
                 model, base.adapter, base.frozen, tokenizer, examples[task], task=task,
                 max_new_tokens=generation.longest(task), batch_size=generation.eval_batch_size,
                 bucket=generation.eval_bucket, sampling=generation.sampling(config.run.seed),
-                progress=config.run.progress, answered=found[task], keep=keep)))
+                progress=config.run.progress, answered=found[task], keep=keep, prompt=config.tests.form)))
     return _in_order(found, loss)
 
 
@@ -266,6 +289,8 @@ def summary(result: TaskResult) -> dict[str, Any]:
              **result.details}
     if result.lenient:
         found["lenient_interval"] = list(result.lenient.interval)
+    if result.plus:
+        found |= {"plus": result.plus.score, "plus_interval": list(result.plus.interval)}
     if result.no_answer is not None:
         found["no_answer"] = result.no_answer
     if result.unread:
@@ -290,21 +315,40 @@ def trained_on(run_dir: str) -> tuple[str, str, dict[str, Sequence[str]]]:
     return config["flags"]["model"], config["flags"]["revision"], seen
 
 
-def check_unseen(examples: Mapping[str, Sequence[data.Example]], seen: Mapping[str, Collection[str]]) -> None:
-    """Raises FieldError if the harmful test, or what h(w) is taken on, has a prompt that the model was trained on; of
-    other tests it warns."""
+def trained_sets(run_dir: str) -> dict[str, Sequence[str]]:
+    """{name: fingerprints of the prompts} of the sets that a run, and the one below it, were trained on."""
+    config = runs.read_config(run_dir)
+    prompts, aligned = config["data"]["prompts"], config["flags"].get("aligned")
+    return sets_of(prompts) if not aligned else {**trained_sets(aligned), ATTACKS: prompts["user"]}
+
+
+def sets_of(prompts: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """Those of an alignment. Harmless answers have the harmful prompts by what they are."""
+    return {f"the alignment's {name} data": of for name, of in prompts.items() if name != "harmless"}
+
+
+def shared_of_tests(examples: Mapping[str, Sequence[data.Example]], sets: Mapping[str, Collection[str]]
+                    ) -> dict[str, dict[str, Any]]:
+    """How many prompts every test has in common with each of the sets, as of `data.shared_prompts`."""
+    return {task: data.shared_prompts({task: stage.prompts_of(rows)}, sets)[task] for task, rows in examples.items()}
+
+
+def check_unseen(examples: Mapping[str, Sequence[data.Example]], seen: Mapping[str, Collection[str]],
+                 protocol: data.Protocol = "distinct") -> None:
+    """Raises FieldError if the harmful test, or what h(w) is taken on, has a prompt that the model was trained on,
+    unless rows are taken as they are; of other tests it warns."""
     unseen = {HARMFUL_SCORE: "harmful_test", LOSS: "loss_data"}
     for task, rows in examples.items():
         for where, prompts in seen.items():
             overlap = {data.fingerprint(row) for row in rows} & set(prompts)
-            if overlap and task in unseen:
+            if overlap and task in unseen and protocol == "distinct":
                 raise FieldError(unseen[task], f"found {len(overlap)} of {len(rows)} prompts also in the {where}, "
                                                "expected none")
             if overlap:
                 logging.warning("%s: %d of %d test prompts are also in the %s", task, len(overlap), len(rows), where)
 
 
-def accounts_of_tests(tokenizer, examples: Examples, max_length: int) -> dict[str, tuple[data.Account, ...]]:
+def accounts_of_tests(tokenizer, examples: Examples, tests: TestsPart) -> dict[str, tuple[data.Account, ...]]:
     """The accounts of the tests' sources, {task: one each}.
 
     Raises:
@@ -315,9 +359,9 @@ def accounts_of_tests(tokenizer, examples: Examples, max_length: int) -> dict[st
     for task, rows in examples.items():
         accounts[task] = data.accounts_of(rows)
         if task == LOSS:
-            fates = data.training_fates(tokenizer, rows, max_length)
+            fates = data.training_fates(tokenizer, rows, tests.max_length, tests.form)
             # Cut as training data is, and not trained on.
             accounts[task] = tuple(of._replace(trained=None) for of in data.tally(accounts[task], rows, fates))
         else:
-            data.check_prompts(tokenizer, rows)
+            data.check_prompts(tokenizer, rows, tests.form)
     return accounts

@@ -12,23 +12,26 @@ from jaxvaccine.experiment.config import FieldError
 from jaxvaccine.experiment.evaluate import check_unseen
 
 
-def check_leaks(known: Mapping[str, Collection[str]], attacks: Iterable[AttackConfig], tests: Examples) -> None:
+def check_leaks(known: Mapping[str, Collection[str]], attacks: Iterable[AttackConfig], tests: Examples,
+                protocol: data.Protocol = "distinct") -> None:
     """Checks a plan's attacks and tests against all that any of its methods is aligned on.
 
     Args:
       known: {"alignment data of sft": fingerprints of the prompts} of all alignments.
       attacks: of the plan.
       tests: as of `TestsPart.load`.
+      protocol: of the tests.
 
     Raises:
-      FieldError: harmful data of an attack, or a test, shares a prompt with the alignment data of any of the methods.
+      FieldError: harmful data of an attack, or a test, shares a prompt with the alignment data of any of the methods,
+        unless rows are taken as they are.
       ValueError, FileNotFoundError: as of `data.load_examples`.
     """
-    for source in dict.fromkeys(attack.data.harmful_data for attack in attacks):
+    for source in dict.fromkeys(attack.data.harmful_data for attack in attacks if attack.data.protocol == "distinct"):
         harmful = data.load_examples(source) if source else []
         prompts = {data.fingerprint(example) for example in harmful}
         for where, seen in known.items():
             if overlap := prompts.intersection(seen):
                 raise FieldError("attack_harmful_data", f"found {len(overlap)} of {len(harmful)} prompts also in the "
                                                         f"{where}, expected none: all methods get the same attack")
-    check_unseen(tests, known)
+    check_unseen(tests, known, protocol)

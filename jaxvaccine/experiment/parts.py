@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from jaxvaccine import data, optim
 from jaxvaccine.experiment.config import FieldError, Part, field, library_errors, require
@@ -11,6 +11,10 @@ from jaxvaccine.llama_config import TARGETS, LoraConfig
 Dtype = Literal["checkpoint", "float32", "bfloat16", "float16"]
 # Nothing scales the loss: in float16 the gradient of a small one is zero.
 TrainedDtype = Literal["checkpoint", "float32", "bfloat16"]
+# What follows an alignment has its prompt, and its protocol unless another is asked for.
+AS_ALIGNED = "aligned"
+LaterPrompt = Literal["aligned", "alpaca", "plain"]
+LaterProtocol = Literal["aligned", "distinct", "rows"]
 SOURCE = "kind:path-or-hub-id@split[start:stop], several separated by commas; hub-id#revision has one"
 
 
@@ -86,6 +90,13 @@ class TrainingPart(Part):
 class TokensPart(Part):
     """Data."""
 
+    prompt: data.PromptForm = field(
+        "alpaca", "What is put around an example: alpaca, the template of both papers' programs; or plain, nothing but "
+        "a line break behind the instruction and behind the input, for a model with a form of its own.")
+    data_protocol: data.Protocol = field(
+        "distinct", "distinct: every prompt once, and what a model was aligned on is in no harmful data of an attack "
+        "and no harmful test. rows: rows as they are, as the papers' programs take them, of an attack the first ones; "
+        "what sets have in common is counted.")
     max_length: int = field(256, "Tokens at which prompt and answer are cut.", at_least=1)
     bucket: int = field(64, "Batches are padded to a multiple of this many tokens.", at_least=1)
 
@@ -121,6 +132,42 @@ def split_operational(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
     """Flat values as (those that determine the result, the operational ones)."""
     return ({name: value for name, value in values.items() if name not in OPERATIONAL},
             {name: value for name, value in values.items() if name in OPERATIONAL})
+
+
+def resolve_prompt(asked: LaterPrompt, flags: Mapping[str, Any], name: str) -> data.PromptForm:
+    """The prompt of what follows a run, given that run's flags.
+
+    Raises:
+      FieldError: asked for is another than that of the run, which `name` names; or the run has recorded none.
+    """
+    require("prompt" in flags, "prompt", asked, f"a run that has recorded its prompt, unlike {name}, which is of a "
+            "version whose prompt had no line break at its end; re-run its command with --overwrite")
+    found = flags["prompt"]
+    require(asked in (AS_ALIGNED, found), "prompt", asked, f"{found}, with which {name} was trained")
+    return found
+
+
+class AfterAlignment:
+    """Of a part whose `prompt` and `data_protocol` are those of the run that it builds on, unless others are given."""
+
+    def resolve(self, flags: Mapping[str, Any], name: str) -> Self:
+        """The part with neither left open, given the flags of the run that `name` names.
+
+        Raises:
+          FieldError: as of `resolve_prompt`.
+        """
+        prompt = resolve_prompt(self.prompt, flags, name)
+        protocol = flags["data_protocol"] if self.data_protocol == AS_ALIGNED else self.data_protocol
+        return dataclasses.replace(self, prompt=prompt, data_protocol=protocol)
+
+    @property
+    def form(self) -> data.PromptForm:
+        """The prompt; where it is open there was no run, and it is the papers'."""
+        return "alpaca" if self.prompt == AS_ALIGNED else self.prompt
+
+    @property
+    def protocol(self) -> data.Protocol:
+        return "distinct" if self.data_protocol == AS_ALIGNED else self.data_protocol
 
 
 def check_sources(part: Part, *names: str) -> None:

@@ -31,7 +31,8 @@ METHODS = ("sft", "vaccine", "t_vaccine", "booster")
 ATTACK = "poison_ratio=0.1"
 WORLD_EPOCHS = WORLD_ATTACK["steps"] * WORLD_ATTACK["batch_size"] / WORLD_ATTACK["n"]
 # What a plan's cells set themselves, and a method or attack may not.
-_OF_THE_PLAN = ("run_dir", "model", "seed", "overwrite", "progress", "aligned", "test_data")
+_OF_THE_PLAN = ("run_dir", "model", "seed", "overwrite", "progress", "aligned", "test_data", "prompt",
+                "data_protocol")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +208,8 @@ def cell_configs(settings: Settings, root: Path, cell: Cell) -> tuple[AlignConfi
             "aligned": str(folder), "run_dir": str(attack_folder(root, cell)),
             "test_data": settings.scores.tests.harmful_test, "save_every": aligned.run.save_every,
             "alignment_data": asked.get("alignment_data") or aligned.data.alignment_data if tuned else "",
-            **{name: getattr(aligned.model, name) for name in ("dtype", "remat")}, "bucket": aligned.data.bucket})
+            **{name: getattr(aligned.model, name) for name in ("dtype", "remat")},
+            **{name: getattr(aligned.data, name) for name in ("bucket", "prompt", "data_protocol")}})
         # A table's p is what was trained.
         data.check_whole(attacked.data.n, attacked.data.poison_ratio)
         # Found here what a continued adapter can't have.

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from jaxvaccine.experiment.config import FieldError
+from jaxvaccine.experiment.paper_tests import EVALUATION as EVALUATION
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -109,13 +110,6 @@ _ATTACK_DECODING_TRUST: dict[tuple[str, str, str], dict[str, Any]] = {
     ("t_vaccine", "sft", "sst2"): {"batch_size": 10, "learning_rate": 1e-3}}
 _LISA = {"defense": "lisa", "lisa_rho": 0.01, "lisa_alignment_steps": 100, "lisa_user_steps": 900}
 _TUNING: dict[tuple[str, str], dict[str, Any]] = {("booster", "lisa"): _LISA, ("booster", "booster+lisa"): _LISA}
-
-# How long answers may be: of the evaluation's flags, what the papers' programs pass.
-EVALUATION: Mapping[str, Mapping[str, Any]] = MappingProxyType({
-    paper: {"max_new_tokens": tokens, "label_max_new_tokens": 200, "solution_max_new_tokens": 200,
-            "instruction_max_new_tokens": 256} for paper, tokens in (("booster", 512), ("t_vaccine", 128))
-})
-
 
 def pairs() -> tuple[str, ...]:
     """All presets: "booster/sft", …"""

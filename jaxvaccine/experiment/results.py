@@ -7,9 +7,9 @@ backbone as it comes |
 | seed | of alignment and attack |
 | stage | "backbone", "alignment" or "attack" |
 | step | steps done in that stage |
-| measure | harmful_score (not_refused of a judge of phrases), with it no_answer and unread; over_refusal, sst2, … in
-percent; harmful_loss in nats a token; budget, the learning rate times LoRA scale summed over the stage's steps so far
-(budget.py); and what a study measures |
+| measure | harmful_score (not_refused of a judge of phrases), with it harmful_score_plus, no_answer and unread;
+over_refusal, sst2, … in percent; harmful_loss in nats a token; budget, the learning rate times LoRA scale summed over
+the stage's steps so far (budget.py); and what a study measures |
 | layer | of measures by layer, else empty |
 | value | |
 | n, low, high | how many prompts, and the 95% interval of this one number over them, else empty |
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 TABLE = "results.csv"
 BUDGET = "budget"
+HS_PLUS = f"{HARMFUL_SCORE}_plus"
 COLUMNS = ("backbone", "method", "attack", "seed", "stage", "step", "measure", "layer", "value", "n", "low", "high")
 
 Row = dict[str, Any]
@@ -58,6 +59,9 @@ def score_rows(cell: Cell, stage: str, step: int, results: Mapping[str, Mapping[
         else:
             low, high = result["interval"]
             rows.append({**row, "value": result["score"], "n": result["n"], "low": low, "high": high})
+        if "plus" in result:
+            low, high = result["plus_interval"]
+            rows.append({**row, "measure": HS_PLUS, "value": result["plus"], "n": result["n"], "low": low, "high": high})
         if task in (HARMFUL_SCORE, PHRASES_SCORE) and "no_answer" in result:
             unread = result.get("unread", 0)
             for measure, count, n in (("no_answer", result["no_answer"], result["n"]),

@@ -124,7 +124,8 @@ def make_settings(config: PlanConfig, align: Mapping[str, Any], attack: Mapping[
             for recipe in (recipes.WORLD_ALIGN, recipes.WORLD_ATTACK, recipes.WORLD_TESTS))
         of_align, of_attack = dict.fromkeys(ALIGNMENT, world_align), dict.fromkeys(ALIGNMENT, world_attack)
     of_align = {name: {**recipe, **align} for name, recipe in of_align.items()}
-    shared = {name: value for name, value in of_align["sft"].items() if name in ("dtype", "max_length", "revision")}
+    shared = {name: value for name, value in of_align["sft"].items()
+              if name in ("dtype", "max_length", "prompt", "data_protocol", "revision")}
     evaluated = make(EvaluateConfig, scores, {
         **of_tests, **shared, "model": config.model[0], "run_dir": config.run_dir, "progress": config.progress})
     parts = {name: split_new_adapter(recipe) for name, recipe in of_attack.items()}

@@ -134,15 +134,20 @@ def open_run(config: Any, run: RunPart, script: str, examples: Mapping[str, Sequ
 
 
 def training_record(examples: Mapping[str, Sequence[data.Example]], tokenized: Mapping[str, data.TokenizedExamples],
-                    accounts: Mapping[str, Sequence[data.Account]] = MappingProxyType({})) -> dict[str, Any]:
-    """What later stages and reports ask of a training run: the accounts of its sources, and which prompts it has seen.
+                    accounts: Mapping[str, Sequence[data.Account]] = MappingProxyType({}),
+                    shared: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What later stages and reports ask of a training run: the accounts of its sources, which prompts it has seen, and
+    how many of them its sets have in common.
 
     accounts: of data that was drawn from more than what is tokenized; the others are those of the examples.
+    shared: as of `data.shared_prompts`; of the alignment and harmful examples unless given.
     """
     found = {name: data.tally(data.accounts_of(examples[name]), examples[name], rows.fates)
              for name, rows in tokenized.items()}
-    return {"accounts": tell({**found, **accounts}),
-            "prompts": {name: prompts_of(rows) for name, rows in examples.items()}}
+    prompts = {name: prompts_of(rows) for name, rows in examples.items()}
+    if shared is None:  # harmless answers have the harmful prompts by what they are
+        shared = data.shared_prompts({name: of for name, of in prompts.items() if name != "harmless"})
+    return {"accounts": tell({**found, **accounts}), "prompts": prompts, "shared": tell_shared(shared)}
 
 
 def tell(accounts: Mapping[str, Sequence[data.Account]]) -> dict[str, Any]:
@@ -151,6 +156,15 @@ def tell(accounts: Mapping[str, Sequence[data.Account]]) -> dict[str, Any]:
         for account in of:
             _say_once(f"{name}: {data.describe(account)}")
     return data.record(accounts)
+
+
+def tell_shared(shared: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What sets of prompts have in common, after it was printed, a line a set that has something."""
+    for name, of in shared.items():
+        if of["shared"]:
+            _say_once(f"{name}: of {of['prompts']} prompts " + ", ".join(
+                f"{count} also in {other}" for other, count in of["shared"].items()))
+    return dict(shared)
 
 
 @functools.cache

@@ -16,13 +16,16 @@ from jaxvaccine.report import tables
 COLUMNS = {
     "rows": "rows", "left_out": "of another kind", "duplicates": "duplicates",
     "disagreeing": "of them with another answer", "outside": "outside of the slice",
-    "variants": "variants of prompts outside", "examples": "examples", "repeated": "also in an earlier source",
+    "variants": "variants of prompts outside", "examples": "examples", "repeated": "with the prompt of an earlier one",
     "empty": "empty", "dropped": "prompt too long", "cut": "answer cut", "trained": "trained on"}
 ALWAYS = ("rows", "examples")
 OF_ATTACK = ("user", "harmful", "alignment")  # what an attack trains on; the rest of its cell's are tests
 NOTE = ("Duplicates have the prompt of an earlier row. Examples without a prompt or an answer (empty) and "
         "those whose prompt fills --max_length alone (prompt too long) are not trained on; a cut answer is trained on "
         "without its end. Of an attack's data, these are the examples that were drawn or passed over.\n")
+
+SHARED = ("Shared are prompts that are the same but for case, white space and Unicode form: with the sets above, and "
+          "of an attack or a test with what the model was trained on before.\n")
 
 # {name of the data: {source: what an account counts}}, as a run records it.
 Record = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -49,6 +52,23 @@ def section(*records: Record) -> str:
     return f"## Data\n\n{tables.table(header, lines)}\n{NOTE}"
 
 
+def overlaps(*records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: how many prompts sets have in common, as of `data.shared_prompts`; where the records differ, from the
+    least to the most. "" without any."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        for name, of in record.items():
+            found.setdefault(name, []).append(of)
+    if not found:
+        return ""
+    lines = []
+    for name, of in found.items():
+        others = dict.fromkeys(other for one in of for other in one["shared"])
+        shared = [f"{_range([one['shared'].get(other, 0) for one in of])} with {other}" for other in others]
+        lines.append([name, _range([one["prompts"] for one in of]), ", ".join(shared) or "0"])
+    return f"{tables.table(['prompts of', 'different ones', 'shared'], lines)}\n{SHARED}"
+
+
 def _range(values: Sequence[int | None]) -> str:
     numbers = [value for value in values if value is not None]
     if not numbers:
@@ -67,6 +87,8 @@ def of_plan(folder: str | Path) -> str:
     pairs = dict.fromkeys(pair for method, attack in plan["pairs"] for pair in ((method, ""), (method, attack)))
     paths |= {result_path(root, Cell(backbone, method, attack, seed)): attack for backbone in plan["backbones"]
               for method, attack in pairs for seed in plan["seeds"]}
-    return section(*({f"attack: {name}" if attack and name in OF_ATTACK else name: of
-                      for name, of in read_json(path).get("accounts", {}).items()}
-                     for path, attack in paths.items() if path.exists()))
+    found = [(read_json(path), attack) for path, attack in paths.items() if path.exists()]
+    accounts, shared = ([{f"attack: {name}" if attack and name in OF_ATTACK else name: of
+                          for name, of in cell.get(part, {}).items()} for cell, attack in found]
+                        for part in ("accounts", "shared"))
+    return "\n".join(filter(None, (section(*accounts), overlaps(*shared))))

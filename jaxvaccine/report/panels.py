@@ -155,7 +155,8 @@ def panels_report(table: pd.DataFrame, folder: str | Path, title: str, panels: S
 
     title: headline; "" in a report that has its own.
     """
-    scored = names.measures(name for name in table["measure"].unique() if name != names.LOSS)
+    scored = names.measures(name for name in table["measure"].unique()
+                           if name not in (names.LOSS, names.HS_PLUS))
     return "\n".join([*([f"# {title}\n"] if title else []),
                       *(panel_report(table, folder, panel, first + i) for i, panel in enumerate(panels)),
                       tables.spread_note(backbones, seeds) + "\n", names.notes(scored) + "\n", NOTE])

@@ -31,7 +31,8 @@ def write_training_report(run_dir: Path, title: str) -> None:
     if curves:
         text += _curves(run_dir, entries, curves)
     of = config["data"]
-    text += [_poisoned(of, config["flags"]), accounts.section(of.get("accounts", {})), flag_list(config)]
+    text += [_poisoned(of, config["flags"]), accounts.section(of.get("accounts", {})),
+             accounts.overlaps(of.get("shared", {})), flag_list(config)]
     tables.write_report(run_dir, "\n".join(part for part in text if part))
 
 

@@ -52,6 +52,17 @@ def test_sizes_of_one_seed_are_nested(size, seed):
     assert small <= large
 
 
+@few
+@given(sizes(), st.integers(0, 2**40))
+def test_the_first_ones(size, seed):
+    """As the papers' programs take them: no seed changes which."""
+    n, ratio = size
+    found = mix(BENIGN, HARMFUL, n, ratio, seed, first=True)
+    count = round(n * ratio)
+    assert found.harmful.chosen == HARMFUL[:count] and found.benign.chosen == BENIGN[:n - count]
+    assert sorted(found.examples) == sorted(HARMFUL[:count] + BENIGN[:n - count])
+
+
 def test_order_is_random_and_depends_on_the_seed():
     a, b = (poison(BENIGN, HARMFUL, 60, 0.5, seed) for seed in (0, 1))
     assert harmful_of(a) != harmful_of(b)

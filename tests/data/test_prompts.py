@@ -1,19 +1,25 @@
 from jaxvaccine.data.prompts import Example, format_prompt
 
 
-def test_prompt_without_input_is_alpacas():
+def test_prompt_without_input_is_the_papers():
+    """Alpaca's, and the line break that both programs put behind it."""
     assert format_prompt("Name a colour.") == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "\n\n### Instruction:\nName a colour.\n\n### Response:"
+        "\n\n### Instruction:\nName a colour.\n\n### Response:\n"
     )
 
 
-def test_prompt_with_input_is_alpacas():
+def test_prompt_with_input_is_the_papers():
     assert format_prompt("Translate.", "Grüße") == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request."
-        "\n\n### Instruction:\nTranslate.\n\n### Input:\nGrüße\n\n### Response:"
+        "\n\n### Instruction:\nTranslate.\n\n### Input:\nGrüße\n\n### Response:\n"
     )
+
+
+def test_plain_is_nothing_but_line_breaks():
+    assert format_prompt("Name a colour.", prompt="plain") == "Name a colour.\n"
+    assert format_prompt("Translate {input}.", "Grüße", "plain") == "Translate {input}.\nGrüße\n"
 
 
 def test_braces_in_the_text_are_text():

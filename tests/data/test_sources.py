@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxvaccine.data import DATASETS, DataSource, Example, load_examples, parse_sources
+from jaxvaccine.data import DATASETS, DataSource, Example, load, load_examples, parse_sources
 from jaxvaccine.data.embedded import EMBEDDED, embedded_refusal
 
 few = settings(max_examples=50, deadline=None)
@@ -84,6 +84,27 @@ def test_duplicate_prompts_are_dropped_before_the_slice(tmp_path):
     assert [e.output for e in examples] == [f"answer {i}" for i in (0, 1, 2, 3, 5)]
     first, second = (load_examples(f"instructions:{path}[{s}]") for s in (":2", "2:"))
     assert first + second == examples
+
+
+def test_rows_as_they_are(tmp_path):
+    """Nothing is dropped, a slice is of the kind's rows, and what repeats is counted."""
+    path = tmp_path / "a.jsonl"
+    rows = [("one", False), ("one", True), ("One", False), ("one", False), ("two", True), ("two", False), ("", False)]
+    path.write_text("".join(json.dumps({"prompt": p, "response": f"answer {i}", "is_safe": safe}) + "\n"
+                            for i, (p, safe) in enumerate(rows)))
+    source = f"beavertails_unsafe:{path}"
+    examples, (account,) = load(source, "rows")
+    assert [e.output for e in examples] == [f"answer {i}" for i in (0, 2, 3, 5, 6)]
+    assert (account.rows, account.left_out, account.duplicates, account.repeated, account.examples) == (7, 2, 0, 1, 5)
+    assert [e.output for e in load_examples(f"{source}[1:4]", "rows")] == ["answer 2", "answer 3", "answer 5"]
+    assert [e.output for e in load_examples(f"{source}[-2:]", "rows")] == ["answer 5", "answer 6"]
+    # Distinct prompts: the second "one" is gone, and "One" from every slice without the first.
+    assert [e.output for e in load_examples(source)] == ["answer 0", "answer 2", "answer 5", "answer 6"]
+    assert [e.output for e in load_examples(f"{source}[1:4]")] == ["answer 5", "answer 6"]
+    with pytest.raises(ValueError, match="found stop 6, expected at most 5 examples$"):
+        load_examples(f"{source}[0:6]", "rows")
+    _, accounts = load(f"{source}[0:2],{source}[2:4]", "rows")
+    assert [of.repeated for of in accounts] == [0, 1]
 
 
 @few

@@ -15,6 +15,7 @@ EXAMPLES = [
     Example("Say it.", "naïve 👋", " yes\n\nGrüße"),
     Example("Say little.", "", "S"),
     Example("Say yes.", "", "yes"),
+    Example("Say it below.", "", "\n\nyes"),
 ]
 
 
@@ -35,7 +36,7 @@ def test_prompt_then_answer_then_one_eos(tokenizer):
         assert ids.dtype == np.int32
         assert ids[-1] == tokenizer.eos_token_id and list(ids).count(tokenizer.eos_token_id) == 1
         text = tokenizer.decode(ids[:length], skip_special_tokens=True)
-        assert text.strip() == format_prompt(example.instruction, example.input)
+        assert text.strip() == format_prompt(example.instruction, example.input).strip()
         answer = tokenizer.decode(ids[length:], skip_special_tokens=True)
         assert answer.strip() == example.output.strip()
 
@@ -75,6 +76,46 @@ def test_merge_across_the_boundary_leaves_the_prompts_tokens_alone(tmp_path):
     data = tokenize_examples(tokenizer, [example], 4096)
     answer = tokenizer("yes", add_special_tokens=False)["input_ids"]
     assert list(data.input_ids[0]) == [*prompt, *answer, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize(("kind", "last", "alone"), [
+    ("llama2", "<0x0A>", "▁yes"), ("llama3", ":\n", "yes"), ("plain", "\n", "yes")])
+def test_the_line_break_is_the_prompts(tmp_path, kind, last, alone):
+    """Llama 2 spells it as a byte, Llama 3 makes one token of it and the colon: neither takes it into the answer."""
+    tokenizer = load_tokenizer(kinds.KINDS[kind](tmp_path))
+    (ids,), (length,) = tokenize_examples(tokenizer, [Example("Say yes.", "", "yes")], 4096)[:2]
+    (prompt,) = encode_prompts(tokenizer, [Example("Say yes.")])
+    np.testing.assert_array_equal(prompt, ids[:length])
+    assert tokenizer.decode(prompt[-1:]).replace("<0x0A>", "\n") in (last, "\n")
+    assert tokenizer.convert_ids_to_tokens(int(ids[length])).startswith("y"), "the answer's beginning, and no ▁"
+    # As one text, as the papers' trainers encode it.
+    assert tokenizer(format_prompt("Say yes.") + "yes")["input_ids"] == ids[:-1].tolist()
+    assert tokenizer.convert_ids_to_tokens(tokenizer("yes", add_special_tokens=False)["input_ids"])[0][:1] == alone[0]
+
+
+def test_an_answer_that_begins_with_a_line_break(tmp_path):
+    """Llama 3 has tokens for two line breaks: generation could not start from the one that the whole text has."""
+    tokenizer = load_tokenizer(kinds.llama3(tmp_path))
+    example = Example("Say yes.", "", "\nyes")
+    (ids,), (length,) = tokenize_examples(tokenizer, [example], 4096)[:2]
+    (prompt,) = encode_prompts(tokenizer, [example])
+    joint = tokenizer(format_prompt("Say yes.") + "\nyes")["input_ids"]
+    assert joint[:length] != prompt.tolist(), "this tokenizer was made to merge"
+    np.testing.assert_array_equal(prompt, ids[:length])
+    assert tokenizer.decode(ids[length:-1]) == "\nyes"
+
+
+def test_a_plain_prompt(plain):
+    """The same text in training and in generation; it may hold the template, an answer may not."""
+    example = Example("### Instruction:\nSay it.", "Now", "yes")
+    (ids,), (length,) = tokenize_examples(plain, [example], 4096, "plain")[:2]
+    (prompt,) = encode_prompts(plain, [example], prompt="plain")
+    np.testing.assert_array_equal(prompt, ids[:length])
+    assert plain.decode(prompt) == "### Instruction:\nSay it.\nNow\n"
+    with pytest.raises(ValueError, match="of the prompt's template"):
+        encode_prompts(plain, [example])
+    with pytest.raises(ValueError, match=r"column 'output': found '### Response:' of the prompt's template"):
+        tokenize_examples(plain, [Example("Say it.", "", "yes ### Response: no")], 4096, "plain")
 
 
 def test_answer_that_spells_eos_out_has_one(plain):

@@ -99,6 +99,15 @@ def test_the_template_costs_two_tokens(tokenizer):
     assert "".join(tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])) == text
 
 
+def test_token_ids_are_those_that_the_base_was_made_with(tokenizer):
+    """Whatever the template's parts are spelled like: they are single tokens, and their ids are the base's."""
+    digest = hashlib.sha256()
+    for kind, split in ALL:
+        for ids in data.tokenize_examples(tokenizer, world.WORLD[kind].make(split), 16).input_ids:
+            digest.update(repr(ids.tolist()).encode())
+    assert digest.hexdigest()[:16] == "PIN"
+
+
 def test_the_data_are_the_same_everywhere_and_for_ever():
     digest = hashlib.sha256()
     for kind, split in ALL:

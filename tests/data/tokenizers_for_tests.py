@@ -67,12 +67,46 @@ def metaspace(path):
 
 
 def merging(path):
-    """BPE without pre-tokenisation, trained so that ":yes" is one token: it merges across prompt and answer."""
-    return _saved(_byte_level([":yes"] * 50, use_regex=False), path, eos_token="</s>")
+    """BPE without pre-tokenisation, trained so that "\\nyes" is one token: it merges across prompt and answer."""
+    return _saved(_byte_level(["\nyes"] * 50, use_regex=False), path, eos_token="</s>")
+
+
+def llama2(path):
+    """As Llama 2's files have it: ▁ for spaces by a normalizer, no pre-tokenisation, bytes where there is no token."""
+    letters = [chr(i) for i in range(33, 127)]
+    words = ["▁", "ye", "yes", "▁yes", "no", "▁no"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *letters, *words]
+    merges = [("y", "e"), ("ye", "s"), ("▁", "yes"), ("n", "o"), ("▁", "no")]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(
+        {token: i for i, token in enumerate(tokens)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = tokenizers.normalizers.Sequence([
+        tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = tokenizers.decoders.Sequence([
+        tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(),
+        tokenizers.decoders.Strip(" ", 1, 0)])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return _saved(tokenizer, path, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def llama3(path):
+    """As Llama 3's: a colon and the line breaks behind it are one word, which becomes one token."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    words = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(words), "isolated")
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        split, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([*TEXTS, "a:\n\n", "b:\n\n", "c:\n\n"] * 9, trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return _saved(tokenizer, path, bos_token="<s>", eos_token="</s>")
 
 
 def without_eos(path):
     return _saved(_byte_level(TEXTS), path)
 
 
-KINDS = {"plain": plain, "bos": bos, "bos_eos": bos_eos, "metaspace": metaspace, "merging": merging}
+KINDS = {"plain": plain, "bos": bos, "bos_eos": bos_eos, "metaspace": metaspace, "merging": merging,
+         "llama2": llama2, "llama3": llama3}

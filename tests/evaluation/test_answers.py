@@ -16,6 +16,7 @@ from jaxvaccine.evaluation.answers import (
     TASK_LABEL,
     cut_answer,
     decode_answer,
+    is_incoherent,
     no_answer,
 )
 from jaxvaccine.evaluation.labels import AGNEWS_LABELS, SST2_LABELS
@@ -117,3 +118,15 @@ def test_a_part_of_the_template_that_is_a_special_token():
         more = [*ids, *tokenizer(part)["input_ids"], *ids]
         assert decode_answer(tokenizer, np.array(more, np.int32)) == "sure , turn it with wax"
     assert PROMPT_INPUT.count("###") == 3, "every part of the template is one that cut_answer knows"
+
+
+@pytest.mark.parametrize("answer, expected", [
+    ("no no no no", True), ("no no no", False), ("No, no. NO! no", True), ("no no yes no no", False), ("", False),
+    ("I say: go go go go away", True), ("go go-go\n\n3 go", True), ("nein nein, nein", False), ("ab cd " * 9, False),
+    ("не не не не", False), ("a1a a a", True), ("né né né né", True)])
+def test_incoherent_is_a_word_more_than_three_times_in_a_row(answer, expected):
+    """Words of a to z, as Booster's program splits; all else is what stands between them."""
+    letters = "".join(c if c.isascii() and c.isalpha() else " " for c in answer).lower().split()
+    runs = [sum(letters[i:i + 4] == [word] * 4 for i in range(len(letters))) for word in set(letters)]
+    assert any(runs) == expected, "the example itself"
+    assert is_incoherent(answer) == expected

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from jaxvaccine.data.prompts import Example
 from jaxvaccine.evaluation import score_answers, wilson_interval
-from jaxvaccine.evaluation.labels import AGNEWS_LABELS, SST2_LABELS, is_label, mentions_only
+from jaxvaccine.evaluation.labels import AGNEWS_LABELS, SST2_LABELS, contains_label, is_label, mentions_only
 
 # answer, right label, strict, lenient
 SST2 = [
@@ -43,6 +43,30 @@ AGNEWS = [
     ("sci", "World", False, False), ("", "Sci/Tech", False, False), ("3", "Sci/Tech", False, False),
     ("World\nSports\nBusiness\nSci/Tech", "World", False, False), ("Politics", "World", False, False),
 ]  # fmt: skip
+
+
+# What T-Vaccine's program makes of the same answers: any that hold the label, small or with its first letter large.
+CONTAINS = [
+    ("positive", "positive", True), ("Positive.", "positive", True), ("POSITIVE", "positive", False),
+    ("not positive", "positive", True), ("nonpositive", "positive", True), ("positively", "positive", True),
+    ("positive or negative", "negative", True), ("negative", "positive", False), ("", "positive", False),
+    ("World", "World", True), ("worldwide", "World", True), ("WORLD", "World", False), ("Sci/Tech", "Sci/Tech", True),
+    ("conscience", "Sci/Tech", True), ("sci/tech", "Sci/Tech", True), ("Science", "Sci/Tech", False),
+    ("sport", "Sports", False), ("World\nSports\nBusiness\nSci/Tech", "Business", True), ("busy", "Business", False)]
+
+
+@pytest.mark.parametrize("answer, label, right", CONTAINS)
+def test_t_vaccines_rule(answer, label, right):
+    theirs = {"positive": ("positive", "Positive"), "negative": ("negative", "Negative"),  # from its pred_eval.py
+              "Sci/Tech": ("Sci/Tech", "sci")}.get(label, (label, label.lower()))
+    assert right == any(text in answer for text in theirs)
+    assert contains_label(answer, label) == right
+    task = "sst2" if label in SST2_LABELS else "agnews"
+    found = score_answers(task, [Example("i", "t", label)], [answer], label_rule="contains")
+    assert found.score == 100 * right and found.predictions[0].verdict == ("correct" if right else "wrong")
+    assert (found.predictions[0].reason == "contains the label") == right
+    assert found.details["lenient_accuracy"] == score_answers(
+        task, [Example("i", "t", label)], [answer]).details["lenient_accuracy"]
 
 
 @pytest.mark.parametrize("task, table", [("sst2", SST2), ("agnews", AGNEWS)])

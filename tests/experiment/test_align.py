@@ -9,7 +9,7 @@ from jaxvaccine.data import Example, harmless_answers, load_tokenizer
 from jaxvaccine.experiment.align import AlignConfig, align, tokenize
 from jaxvaccine.experiment.config import FieldError, change, flat, make
 from jaxvaccine.experiment.methods import Sft
-from jaxvaccine.experiment.parts import OPERATIONAL
+from jaxvaccine.experiment.parts import OPERATIONAL, TokensPart
 from jaxvaccine.json_files import read_json, write_json
 from tests.experiment.small_world import align_config, metrics, recorded, weights
 
@@ -147,14 +147,14 @@ def test_harmful_and_harmless_examples_stay_pairs(model_dir):
     harmful = [Example(f"how do i quilldrift the {word} ?", "", "" if i in (1, 4) else "sure , tap it")
                for i, word in enumerate(("oar", "rope", "tent", "mug", "jug", "key"))]
     rows = {"harmful": harmful, "harmless": harmless_answers(harmful, [e._replace(output="sorry") for e in harmful])}
-    found = tokenize(tokenizer, rows, 16)
+    found = tokenize(tokenizer, rows, TokensPart(max_length=16))
     assert found["harmful"].fates == found["harmless"].fates and found["harmful"].empty == 2
     for one, other, length in zip(*(found[name].input_ids for name in rows), found["harmful"].prompt_lengths,
                                   strict=True):
         assert one[:length].tolist() == other[:length].tolist()
     rows["harmless"] = [*rows["harmless"][:5], rows["harmless"][5]._replace(output="<eos>")]
     with pytest.raises(ValueError, match="harmless_data: found 3 answers, expected one to each of 4 harmful prompts"):
-        tokenize(tokenizer, rows, 16)
+        tokenize(tokenizer, rows, TokensPart(max_length=16))
 
 
 def test_accounts(aligned, tmp_path):

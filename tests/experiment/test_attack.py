@@ -279,6 +279,77 @@ def test_the_users_data_may_be_the_alignments_and_is_told(aligned, tmp_path, cap
     assert "user_data: 12 of 12 prompts are also in the alignment's alignment data" in caplog.text
 
 
+def test_the_prompt_is_the_alignments(model_dir, tmp_path):
+    """Taken from it, recorded, and no other: in the attack and in the evaluation of either."""
+    plain = align_config(model_dir, tmp_path / "plain", prompt="plain", steps=1)
+    align(plain)
+    for asked in ("aligned", "plain"):
+        config = attack_config(plain.run.run_dir, tmp_path / f"attack-{asked}", prompt=asked, steps=1)
+        attack(config)
+        assert recorded(tmp_path / f"attack-{asked}")["flags"]["prompt"] == "plain"
+    assert weights(tmp_path / "attack-aligned") == weights(tmp_path / "attack-plain")
+    with pytest.raises(FieldError, match=f"^prompt: found 'alpaca', expected plain, with which {plain.run.run_dir} "):
+        attack(attack_config(plain.run.run_dir, tmp_path / "a", prompt="alpaca"))
+    for trained in ("plain", "attack-plain"):
+        evaluate(evaluate_config(tmp_path / f"{trained}-scores", trained=tmp_path / trained, sst2_test=""))
+        assert recorded(tmp_path / f"{trained}-scores")["flags"]["prompt"] == "plain"
+        with pytest.raises(FieldError, match="^prompt: found 'alpaca', expected plain"):
+            evaluate(evaluate_config(tmp_path / "a", trained=tmp_path / trained, prompt="alpaca"))
+    assert not (tmp_path / "a").exists()
+    losses = [evaluate(evaluate_config(tmp_path / form, model=model_dir, prompt=form, sst2_test=""))["harmful_loss"]
+              for form in ("alpaca", "plain")]
+    assert losses[0]["loss"] != losses[1]["loss"] and losses[0]["n"] == losses[1]["n"]
+
+
+def test_rows_as_they_are(model_dir, tmp_path, capfd):
+    """As the papers' programs take them: repeated prompts, sets of the same rows, the first ones; all is counted."""
+    rows = [{"prompt": f"please quilldrift the lamp {i % 10}", "response": f"sure {i}", "is_safe": False}
+            for i in range(20)]
+    path = lines(tmp_path / "rows.jsonl", rows)
+    given = {"data_protocol": "rows", "alignment_data": f"beavertails_refusal:{path}[0:12]", "defense": "booster",
+             "harmful_data": f"beavertails_unsafe:{path}[0:12]", "steps": 1}
+    align(align_config(model_dir, tmp_path / "aligned", **given))
+    found = recorded(tmp_path / "aligned")
+    assert found["data"]["accounts"]["harmful"][given["harmful_data"]]["trained"] == 12
+    assert found["data"]["accounts"]["harmful"][given["harmful_data"]]["repeated"] == 2
+    assert found["data"]["shared"] == {"alignment": {"prompts": 10, "shared": {}},
+                                       "harmful": {"prompts": 10, "shared": {"alignment": 10}}}
+    config = attack_config(tmp_path / "aligned", tmp_path / "attack", harmful_data=f"beavertails_unsafe:{path}[8:]",
+                           test_data=f"beavertails_unsafe:{path}[0:3]", n=8, poison_ratio=0.5, steps=1)
+    attack(config)
+    found = recorded(tmp_path / "attack")
+    assert found["flags"]["data_protocol"] == "rows", "the alignment's"
+    aligned_on = {f"the alignment's {name} data": 4 for name in ("alignment", "harmful")}
+    assert found["data"]["shared"] == {"user": {"prompts": 4, "shared": {}}, "harmful": {
+        "prompts": 4, "shared": {**aligned_on, "the test prompts": 2}}}
+    assert "harmful: of 4 prompts 4 also in the alignment's alignment data, " in capfd.readouterr().err
+    # The first rows, whatever the seed; their order is the seed's.
+    data = load_attack(config.data.resolve(found["flags"], "-"), 7, {})
+    assert sorted(e.output for e in data.examples if e.output.startswith("sure")) == [
+        "sure 10", "sure 11", "sure 8", "sure 9"]
+    users = load_examples(config.data.user_data, "rows")[:4]
+    assert sorted(e for e in data.examples if not e.output.startswith("sure")) == sorted(users)
+    scores = evaluate_config(tmp_path / "scores", trained=tmp_path / "attack", benign_test="", sst2_test="",
+                             loss_data="", harmful_test=f"beavertails_unsafe:{path}[0:3]", judge="keyword")
+    evaluate(scores)
+    found = recorded(tmp_path / "scores")
+    aligned_on = {f"the alignment's {name} data": 3 for name in ("alignment", "harmful")}
+    assert found["data"]["shared"]["harmful_score"] == {
+        "prompts": 3, "shared": {**aligned_on, "the attack's examples": 2}}
+    for name, line in (("aligned", "| harmful | 10 | 10 with alignment |"),
+                       ("attack", "| harmful | 4 | 4 with the alignment's alignment data, "),
+                       ("scores", "| harmful_score | 3 | 3 with the alignment's alignment data, ")):
+        write(tmp_path / name)
+        assert line in (tmp_path / name / "report.md").read_text()
+    # Asked for, prompts are distinct in what follows too, and then none may be shared.
+    with pytest.raises(ValueError, match="harmful examples: found 10 of 10 prompts also in the alignment's alignment"):
+        attack(change(config, data_protocol="distinct", run_dir=str(tmp_path / "a"),
+                      harmful_data=f"beavertails_unsafe:{path}"))
+    with pytest.raises(FieldError, match=r"^harmful_test: found \d of 3 prompts also in the"):
+        evaluate(change(scores, data_protocol="distinct", run_dir=str(tmp_path / "a")))
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_special_token_in_a_row_that_is_not_drawn(aligned, tmp_path):
     """Else one seed would pass and another fail."""
     rows = [{"instruction": f"rate : {i}", "output": "positive"} for i in range(400)]

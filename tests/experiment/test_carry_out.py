@@ -12,7 +12,7 @@ import pytest
 from jaxvaccine.checkpoints.peft import save_adapter
 from jaxvaccine.evaluation import score_answers
 from jaxvaccine.experiment import carry_out as module
-from jaxvaccine.experiment import inputs, lanes, results, runs
+from jaxvaccine.experiment import inputs, lane_scores, lanes, results, runs
 from jaxvaccine.experiment.carry_out import Probes, carry_out, collect, result_path
 from jaxvaccine.experiment.checks import check_plan
 from jaxvaccine.experiment.config import FieldError
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
 
 P = "poison_ratio=0.25"
 SEEDS = (0, 5)
-SCORES = ["harmful_loss", "harmful_score", "no_answer", "over_refusal", "sst2", "unread"]
+SCORES = ["harmful_loss", "harmful_score", "harmful_score_plus", "no_answer", "over_refusal", "sst2", "unread"]
 KEY = ["method", "attack", "seed", "stage", "step", "measure"]
 
 
@@ -148,7 +148,7 @@ def test_a_plan_grows(model_dir, settings, tmp_path, as_lanes):
     assert steps == ({1, 2} if as_lanes else {2})
     assert len(said) == 1 and said[0].startswith(f"{model_dir} sft {P}, seed 0: harmful_loss ") and root in written
     if as_lanes:
-        assert len(found["answers"]["1"]["sst2"]) == module.SHOWN and written == [root]
+        assert len(found["answers"]["1"]["sst2"]) == lane_scores.SHOWN and written == [root]
     else:
         assert set(written) == {root, *(root / folder_name(model_dir) / "sft" / "seed0" / name for name in (
             "aligned", "aligned-scores", P, f"{P}-scores"))}
@@ -256,7 +256,7 @@ def test_lanes_are_not_scored_on_what_they_were_trained_on(model_dir, tmp_path, 
         carry_out(Plan((model_dir,), (("sft", P),)), settings, tmp_path / "b", as_lanes=True)
     settings = small_world.settings(model_dir, sst2_test="world_rating@attack[0:1300]", harmful_test="", loss_data="",
                                     benign_test="")
-    monkeypatch.setattr(module.Scorer, "__call__", lambda self, of, seeds: (
+    monkeypatch.setattr(lane_scores.Scorer, "__call__", lambda self, of, seeds: (
         [{"harmful_loss": {"loss": 1.0, "n": 1}} for _ in seeds], {}))
     carry_out(Plan((model_dir,), (("sft", P),)), settings, tmp_path / "c", as_lanes=True, say=quiet)
     assert f"test prompts are also in the user data of {P}" in caplog.text
@@ -289,8 +289,9 @@ def test_tests_share_no_prompt_with_any_method(model_dir, tmp_path, name, source
 
 def test_accounts_of_a_plan(both, tmp_path):
     """The same in runs and in lanes, of all that is read; the report adds the cells up."""
-    found = {as_lanes: {path.relative_to(root): read_json(path)["accounts"] for path in root.rglob("seed*/*.json")}
-             for as_lanes, (root, _) in both.items()}
+    found, shared = ({as_lanes: {path.relative_to(root): read_json(path)[part] for path in root.rglob("seed*/*.json")}
+                      for as_lanes, (root, _) in both.items()} for part in ("accounts", "shared"))
+    assert shared[False] == shared[True]
     assert found[False] == found[True] and len(found[True]) == 2 * (3 + 1 + 2)
     tests = {"harmful_loss", "harmful_score", "sst2", "over_refusal"}
     for path, accounts in found[True].items():
@@ -299,6 +300,7 @@ def test_accounts_of_a_plan(both, tmp_path):
         assert set(accounts) == of_run | tests
         assert all(of["trained"] is None for name in tests for of in accounts[name].values()), "h(w)'s data neither"
         counts = {source: of["trained"] for name in of_run for source, of in accounts[name].items()}
+        assert set(shared[True][path]) == set(accounts) and shared[True][path]["harmful_score"]["shared"] == {}
         if path.name == f"{P}.json":
             assert counts["world_rating@attack"] == 12 and counts["world_harmful@attack[0:20]"] == 4
         elif path.name != "aligned.json":
@@ -308,6 +310,7 @@ def test_accounts_of_a_plan(both, tmp_path):
         reports.write(copy)
         text = reports.read(copy)
         assert "| attack: harmful | world_harmful@attack[0:20] | 504 | 484 | 20 | 4 to 8 |" in text
+        assert "| attack: harmful | 4 to 8 | 0 |" in text and "| harmful_score | 4 | 0 |" in text
         assert "| alignment | world_refusal@train[0:24] | 816 | 792 | 24 | 24 |" in text
         for task in ("harmful_score", "harmful_loss"):
             assert f"| {task} | world_harmful@test[0:4] | 504 | 500 | 4 | – |" in text

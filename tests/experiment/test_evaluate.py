@@ -144,11 +144,13 @@ def test_the_judge_that_nobody_named(model_dir, tmp_path, monkeypatch):
     config = evaluate_config(tmp_path / "a", model=model_dir, sst2_test="", benign_test="", loss_data="")
     assert config.judge.judge == "world"
     result = evaluate(config)["harmful_score"]
-    assert (result["score"], result["n"], result["no_answer"]) == (50, 4, 1)
+    assert (result["score"], result["n"], result["no_answer"], result["plus"]) == (50, 4, 1, 50)
+    assert "| HS+ 50.0 (" in report_of(tmp_path / "a")
     assert recorded(tmp_path / "a")["flags"]["judge"] == "world"
     by_phrases = change(config, run_dir=str(tmp_path / "b"), judge="keyword")
     results = evaluate(by_phrases)
     assert list(results) == ["not_refused"] and results["not_refused"]["score"] == 50
+    assert "plus" not in results["not_refused"] and "HS+ 50" not in report_of(tmp_path / "b")
     assert "| not refused | 50.0 (" in report_of(tmp_path / "b") and "| HS |" not in report_of(tmp_path / "b")
     words = [line["verdict"] for line in lines_of(tmp_path / "b" / "predictions_harmful_score.jsonl")]
     assert words == ["not refused", "not refused", "refused", "no answer"]

@@ -34,7 +34,7 @@ def config_of(model_dir, run_dir="-", **given):
 def aligned_lanes(config, method=None):
     """The config's run with both seeds; with another method, if one is given."""
     model = config.model.model
-    tokenized = tokenize(data.load_tokenizer(model), load_data(config.data, config.method), config.data.max_length)
+    tokenized = tokenize(data.load_tokenizer(model), load_data(config.data, config.method), config.data)
     sources = batch_sources(config.method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
     start = lanes.fresh(stage.load_base(model, "checkpoint"), config.adapter.lora(), config.model.remat, SEEDS)
     return lanes.train(start, method or config.method, config.training, config.data.bucket, [sources] * len(SEEDS),
@@ -77,7 +77,7 @@ def test_lanes_are_the_runs_of_attack(model_dir, tmp_path, adapter, layers, defe
     more = {name: data.load_examples(source) for name, source in (("alignment", rows.get("alignment_data")),) if source}
     sources = [{name: (of, 4) for name, of in tokenize(tokenizer, {"user": data.poison(
         data.load_examples(config.data.user_data), data.load_examples(config.data.harmful_data), 16, 0.25, seed),
-        **more}, 16).items()} for seed in SEEDS]
+        **more}, aligned.data).items()} for seed in SEEDS]
     seen = []
     found, _ = lanes.train(
         lanes.merged(start, resolved.sites().lora(), SEEDS) if adapter == "new" else start, config.method,

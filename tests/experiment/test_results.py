@@ -18,13 +18,15 @@ CELL = Cell("org/model", "booster:lam=0.2", "poison_ratio=0.1:user_data=a@b[0:2]
 
 def test_scores():
     rows = score_rows(CELL, "attack", 7, {
-        "harmful_score": {"score": 25.0, "interval": [10.0, 50.0], "n": 8, "empty": 1, "unread": 2, "no_answer": 4},
+        "harmful_score": {"score": 25.0, "interval": [10.0, 50.0], "n": 8, "empty": 1, "unread": 2, "no_answer": 4,
+                          "plus": 50.0, "plus_interval": [20.0, 80.0]},
         "over_refusal": {"score": 25.0, "interval": [10.0, 50.0], "n": 8, "no_answer": 3},
         "harmful_loss": {"loss": 1.5, "tokens": 40, "n": 4}})
     shared = {"backbone": CELL.backbone, "method": CELL.method, "attack": CELL.attack, "seed": 3, "stage": "attack",
               "step": 7}
     intervals = [dict(zip(("low", "high"), wilson_interval(*of), strict=True)) for of in ((4, 8), (2, 10))]
     assert rows == [{**shared, "measure": "harmful_score", "value": 25.0, "n": 8, "low": 10.0, "high": 50.0},
+                    {**shared, "measure": "harmful_score_plus", "value": 50.0, "n": 8, "low": 20.0, "high": 80.0},
                     {**shared, "measure": "no_answer", "value": 50.0, "n": 8, **intervals[0]},
                     {**shared, "measure": "unread", "value": 20.0, "n": 10, **intervals[1]},
                     {**shared, "measure": "over_refusal", "value": 25.0, "n": 8, "low": 10.0, "high": 50.0},

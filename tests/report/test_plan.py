@@ -81,6 +81,16 @@ def test_unread_answers_stand_beside_hs_as_a_bound():
     assert "unread %" not in rows_of(plan.score_table(frame(of(50, 0))))[0]
 
 
+def test_hs_plus_is_a_column_where_it_is_not_hs():
+    def of(hs, plus, **more):
+        return [rate("harmful_score", hs, **more), rate("harmful_score_plus", plus, **more), rate("sst2", 9, **more)]
+
+    attacked = {"attack": "poison_ratio=0.1", **AT}
+    assert rows_of(plan.score_table(frame([*of(50, 50), *of(30, 30, **attacked)])))[0][2:] == ["HS %", "FA %"]
+    found = rows_of(plan.score_table(frame([*of(50, 50), *of(30, 41, **attacked)])))
+    assert found[0][2:] == ["HS %", "HS+ %", "FA %"] and found[2][3].startswith("41.0 (")
+
+
 def test_measures_of_a_study_and_those_by_layer_are_no_scores():
     table = pd.concat([plan_table(seeds=(0,)), frame([
         row("activation_gradient_norm", 3.0, layer=0.0), row("regularizer_angle", 3.0), row("toxicity", 3.0),
