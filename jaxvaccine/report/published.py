@@ -68,8 +68,8 @@ def comparison(table: pd.DataFrame, cells: Sequence[TableCell], figures: Sequenc
 def largest_drop(table: pd.DataFrame, cells: Sequence[TableCell], method: str) -> str:
     """By how much a method's HS is lower than another's at the same p and n, at most; "–" without such a pair."""
     attacked = results.pick(results.attacked(table), measure=names.HS)
-    hs = {(cell.point.method, cell.p, cell.n): rows["value"].mean() for cell in cells
-          if len(rows := results.pick(attacked, method=cell.point.method, attack=cell.point.attack))}
+    hs = {(cell.point.method, cell.p, cell.n): found.mean for cell in cells
+          if (found := estimate_rows(results.pick(attacked, method=cell.point.method, attack=cell.point.attack)))}
     drops = [(hs[place] - hs[method, *place[1:]], *place) for place in hs if (method, *place[1:]) in hs]
     if not drops:
         return tables.NONE

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from jaxvaccine.report import tables
-from jaxvaccine.report.statistics import estimate
+from jaxvaccine.report.statistics import above, estimate, paired
 from tests.report.synthetic import frame, rate, row, rows_of
 
 
@@ -43,8 +43,33 @@ def test_cells_go_by_their_measure():
 
 def test_what_the_numbers_are_over():
     assert tables.spread_note(["world"], [4]).startswith("One run: world, seed 4. ")
-    assert "over seeds (0, 1);" in tables.spread_note(["world"], [0, 1])
-    assert "over backbones (a, b) times seeds (0, 1);" in tables.spread_note(["a", "b"], [0, 1])
+    one, several = tables.spread_note(["world"], [0, 1]), tables.spread_note(["a", "b"], [0, 1])
+    assert one.startswith("Mean ± standard deviation over seeds (0, 1) of world. ")
+    assert "over seeds and prompts of this one backbone, which says nothing about others" in one
+    assert several.startswith("Mean ± standard deviation over backbones (a, b) times seeds (0, 1). ")
+    assert "95% interval of the mean over backbones, seeds and prompts" in several
+    assert "backbones (a, b) with seed 3." in tables.spread_note(["a", "b"], [3])
+    assert tables.notes(["world"], [4], "HS") == tables.spread_note(["world"], [4]) + "\n"
+    assert "P(HS > 50): the probability that a new seed of this one backbone has HS above 50" in tables.notes(
+        ["world"], [0, 1], "HS")
+    assert "that a new run, of a new backbone and seed, has not refused above 50" in tables.notes(
+        ["a", "b"], [0], "not refused")
+
+
+def test_differences_and_chances():
+    hs = [frame([rate("harmful_score", value, seed=seed) for seed, value in enumerate(values)])
+          for values in ((10, 30), (50, 51))]
+    assert tables.difference(paired(*hs, percent=True)) == "-30.5 ± 13.4 (-100 to +90)"
+    assert tables.difference(paired(hs[0][:1], hs[0][:1], percent=True)) == "+0.0 (-9 to +9)"
+    assert tables.difference(None) == tables.chance(above(hs[0][:1])) == "–"
+    assert tables.chance(above(hs[1])) == "0.83 (0.33–1.00), 1 of 2"
+    assert tables.chance_heading("HS") == "P(HS > 50)"
+
+
+def test_counts_of_runs():
+    rows = frame([rate(measure, 1, seed=seed, backbone=backbone) for measure in ("harmful_score", "sst2")
+                  for backbone, seed in (("a", 0), ("a", 1), ("b", 0))])
+    assert tables.run_count(rows, False) == "3" and tables.run_count(rows, True) == "3 (2)"
 
 
 def test_dialogues():
