@@ -1,6 +1,7 @@
 """Which layers an attack needs, and whether the harmful gradient's norm tells: tables and figures by layer."""
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,9 +33,9 @@ that layers with a large norm are those that the attack needs.
 
 ρ: Spearman's rank correlation over the layers, one for each backbone and seed, and their mean. Its 95% interval is over
 {over}, and takes the layers and the prompts as given; a single run has none. p: how often the mean is as far from 0 if
-the layers' names are exchanged, in all runs alike. A reading needs p < 0.05 and an interval without 0. Without the largest: mean ρ over the layers but the
-one with the largest norm. With FA: the same with the mean FA in the place of {harm}, which tells whether the norm is
-about harm or about how fast a layer learns anything.
+the layers' names are exchanged, in all runs alike. A reading needs p < 0.05 and an interval without 0. Without the
+largest: mean ρ over the layers but the one with the largest norm. With FA: the same with the mean FA in the place of
+{harm}, which tells whether the norm is about harm or about how fast a layer learns anything.
 """
 
 
@@ -155,19 +156,19 @@ def _chance(values: np.ndarray) -> str:
 def layer_table(norms: Norms, attacks: Sequence[Attacked]) -> str:
     """Markdown: per layer its shares of the norms, and what an attack on it reaches."""
     task = names.accuracy(attacks[0].scores) if attacks else None
+    several = math.prod(norms.values[NORMS[0]].shape[1:3]) > 1
     rows = []
     for layer in range(norms.values[NORMS[0]].shape[-1]):
         row = [str(layer), *(_over_runs(100 * share(WHEN[when](norms.values[name]))[..., layer])
                              for name, when in itertools.product(NORMS, ("start", "end")))]
         for attack in attacks:
             hs = attack.scores[attack.harm][..., layer]
-            row += [_over_runs(hs.mean(0)), _over_runs(hs[-1]), *([_chance(hs[-1])] if hs[-1].size > 1 else [])]
+            row += [_over_runs(hs.mean(0)), _over_runs(hs[-1]), *([_chance(hs[-1])] if several else [])]
             row += [_over_runs(attack.scores[task][-1, ..., layer])] if task else []
         rows.append(row)
     harm = names.measure(attacks[0].harm).name if attacks else ""
-    chance = [f"{tables.chance_heading(harm)} at end"] if attacks and attacks[0].scores[attacks[0].harm][-1].shape[
-        :-1] != (1, 1) else []
-    what = (f"mean {harm} %", f"{harm} % at end", *chance, *(["FA % at end"] if task else []))
+    what = (f"mean {harm} %", f"{harm} % at end", *([f"{tables.chance_heading(harm)} at end"] if several else []),
+            *(["FA % at end"] if task else []))
     return tables.table(["layer", *(f"{names.measure(name).name}: share %, {when}" for name, when in
                                     itertools.product(NORMS, ("start", "end"))),
                          *(f"{attack.name}: {each}" for attack in attacks for each in what)], rows)
