@@ -125,7 +125,7 @@ def estimate(values: Sequence[float], percent: bool = False, own: np.ndarray | N
 def own_intervals(rows: pd.DataFrame, percent: bool = False) -> np.ndarray:
     """[N, 2]: the interval over prompts of every row; of a percentage without one Wilson's of its n, if that is known.
     """
-    own = rows[["low", "high"]].to_numpy(dtype=float)
+    own = np.array(rows[["low", "high"]], dtype=float)
     if percent:
         for i in np.flatnonzero(np.isnan(own).any(axis=1) & (rows["n"] >= 1).to_numpy()):
             value, n = rows["value"].iloc[i], int(rows["n"].iloc[i])

@@ -1,7 +1,7 @@
 """Markdown: tables, and how a number with its spread is written."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,13 @@ def percent(found: Estimate | None, interval: bool = True) -> str:
         return NONE
     text = f"{found.mean:.1f}" + ("" if math.isnan(found.sd) else f" ± {found.sd:.1f}")
     known = interval and not math.isnan(found.low)
-    return text + (f" ({found.low:.0f}–{found.high:.0f})" if known else "")
+    return text + (f" ({'–'.join(_ends(found, lambda end, places: f'{end:.{places}f}'))})" if known else "")
+
+
+def _ends(found: Estimate, write: Callable[[float, int], str]) -> tuple[str, str]:
+    """Both ends to the least number of places, of at most two, at which they differ: 99.6–100.0 and not 100–100."""
+    texts = [(write(found.low, places), write(found.high, places)) for places in range(3)]
+    return next((pair for pair in texts if pair[0] != pair[1]), texts[0])
 
 
 def number(found: Estimate | None) -> str:
@@ -68,7 +74,7 @@ def difference(found: Estimate | None) -> str:
     if found is None:
         return NONE
     text = signed(found.mean) + ("" if math.isnan(found.sd) else f" ± {found.sd:.1f}")
-    return text + ("" if math.isnan(found.low) else f" ({signed(found.low, 0)} to {signed(found.high, 0)})")
+    return text + ("" if math.isnan(found.low) else f" ({' to '.join(_ends(found, signed))})")
 
 
 def chance(found: Probability | None) -> str:
@@ -121,8 +127,8 @@ def runs_note(backbones: Sequence[str], seeds: Sequence[object]) -> str:
 
 def chance_note(harm: str, several: bool) -> str:
     """What the column `chance_heading` is. harm: what was measured; several: whether there are several backbones."""
-    new, trial = ("a new run, of a new backbone and seed,", "a backbone") if several else (
-        "a new seed of this one backbone", "a seed")
+    new, trial = ("a new run, of a new backbone and seed,", "a backbone, or a seed where there is one backbone alone,"
+                  ) if several else ("a new seed of this one backbone", "a seed")
     return OF_CHANCES.format(harm=harm, half=HALF, new=new, trial=trial) + "\n"
 
 

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
+from scipy.stats import beta
 
+from jaxvaccine.evaluation.rates import wilson_interval
 from jaxvaccine.report import tables
 from jaxvaccine.report.statistics import above, estimate, paired
 from tests.report.synthetic import frame, rate, row, rows_of
@@ -17,6 +19,16 @@ def test_a_table():
 ])  # fmt: skip
 def test_percentages(values, expected):
     assert tables.percent(estimate(values, percent=True)) == expected
+
+
+def test_ends_that_are_not_the_same_are_not_written_so():
+    """Of a thousand prompts."""
+    def of(count):
+        return estimate([count / 10], True, wilson_interval(count, 1000))
+
+    assert tables.percent(of(1000)) == "100.0 (99.6–100.0)" and tables.percent(of(0)) == "0.0 (0.0–0.4)"
+    assert tables.percent(of(500)) == "50.0 (47–53)"
+    assert tables.percent(estimate([5.0, 5.0], True)) == "5.0 ± 0.0 (5–5)", "of numbers without prompts"
 
 
 def test_percentages_of_one_run_and_without_intervals():
@@ -62,7 +74,7 @@ def test_differences_and_chances():
     assert tables.difference(paired(*hs, percent=True)) == "-30.5 ± 13.4 (-100 to +90)"
     assert tables.difference(paired(hs[0][:1], hs[0][:1], percent=True)) == "+0.0 (-9 to +9)"
     assert tables.difference(None) == tables.chance(above(hs[0][:1])) == "–"
-    assert tables.chance(above(hs[1])) == "0.83 (0.33–1.00), 1 of 2"
+    assert tables.chance(above(hs[1])) == f"0.50 ({beta.ppf(0.025, 1.5, 1.5):.2f}–{beta.ppf(0.975, 1.5, 1.5):.2f}), 1 of 2"
     assert tables.chance_heading("HS") == "P(HS > 50)"
 
 
