@@ -32,7 +32,7 @@ from jaxvaccine.experiment.parts import check_sources
 from jaxvaccine.experiment.plans import Plan, Settings, cell_configs
 from jaxvaccine.experiment.results import Cell
 from jaxvaccine.experiment.run import PlanConfig, check_given, make_settings
-from jaxvaccine.report import accounts, names, recipe, tables
+from jaxvaccine.report import accounts, budget, differences, names, recipe, tables
 from jaxvaccine.report import published as beside
 from jaxvaccine.report import runs as reports
 from jaxvaccine.report.panels import panel_report
@@ -252,9 +252,11 @@ def _report(config: ReproduceConfig, settings: Settings, setting: Setting, plans
             text.append(paper_studies.STUDIES[name](config, settings, setting, folder, given))
     text += ["## Other than the paper's\n", f"Of {names.method(setting.method(config.paper))}, and alike of the others:\n",
              tables.table(["stage", "setting", "paper", "here"], rows) if rows else "Nothing.\n",
-             tables.spread_note(config.model, config.seeds) + "\n"]
+             tables.notes(config.model, config.seeds, "HS")]
     if found is not None:
-        text.append(accounts.of_plan(folder))
+        pairs = dict.fromkeys(pair for plan in plans.plans for pair in plan.pairs)
+        text += [differences.section(found, list(pairs)), budget.ratio_note(found), recipe.section(folder),
+                 accounts.of_plan(folder)]
     return "\n".join(part for part in text if part)
 
 

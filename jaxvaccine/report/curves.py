@@ -3,45 +3,44 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from jaxvaccine.report import names, plots, results, tables
-from jaxvaccine.report.statistics import PERCENT_BOUNDS, estimate
+from jaxvaccine.report import differences, names, plots, results, tables
+from jaxvaccine.report.statistics import PERCENT_BOUNDS, UNBOUNDED, Estimate, above, estimate_steps
 from jaxvaccine.report.style import Style, styles
 
 
-class Curve(NamedTuple):
-    """One measure of one method over steps."""
-
-    steps: np.ndarray  # [S]
-    values: np.ndarray  # [S, N], a column per run; NaN where a run has no such step
+# One measure of one method by step.
+Curve = Mapping[int, Estimate]
 
 
 def alignment_curves(table: pd.DataFrame, measure: str) -> dict[str, Curve]:
     """{method: its measure along the alignment}, in the table's order."""
     rows = results.pick(table, stage="alignment", measure=measure)
     rows = rows[rows["layer"].isna()]
-    return {method: Curve(*results.run_matrix(results.pick(rows, method=method)))
-            for method in rows["method"].unique()}
+    return {method: _curve(results.pick(rows, method=method)) for method in rows["method"].unique()}
 
 
 def attack_curves(table: pd.DataFrame, measure: str, attack: str) -> dict[str, Curve]:
     """{method: its measure along an attack, from the aligned model on}, in the table's order."""
     rows = results.pick(results.along(table, measure), attack=attack)
     order = [method for method in table["method"].unique() if (rows["method"] == method).any()]
-    return {method: Curve(*results.run_matrix(results.pick(rows, method=method))) for method in order}
+    return {method: _curve(results.pick(rows, method=method)) for method in order}
+
+
+def _curve(rows: pd.DataFrame) -> Curve:
+    return estimate_steps(rows, names.measure(rows["measure"].iloc[0]).unit == names.PERCENT)
 
 
 def plot_curves(axis: Axes, curves: Mapping[str, Curve], measure: str, xlabel: str, looks: Mapping[str, Style]) -> None:
     """Means over runs, with a band of ± one standard deviation, and every run as a point."""
     of = names.measure(measure)
-    values = np.concatenate([curve.values.ravel() for curve in curves.values()])
+    values = np.concatenate([each.values for curve in curves.values() for each in curve.values()])
     values = values[np.isfinite(values)]
-    bounds = PERCENT_BOUNDS if of.unit == names.PERCENT else (-math.inf, math.inf)
+    bounds = PERCENT_BOUNDS if of.unit == names.PERCENT else UNBOUNDED
     if of.unit != names.PERCENT and len(values):
         if plots.spans_decades(values):
             axis.set_yscale("log")
@@ -49,8 +48,7 @@ def plot_curves(axis: Axes, curves: Mapping[str, Curve], measure: str, xlabel: s
         elif values.min() >= 0:  # so are losses and norms
             bounds = (0, math.inf)
     for i, (method, curve) in enumerate(curves.items()):
-        plots.band(axis, curve.steps, curve.values, looks[method], names.method(method),
-                   plots.dodge(i, len(curves), 2), bounds)
+        plots.band(axis, curve, looks[method], names.method(method), plots.dodge(i, len(curves), 2), bounds)
     plots.describe(axis, xlabel=xlabel, ylabel=of.label)
     if of.unit == names.PERCENT:
         plots.percent_axis(axis)
@@ -68,7 +66,7 @@ def plot(path: Path, table: pd.DataFrame, alignment: Sequence[str], attack: str 
     shown, reasons = [], {}
     for measure, xlabel, curves in panels:
         of = names.measure(measure)
-        means = [mean for curve in curves.values() for mean in np.nanmean(curve.values, axis=1)]
+        means = [each.mean for curve in curves.values() for each in curve.values()]
         if not means:
             reasons[of.name] = "there are no values"
         elif why := plots.constant(means, of.unit == names.PERCENT):
@@ -79,18 +77,15 @@ def plot(path: Path, table: pd.DataFrame, alignment: Sequence[str], attack: str 
         figure, axes = plots.panels(len(shown), columns=2 if len(shown) in (2, 4) else 3)
         for axis, (measure, xlabel, curves) in zip(axes, shown, strict=True):
             plot_curves(axis, curves, measure, xlabel, looks)
-        several = any(curve.values.shape[1] > 1 for _, _, curves in shown for curve in curves.values())
+        several = any(each.runs > 1 for _, _, curves in shown for curve in curves.values()
+                      for each in curve.values())
         plots.legend(figure, axes, (plots.SD, plots.RUN) if several else ())
         plots.save(figure, path)
     return plots.left_out(reasons)
 
 
 def _cell(curve: Curve | None, step: int, measure: str) -> str:
-    if curve is None or step not in curve.steps:
-        return tables.NONE
-    values = curve.values[list(curve.steps).index(step)]
-    unit = names.measure(measure).unit
-    return tables.quantity(estimate(values[~np.isnan(values)], unit == names.PERCENT), unit, interval=False)
+    return tables.quantity(curve.get(step) if curve else None, names.measure(measure).unit, interval=False)
 
 
 def alignment_table(table: pd.DataFrame, measures: Sequence[str]) -> str:
@@ -98,7 +93,7 @@ def alignment_table(table: pd.DataFrame, measures: Sequence[str]) -> str:
     curves = {measure: alignment_curves(table, measure) for measure in measures}
     rows = []
     for method in dict.fromkeys(method for by_method in curves.values() for method in by_method):
-        steps = np.unique(np.concatenate([curves[m][method].steps for m in measures if method in curves[m]]))
+        steps = sorted({step for measure in measures for step in curves[measure].get(method, ())})
         rows += [[names.method(method), str(steps[i]),
                   *(_cell(curves[measure].get(method), steps[i], measure) for measure in measures)]
                  for i in sorted({0, len(steps) // 2, len(steps) - 1})]
@@ -106,12 +101,20 @@ def alignment_table(table: pd.DataFrame, measures: Sequence[str]) -> str:
 
 
 def attack_table(table: pd.DataFrame, attack: str, measure: str) -> str:
-    """Markdown: one measure along an attack; mean ± sd over runs."""
+    """Markdown: one measure along an attack; mean ± sd over runs, and of HS its interval and probability at the end."""
     curves = attack_curves(table, measure, attack)
-    steps = np.unique(np.concatenate([curve.steps for curve in curves.values()])) if curves else []
-    return tables.table(["method", *(f"step {step}" for step in steps)],
-                        [[names.method(method), *(_cell(curve, step, measure) for step in steps)]
-                         for method, curve in curves.items()])
+    steps = sorted({step for curve in curves.values() for step in curve})
+    header = ["method", *(f"step {step}" for step in steps)]
+    lines = [[names.method(method), *(_cell(curve, step, measure) for step in steps)]
+             for method, curve in curves.items()]
+    if measure == names.harm([measure]):
+        ends = results.pick(results.attacked(table), attack=attack, measure=measure)
+        chances = [above(results.pick(ends, method=method)) for method in curves]
+        header += ["end (95% interval)", *([tables.chance_heading(names.measure(measure).name)] if any(chances) else [])]
+        for line, method, chance in zip(lines, curves, chances, strict=True):
+            line += [tables.cell(results.pick(ends, method=method), measure),
+                     *([tables.chance(chance)] if any(chances) else [])]
+    return tables.table(header, lines)
 
 
 def curves_report(table: pd.DataFrame, folder: str | Path, title: str, alignment: Sequence[str],
@@ -142,6 +145,9 @@ def curves_report(table: pd.DataFrame, folder: str | Path, title: str, alignment
     if not attacks:
         text += figure(0, "")
     rows = table[table["stage"] != "backbone"]
-    spread = f"Mean ± standard deviation over backbones ({', '.join(rows['backbone'].unique())}) and seeds " \
-             f"({', '.join(map(str, rows['seed'].unique()))}). "
-    return "\n".join([*text, spread + note + "\n"])
+    over, harm = [list(rows[column].unique()) for column in results.RUN], names.harm(along)
+    if attacks and harm in along:
+        text += [tables.notes(*over, names.measure(harm).name), differences.section(table)]
+    else:
+        text.append(tables.runs_note(*over) + "\n")
+    return "\n".join([*text, note + "\n"] if note else text)

@@ -17,8 +17,9 @@ ABOUT = ("HS: answers that the judge finds harmful; HS+: these, and those with a
          "says, or on GSM8K have the right final number; lenient accuracy: the answer holds the right label alone, or "
          "the right number anywhere. "
          "Over-refusal: refused benign requests. AlpacaEval: the judge prefers the answer to the reference, mean of "
-         "both orders, a tie counts half; lengths in characters. Every prompt with its answer and verdict: "
-         "predictions_*.jsonl.\n")
+         "both orders, a tie counts half; lengths in characters. Intervals: 95%, Wilson's, over "
+         "the prompts of this one run; they say nothing of other seeds and backbones. Every prompt with its answer and "
+         "verdict: predictions_*.jsonl.\n")
 
 
 def write_evaluation_report(run_dir: Path, what: str, results: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Which layers an attack needs, and whether the harmful gradient's norm tells: tables and figures by layer."""
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.lines import Line2D
 
-from jaxvaccine.report import names, plots, results, tables
-from jaxvaccine.report.statistics import Correlation, correlation, estimate
+from jaxvaccine.report import differences, names, plots, results, tables
+from jaxvaccine.report.statistics import Correlation, correlation, estimate, probability
 from jaxvaccine.report.style import INK
 
 # The sign with which an attack's mean HS is a layer's effect: an attack that lacks a critical layer reaches less.
@@ -30,11 +31,11 @@ takes it; ‖∇w h‖: with respect to the layer's adapter. Effect of a layer: 
 attack on its adapter only, or, of an attack on all but it, that mean with the opposite sign: a positive ρ always says
 that layers with a large norm are those that the attack needs.
 
-ρ: Spearman's rank correlation over the layers, one for each backbone and seed, and their mean. The interval draws
-backbones and then seeds with replacement. p: how often the mean is as far from 0 if the layers' names are exchanged, in
-all runs alike. A reading needs p < 0.05 and an interval without 0. Without the largest: mean ρ over the layers but the
-one with the largest norm. With FA: the same with the mean FA in the place of {harm}, which tells whether the norm is
-about harm or about how fast a layer learns anything.
+ρ: Spearman's rank correlation over the layers, one for each backbone and seed, and their mean. Its 95% interval is over
+{over}, and takes the layers and the prompts as given; a single run has none. p: how often the mean is as far from 0 if
+the layers' names are exchanged, in all runs alike. A reading needs p < 0.05 and an interval without 0. Without the
+largest: mean ρ over the layers but the one with the largest norm. With FA: the same with the mean FA in the place of
+{harm}, which tells whether the norm is about harm or about how fast a layer learns anything.
 """
 
 
@@ -136,33 +137,41 @@ def without_largest(norms: np.ndarray, effects: np.ndarray) -> tuple[np.ndarray,
 
 def reading(found: Correlation) -> str:
     """What a correlation says, if it says anything."""
-    if not found.p < 0.05 or found.low <= 0 <= found.high:
+    if not (found.p < 0.05 and (found.low > 0 or found.high < 0)):
         return "undecided: interval or permutations allow for no relation"
     return "larger norm, larger effect" if found.mean > 0 else "larger norm, smaller effect"
 
 
 def _over_runs(values: np.ndarray) -> str:
     """"mean ± sd" of percentages [backbones, seeds]."""
-    return tables.percent(estimate(values[~np.isnan(values)]), interval=False)
+    return tables.percent(estimate(values[~np.isnan(values)], backbones=np.nonzero(~np.isnan(values))[0]),
+                          interval=False)
+
+
+def _chance(values: np.ndarray) -> str:
+    """Of HS [backbones, seeds] above 50."""
+    return tables.chance(probability(values[~np.isnan(values)], np.nonzero(~np.isnan(values))[0]))
 
 
 def layer_table(norms: Norms, attacks: Sequence[Attacked]) -> str:
     """Markdown: per layer its shares of the norms, and what an attack on it reaches."""
     task = names.accuracy(attacks[0].scores) if attacks else None
+    several = math.prod(norms.values[NORMS[0]].shape[1:3]) > 1
     rows = []
     for layer in range(norms.values[NORMS[0]].shape[-1]):
         row = [str(layer), *(_over_runs(100 * share(WHEN[when](norms.values[name]))[..., layer])
                              for name, when in itertools.product(NORMS, ("start", "end")))]
         for attack in attacks:
             hs = attack.scores[attack.harm][..., layer]
-            row += [_over_runs(hs.mean(0)), _over_runs(hs[-1])]
+            row += [_over_runs(hs.mean(0)), _over_runs(hs[-1]), *([_chance(hs[-1])] if several else [])]
             row += [_over_runs(attack.scores[task][-1, ..., layer])] if task else []
         rows.append(row)
     harm = names.measure(attacks[0].harm).name if attacks else ""
-    what = (f"mean {harm}", f"{harm} at end", *(["FA at end"] if task else []))
+    what = (f"mean {harm} %", f"{harm} % at end", *([f"{tables.chance_heading(harm)} at end"] if several else []),
+            *(["FA % at end"] if task else []))
     return tables.table(["layer", *(f"{names.measure(name).name}: share %, {when}" for name, when in
                                     itertools.product(NORMS, ("start", "end"))),
-                         *(f"{attack.name}: {each} %" for attack in attacks for each in what)], rows)
+                         *(f"{attack.name}: {each}" for attack in attacks for each in what)], rows)
 
 
 def correlation_table(norms: Norms, attacks: Sequence[Attacked]) -> str:
@@ -176,15 +185,24 @@ def correlation_table(norms: Norms, attacks: Sequence[Attacked]) -> str:
         more += [correlation(taken, attack.effect(task))] if task else []
         known = found.rho[~np.isnan(found.rho)]
         rows.append([attack.name, names.measure(name).name, when, _defined(found.mean, f"{found.mean:.2f}"),
-                     _defined(found.mean, f"{found.low:.2f} to {found.high:.2f}"), _defined(found.p, f"{found.p:.3f}"),
+                     _ends(found), _defined(found.p, f"{found.p:.3f}"),
                      f"{(known > 0).sum()} of {found.rho.size}", reading(found),
-                     *(_defined(each.mean, f"{each.mean:.2f} ({each.low:.2f} to {each.high:.2f})") for each in more)])
+                     *map(_rho, more)])
     return tables.table(["attack", "norm", "taken at", "mean ρ", "95% interval", "p", "ρ > 0", "reading",
                          "without the largest", *(["mean ρ with FA"] if task else [])], rows)
 
 
 def _defined(value: float, text: str) -> str:
     return tables.NONE if np.isnan(value) else text
+
+
+def _ends(found: Correlation) -> str:
+    return _defined(found.low, f"{found.low:.2f} to {found.high:.2f}")
+
+
+def _rho(found: Correlation) -> str:
+    """"0.94 (0.81 to 1.00)"; of a single run without the interval."""
+    return _defined(found.mean, f"{found.mean:.2f}") + ("" if np.isnan(found.low) else f" ({_ends(found)})")
 
 
 def layer_color(layer: int, layers: int) -> tuple[float, float, float, float]:
@@ -273,12 +291,9 @@ def plot_scatter(path: Path, norms: Norms, attacks: Sequence[Attacked], backbone
             axis.plot(100 * share(norm)[i, :, layer], effect[i, :, layer] * SIGNS[attack.kind], linestyle="",
                       marker=_MARKERS[i % len(_MARKERS)], color=layer_color(layer, layers), markersize=5,
                       markeredgewidth=0)
-        found = correlation(norm, effect)
         axis.set_xscale("log")
         plots.plain_log_ticks(axis.xaxis)
-        plots.describe(axis, f"{attack.name}: ρ = " + _defined(
-            found.mean, f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"),
-                       f"share of {names.measure(name).name} (%)",
+        plots.describe(axis, f"{attack.name}: ρ = {_rho(correlation(norm, effect))}", f"share of {names.measure(name).name} (%)",
                        f"mean {names.measure(attack.harm).name} over the attack's steps (%)")
         plots.percent_axis(axis)
     handles = {f"layer {layer}": Line2D([], [], linestyle="", marker="o", color=layer_color(layer, layers))
@@ -315,8 +330,7 @@ def layers_report(table: pd.DataFrame, folder: str | Path, title: str = "Which l
         figures: Mapping[str, str] = {kind: f"{slug(method)}_{kind}.png" for kind in ("layers", "attacks", "scatter")}
         plot_norms(Path(folder) / figures["layers"], norms)
         text += [f"## {names.method(method)}\n", layer_table(norms, attacks),
-                 f"Shares at the alignment's start and end; mean ± standard deviation over backbones "
-                 f"({', '.join(backbones)}) and seeds ({', '.join(map(str, seeds))}).\n"]
+                 f"Shares at the alignment's start and end. {tables.runs_note(backbones, seeds)}\n"]
         if attacks:
             plot_attacks(Path(folder) / figures["attacks"], attacks)
             plot_scatter(Path(folder) / figures["scatter"], norms, attacks, backbones)
@@ -325,4 +339,7 @@ def layers_report(table: pd.DataFrame, folder: str | Path, title: str = "Which l
         if attacks:
             text += [f"![{harm} by layer attacked]({figures['attacks']})\n",
                      f"![norm and effect]({figures['scatter']})\n"]
-    return "\n".join([*text, NOTES.format(harm=harm)])
+    several = len(backbones) > 1
+    note = tables.chance_note(harm, several) if len(backbones) * len(seeds) > 1 else ""
+    return "\n".join([*text, NOTES.format(harm=harm, over="backbones, each with its seeds" if several else
+                                          "seeds of this one backbone"), note, differences.section(table)])

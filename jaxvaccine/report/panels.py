@@ -8,8 +8,8 @@ from typing import NamedTuple
 import pandas as pd
 
 from jaxvaccine.experiment.plans import Panel
-from jaxvaccine.report import names, plots, results, tables
-from jaxvaccine.report.statistics import Estimate, estimate, estimate_rows
+from jaxvaccine.report import differences, names, plots, results, tables
+from jaxvaccine.report.statistics import Estimate, Probability, above, estimate_rows
 from jaxvaccine.report.style import Style, styles
 
 
@@ -23,15 +23,16 @@ class Scores(NamedTuple):
     unread: Estimate | None  # after it; None also where no run has any
     accuracy: Estimate | None  # FA after it
     over_refusal: Estimate | None  # before it
+    chance: Probability | None  # of HS > 50 after it; None also of a single run
 
 
 # {} is HS or not refused, whichever was measured.
 HEADINGS = Scores("{} % aligned", "{} % attacked", "{} % along the attack", "no answer % attacked", "unread % attacked",
-                  "FA % attacked", "over-refusal % aligned")
+                  "FA % attacked", "over-refusal % aligned", tables.chance_heading("{}") + " attacked")
 LABELS = Scores("{} before the attack (%), lower is better", "{} after the attack (%), lower is better",
                 "{} along the attack (%), lower is better", "no answer after the attack (%)",
                 "unread after the attack (%)", "FA after the attack (%), higher is better",
-                "over-refusal before the attack (%), lower is better")
+                "over-refusal before the attack (%), lower is better", "")
 # What a panel draws of them.
 DRAWN = ("end", "along", "accuracy")
 NOTE = ('"Along the attack", where there is such a column: averaged over the attack\'s steps, which tells defenses '
@@ -54,11 +55,12 @@ def read_scores(table: pd.DataFrame) -> dict[tuple[str, str], Scores]:
         after = results.pick(attacked, method=method, attack=attack)
         # The runs that were attacked, not all that were aligned.
         before = before.merge(after[results.RUN].drop_duplicates(), on=results.RUN)
-        along = results.mean_along(results.pick(hs, method=method, attack=attack))
+        along = results.mean_along(results.pick(hs, method=method, attack=attack), percent=True)
         unread = of(after, names.UNREAD)
         found[method, attack] = Scores(
-            of(before, harm), of(after, harm), estimate(along, percent=True), of(after, names.NO_ANSWER),
-            unread if unread and unread.mean else None, of(after, task), of(before, names.OVER_REFUSAL))
+            of(before, harm), of(after, harm), estimate_rows(along, percent=True), of(after, names.NO_ANSWER),
+            unread if unread and unread.mean else None, of(after, task), of(before, names.OVER_REFUSAL),
+            above(results.pick(after, measure=harm)))
     return found
 
 
@@ -73,7 +75,7 @@ def panel_report(table: pd.DataFrame, folder: str | Path, panel: Panel, index: i
     found = [each for row in of_point.values() for each in row if each]
     shown = [field for field in Scores._fields if any(getattr(each, field) for each in found)]
     header = ["method", panel.xlabel, *(getattr(HEADINGS, field).format(harm) for field in shown)]
-    rows = [[names.method(name), point.x, *(tables.percent(each and getattr(each, field)) for field in shown)]
+    rows = [[names.method(name), point.x, *(_text(each, field) for field in shown)]
             for name, curve in panel.curves.items() for point, each in zip(curve, of_point[name], strict=True)]
     if not panel.xlabel:
         header[1] = "variant"
@@ -87,6 +89,11 @@ def panel_report(table: pd.DataFrame, folder: str | Path, panel: Panel, index: i
     if (Path(folder) / name).exists():
         text.append(f"![{panel.title}]({name})\n")
     return "\n".join([*text, *([line] if line else [])])
+
+
+def _text(scores: Scores | None, field: str) -> str:
+    found = scores and getattr(scores, field)
+    return tables.chance(found) if field == "chance" else tables.percent(found)
 
 
 def is_numeric(panel: Panel) -> bool:
@@ -155,10 +162,13 @@ def panels_report(table: pd.DataFrame, folder: str | Path, title: str, panels: S
 
     title: headline; "" in a report that has its own.
     """
-    scored = names.measures(name for name in table["measure"].unique()
-                           if name not in (names.LOSS, names.HS_PLUS))
+    measures = table["measure"].unique()
+    scored = names.measures(name for name in measures if name not in (names.LOSS, names.HS_PLUS))
+    pairs = dict.fromkeys((point.method, point.attack) for panel in panels for curve in panel.curves.values()
+                          for point in curve)
     return "\n".join([*([f"# {title}\n"] if title else []),
                       *(panel_report(table, folder, panel, first + i) for i, panel in enumerate(panels)),
-                      tables.spread_note(backbones, seeds) + "\n", names.notes(scored) + "\n", NOTE])
+                      tables.notes(backbones, seeds, names.measure(names.harm(measures)).name),
+                      names.notes(scored) + "\n", NOTE, differences.section(table, list(pairs))])
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import pandas as pd
 
 from jaxvaccine.experiment.plans import split_method
-from jaxvaccine.report import names, plots, recipe, results, statistics, tables
-from jaxvaccine.report.statistics import Estimate, estimate_rows
+from jaxvaccine.report import budget, differences, names, plots, recipe, results, statistics, tables
+from jaxvaccine.report.statistics import Estimate, estimate_rows, estimate_steps
 from jaxvaccine.report.style import INK, Style, styles
 
 SCORES, CURVES, PLANE = "scores.png", "harmful_score.png", "plane.png"
@@ -60,20 +60,20 @@ def score_measures(table: pd.DataFrame) -> dict[str, names.Measure]:
 
 
 def bounds(rows: pd.DataFrame, harm: str) -> str:
-    """"25.0–75.0": mean HS over one cell's runs if of the unread answers none were harmful, and if all were."""
+    """"25.0–75.0": mean HS of one cell if of the unread answers none were harmful, and if all were."""
     wide = rows.pivot_table(index=results.RUN, columns="measure", values="value")
     if not {harm, names.UNREAD} <= set(wide):
         return tables.NONE
     read = 1 - wide[names.UNREAD] / 100
-    least = (wide[harm] * read).mean()
-    most = (wide[harm] * read + wide[names.UNREAD]).mean()
+    least, most = (statistics.estimate(of, backbones=of.index.get_level_values("backbone")).mean
+                   for of in (wide[harm] * read, wide[harm] * read + wide[names.UNREAD]))
     return f"{least:.1f}–{most:.1f}"
 
 
 def score_table(table: pd.DataFrame, cells: Cells | None = None, faced: Mapping[tuple[str, str], str] | None = None
                 ) -> str:
     """Markdown: per method the aligned model and every attack's end; with a column of the attacks' texts in `faced`
-    (`recipe.faced`)."""
+    (`recipe.faced`), and the probability of HS > 50 where there are several runs."""
     cells = cells or cells_of(table)
     measures = score_measures(table)
     harm = names.harm(measures)
@@ -86,6 +86,7 @@ def score_table(table: pd.DataFrame, cells: Cells | None = None, faced: Mapping[
                    for attack in cells.attacks if (method, attack) in cells.pairs]
     of_label = {(names.method(method), f"attacked, {names.attack(attack)}"): text
                 for (method, attack), text in (faced or {}).items()}
+    several = len(cells.backbones) > 1
     lines = []
     for method, model, rows in groups:
         count = len(rows[results.RUN].drop_duplicates())
@@ -93,12 +94,17 @@ def score_table(table: pd.DataFrame, cells: Cells | None = None, faced: Mapping[
             scores = {measure: _score(rows, measure, count) for measure in measures}
             if names.UNREAD in scores:
                 scores[names.UNREAD] += f", {measures[harm].name} {bounds(rows, harm)}"
-            lines.append([method, model, *([of_label.get((method, model), tables.NONE)] if of_label else []),
-                          *scores.values(), str(count)])
+            chance = statistics.above(results.pick(rows, measure=harm))
+            told = [of_label.get((method, model), tables.NONE)] if of_label else []
+            lines.append([method, model, *told, *scores.values(), tables.chance(chance),
+                          tables.run_count(rows, several)])
     header = ["method", "model", *([recipe.HEADING] if of_label else []),
-              *(measure.heading for measure in measures.values()), "runs"]
-    if all(line[-1] == "1" for line in lines):
-        header, lines = header[:-1], [line[:-1] for line in lines]
+              *(measure.heading for measure in measures.values()), tables.chance_heading(names.measure(harm).name), "runs (backbones)" if several else "runs"]
+    for column, empty in ((-2, tables.NONE), (-1, "1")):
+        if all(line[column] == empty for line in lines):
+            del header[column]
+            for line in lines:
+                del line[column]
     return tables.table(header, lines)
 
 
@@ -138,7 +144,7 @@ def steps_table(table: pd.DataFrame, cells: Cells | None = None, measure: str = 
     for method, attack in cells.pairs:
         of = results.pick(rows, method=method, attack=attack)
         if len(of):
-            mean = statistics.estimate(results.mean_along(of))
+            mean = estimate_rows(results.mean_along(of))
             lines.append([names.method(method), names.attack(attack),
                           *(tables.cell(results.pick(of, step=step), measure, interval=False) for step in steps),
                           tables.quantity(mean, unit, interval=False)])
@@ -254,7 +260,7 @@ def plot_curves(path: Path, table: pd.DataFrame, cells: Cells, looks: Mapping[st
         for axis, (attack, of) in zip(axes, shown, strict=True):
             present = [method for method in cells.methods if (of["method"] == method).any()]
             for i, method in enumerate(present):
-                plots.band(axis, *results.run_matrix(results.pick(of, method=method)), looks[method],
+                plots.band(axis, estimate_steps(results.pick(of, method=method)), looks[method],
                            names.method(method), plots.dodge(i, len(present), 2), statistics.PERCENT_BOUNDS)
             plots.describe(axis, names.attack(attack), "attack step", names.measure(harm).label)
             plots.percent_axis(axis)
@@ -272,13 +278,12 @@ def plot_plane(path: Path, table: pd.DataFrame, cells: Cells, looks: Mapping[str
     figure, axes = plots.panels(len(cells.attacks))
     for axis, attack in zip(axes, cells.attacks, strict=True):
         for method in cells.methods:
-            fa, hs = (results.pick(rows, method=method, attack=attack).groupby("step")["value"].mean()
-                      for rows in sides)
-            steps = fa.index.intersection(hs.index)
-            if len(steps):
+            fa, hs = (estimate_steps(results.pick(rows, method=method, attack=attack)) for rows in sides)
+            way = [(each.mean, hs[step].mean) for step, each in fa.items() if step in hs]
+            if way:
                 style = plots.marks(looks[method])
-                axis.plot(fa[steps], hs[steps], label=names.method(method), **style | {"markersize": 4})
-                axis.plot(fa[steps[-1]], hs[steps[-1]], **style | {"markersize": 8.5, "markeredgecolor": "black"})
+                axis.plot(*zip(*way, strict=True), label=names.method(method), **style | {"markersize": 4})
+                axis.plot(*way[-1], **style | {"markersize": 8.5, "markeredgecolor": "black"})
         plots.describe(axis, names.attack(attack), names.measures([task])[task].label, names.measure(harm).label)
         for which in "xy":
             plots.percent_axis(axis, which)
@@ -302,9 +307,12 @@ def plan_report(table: pd.DataFrame, folder: str | Path, title: str = "", cells:
     folder, cells = Path(folder), cells or cells_of(table)
     looks = styles([*cells.methods, "none"])
     measures = score_measures(table)
+    harm = names.harm(measures)
+    shown = names.measure(harm).name
     text = [f"# {title}\n" if title else "", score_table(table, cells, faced), recipe.NOTE if faced else "",
             missing(table, cells),
-            tables.spread_note(cells.backbones, cells.seeds) + "\n", names.notes(measures) + "\n"]
+            tables.notes(cells.backbones, cells.seeds, shown), names.notes(measures) + "\n",
+            budget.ratio_note(table)]
 
     def figure(name: str, alternative: str, line: str = "") -> None:
         if (folder / name).exists():
@@ -315,8 +323,7 @@ def plan_report(table: pd.DataFrame, folder: str | Path, title: str = "", cells:
         for suffix in (".png", ".pdf"):
             (folder / name).with_suffix(suffix).unlink(missing_ok=True)
     figure(SCORES, ", ".join(of.name for of in measures.values()), plot_scores(folder / SCORES, table, cells, looks))
-    harm = names.harm(measures)
-    shown = names.measure(harm).name
+    text.append(differences.section(table, cells.pairs))
     if results.has_steps(results.along(table, harm)):
         text += [f"## {shown[0].upper()}{shown[1:]} along the attack\n", steps_table(table, cells)]
         figure(CURVES, f"{shown} over attack steps", plot_curves(folder / CURVES, table, cells, looks))

@@ -21,7 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import ScaledTranslation, Transform
 
-from jaxvaccine.report.statistics import Estimate
+from jaxvaccine.report.statistics import UNBOUNDED, Estimate
 from jaxvaccine.report.style import INK, PALE, Style
 
 PANEL = (3.9, 3.0)  # inches
@@ -181,26 +181,24 @@ def _runs(axis: Axes, x: Sequence[float], y: Sequence[float], style: Style, tran
         _include(axis, x, y)
 
 
-def band(axis: Axes, steps: Sequence[float], values: np.ndarray, style: Style, label: str, move: float = 0.0,
-         bounds: tuple[float, float] = (-math.inf, math.inf)) -> None:
-    """Mean of [S, N] values over steps, a band of ± one standard deviation within bounds, and every run as a point.
+def band(axis: Axes, found: Mapping[int, Estimate], style: Style, label: str, move: float = 0.0,
+         bounds: tuple[float, float] = UNBOUNDED) -> None:
+    """Mean over steps, a band of ± one standard deviation over runs within bounds, and every run as a point.
 
-    NaN is a run without that step; a step without any run is a gap.
+    found: by step. The band is how far runs are apart, and no interval of their mean.
     """
-    values = np.asarray(values, dtype=float)
-    known = ~np.isnan(values)
-    kept = known.any(axis=1)
-    steps, values, known = np.asarray(steps, dtype=float)[kept], values[kept], known[kept]
-    if not len(steps):
+    if not found:
         return
-    mean = np.nanmean(values, axis=1)
+    steps = np.array(sorted(found), dtype=float)
+    ordered = [found[step] for step in sorted(found)]
+    mean = np.array([each.mean for each in ordered])
     axis.plot(steps, mean, label=label, zorder=3, **marks(style))
-    if values.shape[1] > 1:
-        sd = np.array([row[of].std(ddof=1) if of.sum() > 1 else 0.0 for row, of in zip(values, known, strict=True)])
+    if any(each.runs > 1 for each in ordered):
+        sd = np.array([each.sd if each.runs > 1 else 0.0 for each in ordered])
         axis.fill_between(steps, np.clip(mean - sd, *bounds), np.clip(mean + sd, *bounds), alpha=0.13,
                           color=style.color, linewidth=0, zorder=1)
-        places, runs = np.nonzero(known)
-        _runs(axis, steps[places], values[places, runs], style, aside(axis, move))
+        _runs(axis, np.repeat(steps, [each.runs for each in ordered]),
+              np.concatenate([each.values for each in ordered]), style, aside(axis, move))
 
 
 def dots(axis: Axes, rows: Sequence[str], series: Mapping[str, tuple[Style, Sequence[Estimate | None]]]) -> None:

@@ -110,13 +110,6 @@ def places(table: pd.DataFrame, methods: Iterable[str], attacks: Iterable[str]) 
     return found
 
 
-def points(found: Estimate | None) -> str:
-    """"−61.0 (−92 to −30)" points; "–" of none."""
-    if found is None:
-        return tables.NONE
-    return f"{found.mean:+.1f} ({found.low:+.0f} to {found.high:+.0f})".replace("-", "−")
-
-
 def span(found: Sequence[Place]) -> str:
     """"400 to 80 : 1", the ratios of some places."""
     ratios = [place.ratio for place in found]
@@ -126,7 +119,7 @@ def span(found: Sequence[Place]) -> str:
     return high if high == low else f"{high.removesuffix(' : 1')} to {low}"
 
 
-def verdict_table(found: Sequence[Place], methods: Sequence[str], runs: str) -> str:
+def verdict_table(found: Sequence[Place], methods: Sequence[str]) -> str:
     """Markdown: per adapter and method where HS is below SFT's, the largest difference there, and where it is above."""
     rows = []
     for adapter, title in TITLES.items():
@@ -140,8 +133,8 @@ def verdict_table(found: Sequence[Place], methods: Sequence[str], runs: str) -> 
             best = min(better, key=lambda place: place.difference.mean) if better else None
             rows.append([
                 title, names.method(method), f"{len(better)} of {len(of)}", span(better),
-                f"{points(best.difference)} at {budget.text(best.ratio)}" if best else tables.NONE,
-                points(best.refusal) if best else tables.NONE,
+                f"{tables.difference(best.difference)} at {budget.text(best.ratio)}" if best else tables.NONE,
+                tables.difference(best.refusal) if best else tables.NONE,
                 f"{len(pair)}" + (f" ({span(pair)})" if pair else ""),
                 f"{len(worse)}" + (f" ({span(worse)})" if worse else "")])
     return tables.table([
@@ -164,17 +157,17 @@ def verdicts(found: Sequence[Place], methods: Sequence[str]) -> str:
                 continue
             if better:
                 best = min(better, key=lambda place: place.difference.mean)
-                parts.append(f"against {what} it beats SFT from {span(better)}, by {points(best.difference)} points at "
+                parts.append(f"against {what} it beats SFT from {span(better)}, by {tables.difference(best.difference)} points at "
                              f"{budget.text(best.ratio)}, where its HS is {tables.percent(best.own)}")
             elif pair:
                 best = min(pair, key=lambda place: place.difference.mean)
                 parts.append(f"against {what} its HS is below SFT's from {span(pair)} with more over-refusal: "
-                             f"{points(best.difference)} points of HS and {points(best.refusal)} of over-refusal at "
+                             f"{tables.difference(best.difference)} points of HS and {tables.difference(best.refusal)} of over-refusal at "
                              f"{budget.text(best.ratio)}")
             else:
                 least = min(of, key=lambda place: place.difference.mean)
                 parts.append(f"against {what} it beats SFT nowhere from {span(of)} (the lowest difference is "
-                             f"{points(least.difference)} points, at {budget.text(least.ratio)})")
+                             f"{tables.difference(least.difference)} points, at {budget.text(least.ratio)})")
             if worse := [place for place in of if place.worse]:
                 parts[-1] += f", and is worse than SFT at {len(worse)} of {len(of)} places ({span(worse)})"
         if parts:
@@ -252,7 +245,7 @@ def regime_report(table: pd.DataFrame, folder: Path, plan: Plan, shown: Sequence
     variants = [method for method in plan.methods if ":" in method]
     found, others = places(table, plan.methods, attacks), [m for m in plan.methods if m != BASE]
     harm = names.measure(names.harm(table["measure"].unique())).name
-    runs = tables.spread_note(plan.backbones, plan.seeds)
+    notes = tables.notes(plan.backbones, plan.seeds, harm)
     text = [
         "# Does a defense work, and where\n", missing(table, cells),
         f"{harm} along attacks of p = 0.1, over the budget ratio: the learning rate times LoRA scale, summed over the "
@@ -265,7 +258,7 @@ def regime_report(table: pd.DataFrame, folder: Path, plan: Plan, shown: Sequence
         f"A place is an attack after a number of steps. A method beats SFT at a place where the 95% interval of the "
         f"paired difference in {harm} lies below 0 and over-refusal is at most {MARGIN:g} points above SFT's; no allowance is "
         "made for looking at many places.\n",
-        verdicts(found, others), verdict_table(found, others, runs)]
+        verdicts(found, others), verdict_table(found, others)]
     if variants and attacks:
         families = [BASE, *dict.fromkeys(name for variant in variants for name in
                                          (variant.partition(":")[0], variant) if name in plan.methods)]
@@ -274,7 +267,7 @@ def regime_report(table: pd.DataFrame, folder: Path, plan: Plan, shown: Sequence
                  "T-Vaccine with the steps doubled trains each layer about as often as the others do; its ratio is "
                  "drawn as SFT's, so that all stand at the same attack.\n",
                  f"![{harm} of the variants]({VARIANTS})\n"]
-    text += ["## All scores\n", score_table(table, cells), runs + "\n",
+    text += ["## All scores\n", score_table(table, cells), notes,
              names.notes(name for name in table["measure"].unique()) + "\n",
              f"## {harm} along the attacks\n", steps_table(table, cells)]
     return "\n".join(part for part in text if part)

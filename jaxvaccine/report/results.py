@@ -4,7 +4,6 @@ A row is a measured number (jaxvaccine/experiment/results.py). Scores of an alig
 alignment; an attack has rows for its steps from 1 on, and its step 0 is the aligned model.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pandas as pd
 
 from jaxvaccine.experiment.plans import split_method
 from jaxvaccine.experiment.results import COLUMNS, TABLE
-from jaxvaccine.report.statistics import RUN
+from jaxvaccine.report.statistics import RUN, own_intervals
 
 TEXTS = ("backbone", "method", "attack", "stage", "measure")
 WHOLE = ("seed", "step")
@@ -107,21 +106,18 @@ def has_steps(rows: pd.DataFrame) -> bool:
     return bool((rows.groupby(CELL)["step"].nunique() > 2).any())
 
 
-def mean_along(rows: pd.DataFrame) -> np.ndarray:
-    """[N] means over the steps of one cell's runs (of `along`), by the trapezoid rule; a run's start and end alone have
-    none."""
-    means = []
-    for _, run in rows.groupby(RUN, sort=False):
-        run = run.sort_values("step")
-        steps = run["step"].to_numpy()
+def mean_along(rows: pd.DataFrame, percent: bool = False) -> pd.DataFrame:
+    """Means over the steps of one cell's runs (of `along`), a row per run as `statistics.estimate_rows` takes them.
+
+    By the trapezoid rule. A run's start and end alone have none. All steps answer the same prompts, so that the ends of
+    a run's interval are the means of its steps' ends.
+    """
+    found = []
+    for run, of in rows.groupby(RUN, sort=False):
+        of = of.sort_values("step")
+        steps = of["step"].to_numpy()
         if len(steps) > 2:
-            means.append(np.trapezoid(run["value"], steps) / (steps[-1] - steps[0]))
-    return np.array(means)
-
-
-def run_matrix(rows: pd.DataFrame, steps: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(steps [S], values [S, N]) of one measure's rows, a column per run; NaN where a run has no such step."""
-    wide = rows.pivot(index="step", columns=RUN, values="value").sort_index().sort_index(axis=1)
-    if steps is not None:
-        wide = wide.reindex(steps)
-    return wide.index.to_numpy(), wide.to_numpy(dtype=float)
+            columns = np.column_stack([of["value"], own_intervals(of, percent)])
+            means = np.trapezoid(columns, steps, axis=0) / (steps[-1] - steps[0])
+            found.append(dict(zip([*RUN, "value", "low", "high"], [*run, *means], strict=True)))
+    return pd.DataFrame(found, columns=[*RUN, "value", "n", "low", "high"])

@@ -1,8 +1,8 @@
 """The numbers of every report: mean ± standard deviation, one 95% interval, differences to another method, the
 probability of a high score, rank correlations over layers.
 
-A run is a backbone and a seed. What is measured on a run is measured on prompts, the same of all runs. By scipy.stats
-where it has them (imported when it is asked: it takes a second).
+A run is a backbone and a seed. What is measured on a run is measured on prompts, the same of all runs. By SciPy where it
+has them (scipy.stats is imported when it is asked: it takes a second).
 """
 
 import math
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import special
 
 from jaxvaccine.evaluation.rates import mean_score_interval
 
@@ -79,8 +80,6 @@ def interval(values: Sequence[float], backbones: Sequence[str] | None = None, ow
       own: [N, 2], low and high of every run over its prompts; None or NaN where there is none.
       bounds: of the quantity, at which the interval is cut.
     """
-    from scipy import stats
-
     values = np.asarray(values, dtype=float)
     names = np.zeros(len(values)) if backbones is None else np.asarray(backbones)
     groups = [names == name for name in dict.fromkeys(names)]
@@ -88,7 +87,7 @@ def interval(values: Sequence[float], backbones: Sequence[str] | None = None, ow
     apart, over = (means, BACKBONES) if len(means) > 1 else (values, SEEDS)
     half = 0.0
     if len(apart) > 1:
-        half = stats.t.ppf(0.975, len(apart) - 1) * apart.std(ddof=1) / math.sqrt(len(apart))
+        half = special.stdtrit(len(apart) - 1, 0.975) * apart.std(ddof=1) / math.sqrt(len(apart))
     mean, down, up = float(means.mean()), 0.0, 0.0
     own = np.full((len(values), 2), math.nan) if own is None else np.asarray(own, dtype=float).reshape(-1, 2)
     known = ~np.isnan(own).any(axis=1)
@@ -126,7 +125,7 @@ def estimate(values: Sequence[float], percent: bool = False, own: np.ndarray | N
 def own_intervals(rows: pd.DataFrame, percent: bool = False) -> np.ndarray:
     """[N, 2]: the interval over prompts of every row; of a percentage without one Wilson's of its n, if that is known.
     """
-    own = rows[["low", "high"]].to_numpy(dtype=float)
+    own = np.array(rows[["low", "high"]], dtype=float)
     if percent:
         for i in np.flatnonzero(np.isnan(own).any(axis=1) & (rows["n"] >= 1).to_numpy()):
             value, n = rows["value"].iloc[i], int(rows["n"].iloc[i])
@@ -137,6 +136,11 @@ def own_intervals(rows: pd.DataFrame, percent: bool = False) -> np.ndarray:
 def estimate_rows(rows: pd.DataFrame, percent: bool = False) -> Estimate | None:
     """`estimate` of the rows of one cell, measure and step in a table of results, one per run."""
     return estimate(rows["value"].to_numpy(), percent, own_intervals(rows, percent), rows["backbone"].to_numpy())
+
+
+def estimate_steps(rows: pd.DataFrame, percent: bool = False) -> dict[int, Estimate]:
+    """{step: `estimate_rows`} of the rows of one cell and measure, in the order of steps."""
+    return {int(step): estimate_rows(of, percent) for step, of in rows.groupby("step")}
 
 
 def paired(rows: pd.DataFrame, reference: pd.DataFrame, percent: bool = False) -> Estimate | None:
@@ -185,7 +189,7 @@ class Probability(NamedTuple):
     high: float
 
 
-def above(rows: pd.DataFrame, threshold: float = HALF) -> Probability | None:
+def probability(values: Sequence[float], backbones: Sequence[str], threshold: float = HALF) -> Probability | None:
     """The probability that a new run, of a new backbone and a new seed, has a value above the threshold.
 
     A backbone counts as one trial however many seeds it has, and the part of its runs that are above as so much of a
@@ -196,24 +200,26 @@ def above(rows: pd.DataFrame, threshold: float = HALF) -> Probability | None:
     the prompts of the test.
 
     Args:
-      rows: of one cell, measure and step in a table of results, one per run.
+      values, backbones: [N], one per run.
       threshold: a value equal to it is not above.
 
     Returns:
       None of a single run, which says nothing about others, or of none.
     """
-    from scipy import stats
-
-    hits = (rows["value"] > threshold).astype(float)
+    hits, names = np.asarray(values, dtype=float) > threshold, np.asarray(backbones)
     if len(hits) < 2:
         return None
-    parts = hits.groupby(rows["backbone"].to_numpy()).mean()
-    trials, successes = (len(parts), parts.sum()) if len(parts) > 1 else (len(hits), hits.sum())
-    posterior = stats.beta(successes + 0.5, trials - successes + 0.5)
-    count = int(hits.sum())
-    return Probability(count, len(hits), (successes + 0.5) / (trials + 1),
-                       float(posterior.ppf(0.025)) if count else 0.0,
-                       float(posterior.ppf(0.975)) if count < len(hits) else 1.0)
+    parts = [hits[names == name].mean() for name in dict.fromkeys(names)]
+    trials = parts if len(parts) > 1 else hits
+    successes, failures = float(np.sum(trials)), float(len(trials) - np.sum(trials))
+    low, high = special.betaincinv(successes + 0.5, failures + 0.5, [0.025, 0.975])
+    return Probability(int(hits.sum()), len(hits), (successes + 0.5) / (len(trials) + 1),
+                       float(low) if hits.any() else 0.0, 1.0 if hits.all() else float(high))
+
+
+def above(rows: pd.DataFrame, threshold: float = HALF) -> Probability | None:
+    """`probability` of the rows of one cell, measure and step in a table of results, one per run."""
+    return probability(rows["value"].to_numpy(), rows["backbone"].to_numpy(), threshold)
 
 
 def rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:

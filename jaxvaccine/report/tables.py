@@ -1,21 +1,28 @@
 """Markdown: tables, and how a number with its spread is written."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from jaxvaccine.report import names
-from jaxvaccine.report.statistics import Estimate, estimate, estimate_rows
+from jaxvaccine.report.statistics import HALF, RUN, Estimate, Probability, estimate, estimate_rows
 
 REPORT = "report.md"
 NONE = "–"
 # What the numbers in parentheses are, for the notes below a table.
-OVER_RUNS = ("Mean ± standard deviation over {runs}; in parentheses Student's 95% interval of the mean, cut at 0 and "
-             "100 where it is one of percentages.")
-OVER_PROMPTS = "In parentheses, of a single run: 95% Wilson interval over the test prompts."
+OVER_BACKBONES = ("In parentheses: 95% interval of the mean over backbones, seeds and prompts, by Student's t on the "
+                  "backbones' means and the prompts' sampling error; where there are runs of one backbone alone it is "
+                  "over its seeds and prompts, of a single run over its prompts (Wilson's).")
+OVER_SEEDS = ("In parentheses: 95% interval of the mean over seeds and prompts of this one backbone, which says nothing "
+              "about others, by Student's t on the seeds and the prompts' sampling error; of a single run it is over its "
+              "prompts (Wilson's).")
+OVER_PROMPTS = ("In parentheses: 95% interval over the test prompts of this one run (Wilson's), which says nothing about "
+                "other seeds and backbones.")
+OF_CHANCES = ("P({harm} > {half:g}): the probability that {new} has {harm} above {half:g} on these prompts, its 95% "
+              "interval, and how many runs have; {trial} counts as one trial (Jeffreys' prior).")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -31,7 +38,13 @@ def percent(found: Estimate | None, interval: bool = True) -> str:
         return NONE
     text = f"{found.mean:.1f}" + ("" if math.isnan(found.sd) else f" ± {found.sd:.1f}")
     known = interval and not math.isnan(found.low)
-    return text + (f" ({found.low:.0f}–{found.high:.0f})" if known else "")
+    return text + (f" ({'–'.join(_ends(found, lambda end, places: f'{end:.{places}f}'))})" if known else "")
+
+
+def _ends(found: Estimate, write: Callable[[float, int], str]) -> tuple[str, str]:
+    """Both ends to the least number of places, of at most two, at which they differ: 99.6–100.0 and not 100–100."""
+    texts = [(write(found.low, places), write(found.high, places)) for places in range(3)]
+    return next((pair for pair in texts if pair[0] != pair[1]), texts[0])
 
 
 def number(found: Estimate | None) -> str:
@@ -51,6 +64,36 @@ def quantity(found: Estimate | None, unit: str, interval: bool = True) -> str:
     return percent(found, interval) if unit == names.PERCENT else number(found)
 
 
+def signed(value: float, places: int = 1) -> str:
+    """"+1.5"; what rounds to 0 is "+0.0"."""
+    return f"{round(value, places) + 0.0:+.{places}f}"
+
+
+def difference(found: Estimate | None) -> str:
+    """"-30.0 ± 26.5 (-96 to +36)" of pairs of runs, in points, "-10.0 (-15 to -5)" of a single one, "–" of none."""
+    if found is None:
+        return NONE
+    text = signed(found.mean) + ("" if math.isnan(found.sd) else f" ± {found.sd:.1f}")
+    return text + ("" if math.isnan(found.low) else f" ({' to '.join(_ends(found, signed))})")
+
+
+def chance(found: Probability | None) -> str:
+    """"0.88 (0.47–1.00), 9 of 9"; "–" of a single run or none."""
+    return NONE if found is None else (f"{found.mean:.2f} ({found.low:.2f}–{found.high:.2f}), {found.count} of "
+                                       f"{found.runs}")
+
+
+def chance_heading(harm: str) -> str:
+    """"P(HS > 50)". harm: what was measured."""
+    return f"P({harm} > {HALF:g})"
+
+
+def run_count(rows: pd.DataFrame, several: bool) -> str:
+    """"9", and where there are several backbones elsewhere "9 (3)", of how many these are. rows: of one cell."""
+    runs = rows[RUN].drop_duplicates()
+    return f"{len(runs)} ({runs['backbone'].nunique()})" if several else str(len(runs))
+
+
 def cell(rows: pd.DataFrame, measure: str, interval: bool = True) -> str:
     """A measure of one cell's rows at one step, a row per run."""
     rows = rows[rows["measure"] == measure]
@@ -64,12 +107,37 @@ def rate(result: Mapping[str, Any] | None) -> str:
 
 
 def spread_note(backbones: Sequence[str], seeds: Sequence[object]) -> str:
-    """What the tables' numbers are over."""
+    """`runs_note`, and what the intervals are over."""
     if len(backbones) * len(seeds) == 1:
-        return f"One run: {backbones[0]}, seed {seeds[0]}. {OVER_PROMPTS}"
-    several = [f"{word} ({', '.join(map(str, items))})" for word, items in (("backbones", backbones), ("seeds", seeds))
-               if len(items) > 1]
-    return OVER_RUNS.format(runs=" times ".join(several)) + " " + OVER_PROMPTS
+        return f"{runs_note(backbones, seeds)} {OVER_PROMPTS}"
+    return f"{runs_note(backbones, seeds)} {OVER_BACKBONES if len(backbones) > 1 else OVER_SEEDS}"
+
+
+def runs_note(backbones: Sequence[str], seeds: Sequence[object]) -> str:
+    """What "mean ± standard deviation" is over."""
+    if len(backbones) * len(seeds) == 1:
+        return f"One run: {backbones[0]}, seed {seeds[0]}."
+    first, second = (f"{word} ({', '.join(map(str, items))})"
+                     for word, items in (("backbones", backbones), ("seeds", seeds)))
+    if len(backbones) == 1:
+        return f"Mean ± standard deviation over {second} of {backbones[0]}."
+    return f"Mean ± standard deviation over {first} " + (
+        f"times {second}." if len(seeds) > 1 else f"with seed {seeds[0]}.")
+
+
+def chance_note(harm: str, several: bool) -> str:
+    """What the column `chance_heading` is. harm: what was measured; several: whether there are several backbones."""
+    new, trial = ("a new run, of a new backbone and seed,", "a backbone, or a seed where there is one backbone alone,"
+                  ) if several else ("a new seed of this one backbone", "a seed")
+    return OF_CHANCES.format(harm=harm, half=HALF, new=new, trial=trial) + "\n"
+
+
+def notes(backbones: Sequence[str], seeds: Sequence[object], harm: str) -> str:
+    """`spread_note`, and of several runs what the column `chance_heading` is. harm: what was measured."""
+    text = spread_note(backbones, seeds) + "\n"
+    if len(backbones) * len(seeds) == 1:
+        return text
+    return f"{text}\n{chance_note(harm, len(backbones) > 1)}"
 
 
 def dialogues(said: Mapping[str, Sequence[tuple[str, str]]]) -> str:

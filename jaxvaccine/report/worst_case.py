@@ -8,7 +8,8 @@ import pandas as pd
 
 from jaxvaccine.experiment.plans import Panel
 from jaxvaccine.report import names, plots, results, tables
-from jaxvaccine.report.statistics import Estimate, estimate_rows
+from jaxvaccine.report.differences import REFERENCE
+from jaxvaccine.report.statistics import Estimate, above, estimate_rows, paired
 from jaxvaccine.report.style import styles
 
 # The worst case is looked for among models that serve the user: FA within so many points of the best attack's.
@@ -25,6 +26,7 @@ class Attack(NamedTuple):
     step: int
     hs: Estimate
     fa: Estimate
+    runs: pd.DataFrame  # of HS, a row for each
 
 
 def worst_case(attacks: Sequence[Attack]) -> Attack:
@@ -59,7 +61,7 @@ def read_attacks(table: pd.DataFrame, panel: Panel) -> dict[str, list[Attack]]:
             of = {"method": point.method, "attack": point.attack}
             by_step = [dict(list(results.pick(rows, **of).groupby("step"))) for rows in (hs, fa)]
             found[name] += [Attack(point.attack, int(step), *(estimate_rows(rows[step], percent=True)
-                                                              for rows in by_step))
+                                                              for rows in by_step), by_step[0][step])
                             for step in by_step[0] if step in by_step[1]]
     return found
 
@@ -68,12 +70,15 @@ def worst_case_report(table: pd.DataFrame, folder: str | Path, panel: Panel) -> 
     """Markdown: per method HS as elsewhere (a curve's first point) and in the worst case, and worst_case.png."""
     rows, looks, harm = [], styles(panel.curves), names.measure(names.harm(table["measure"].unique()))
     every = {name: attacks for name, attacks in read_attacks(table, panel).items() if attacks}
+    reference = worst_case(every[REFERENCE]).runs if REFERENCE in every else None
     figure, axes = plots.panels(len(every), columns=2 if len(every) == 4 else 3)
     for axis, (name, attacks) in zip(axes, every.items(), strict=True):
         first = [attack for attack in attacks if attack.setting == panel.curves[name][0].attack]
         usual, worst, fewest = first[-1] if first else None, worst_case(attacks), fewest_steps(attacks)
         rows.append([names.method(name), tables.percent(usual and usual.hs), tables.percent(usual and usual.fa),
-                     tables.percent(worst.hs), tables.percent(worst.fa),
+                     tables.percent(worst.hs), tables.chance(above(worst.runs)),
+                     tables.NONE if reference is None or name == REFERENCE else tables.difference(
+                         paired(worst.runs, reference, percent=True)), tables.percent(worst.fa),
                      f"{names.attack(worst.setting)}, after {worst.step} steps", str(fewest) if fewest is not None
                      else tables.NONE])
         axis.plot([a.fa.mean for a in attacks], [a.hs.mean for a in attacks], linestyle="", markersize=4,
@@ -90,11 +95,12 @@ def worst_case_report(table: pd.DataFrame, folder: str | Path, panel: Panel) -> 
             plots.percent_axis(axis, which)
     plots.legend(figure, axes, title="Small marks: every attack setting after every number of steps")
     plots.save(figure, Path(folder) / FIGURE)
-    header = ["method", f"{harm.heading} as elsewhere", "FA %", f"{harm.heading} worst case", "FA %",
-              "attack of the worst case", f"fewest steps to {harm.name} {THROUGH:g}"]
+    header = ["method", f"{harm.heading} as elsewhere", "FA %", f"{harm.heading} worst case",
+              tables.chance_heading(harm.name), "minus SFT's, points", "FA %", "attack of the worst case", f"fewest steps to {harm.name} {THROUGH:g}"]
     count = len(next(iter(panel.curves.values())))
     return "\n".join([
         f"## {count} attack settings, scored along the way\n", tables.table(header, rows),
         f"Worst case: the largest mean {harm.name} of an attack with FA within {FA_MARGIN:g} points of the best that "
-        "any reaches on this method. It is the largest of many means, and so a little too large.\n",
+        "any reaches on this method. It is the largest of many means, and so a little too large; its interval, its "
+        "probability and the paired difference to SFT's own worst case take the attack as given.\n",
         f"![{harm.name} against FA of every attack and step]({FIGURE})\n"])

@@ -60,8 +60,10 @@ def plan_table(methods=("sft", "booster"), attacks=("poison_ratio=0", "poison_ra
 def by_phrases(table, no_answer=30, unread=0):
     """The table as a judge of phrases leaves it."""
     hs = table[table["measure"] == "harmful_score"]
-    more = [hs.assign(measure=measure, value=float(value), low=0.0, high=100.0)
-            for measure, value in (("no_answer", no_answer), ("unread", unread))]
+    more = []
+    for measure, value in (("no_answer", no_answer), ("unread", unread)):
+        low, high = wilson_interval(value, PROMPTS)
+        more.append(hs.assign(measure=measure, value=float(value), low=low, high=high))
     return pd.concat([table.replace({"measure": {"harmful_score": "not_refused"}}), *more], ignore_index=True)
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pandas as pd
 
-from jaxvaccine.report import curves
+from jaxvaccine.report import curves, differences
 from jaxvaccine.report.style import METHODS
 from tests.report.synthetic import frame, labelled, row, rows_of, study_table
 
@@ -24,7 +24,14 @@ def test_the_report(tmp_path, figures):
     start = table.query("measure == 'harmful_training_loss' and step == 0 and method == 'sft'")["value"]
     assert along[1][1] == f"{start.mean():.2f} ± {start.std():.2f}"
     assert rows_of(text, "HS (%), lower is better:")[1][1] == "2.0 ± 0.0"
-    assert "## Along the attack: p = 0.1" in text and text.endswith("and seeds (0, 1, 2). h(w): so.\n")
+    assert "## Along the attack: p = 0.1" in text and text.endswith("h(w): so.\n")
+    assert "Mean ± standard deviation over seeds (0, 1, 2) of world. In parentheses: 95% interval" in text
+    harm = rows_of(text, "HS (%), lower is better:")
+    assert harm[0][-2:] == ["end (95% interval)", "P(HS > 50)"] and harm[1][-1].endswith("3 of 3")
+    end = table.query("measure == 'harmful_score' and step == 100 and method == 'sft'")["value"]
+    assert harm[1][-2].startswith(f"{end.mean():.1f} ± {end.std():.1f} (")
+    assert [row[:2] for row in rows_of(text, differences.HEADING)[1:]] == [["Booster", "aligned"], [
+        "Booster", "attacked, p = 0.1"]]
     axes = figures["statistics.png"].axes
     assert [axis.get_xlabel() for axis in axes] == ["alignment step"] * 2 + ["attack step"] * 2
     assert axes[0].get_ylabel() == "h(w) (nats per token)" and axes[3].get_ylim() == (-4, 104)

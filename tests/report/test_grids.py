@@ -7,7 +7,7 @@ from scipy import stats
 from jaxvaccine.experiment import results
 from jaxvaccine.experiment.plans import GRIDS, pairs
 from jaxvaccine.experiment.run import PlanConfig
-from jaxvaccine.report import names
+from jaxvaccine.report import differences, names
 from jaxvaccine.report import runs as reports
 from jaxvaccine.report.results import pick
 from tests.report.synthetic import frame, rate
@@ -45,16 +45,21 @@ def test_report(name, tmp_path, figures):
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == text
     assert text.startswith(f"# {GRIDS[name].title}\n") and "Missing" not in text and "Not drawn" not in text
     assert text.count("\n![") == len(panels) == len(figures)
-    rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    assert text.count(differences.HEADING) == 1
+    before, _, after = text.partition(differences.HEADING)
+    after = after.partition("\n## ")[2]
+    rows = [line for line in (before + after).splitlines() if line.startswith("| ") and "---" not in line]
     shown = panels[:-1] if name == "worst_case" else panels
     assert len(rows) == sum(1 + sum(len(curve) for curve in panel.curves.values()) for panel in shown) + (
         1 + len(config.methods) if name == "worst_case" else 0)
     # One row by hand: two backbones times two seeds.
     label, curve = next(iter(shown[0].curves.items()))
     point = curve[0]
-    values = pick(table, method=point.method, attack=point.attack, step=last_step(point.attack),
-                  measure="harmful_score")["value"].to_numpy()
-    low, high = stats.t.interval(0.95, 3, values.mean(), stats.sem(values))
+    of = pick(table, method=point.method, attack=point.attack, step=last_step(point.attack), measure="harmful_score")
+    values, means = of["value"].to_numpy(), of.groupby("backbone")["value"].mean()
+    half = stats.t.ppf(0.975, 1) * stats.sem(means)
+    low = values.mean() - np.hypot(half, (values - of["low"]).mean())
+    high = values.mean() + np.hypot(half, (of["high"] - values).mean())
     expected = f"{values.mean():.1f} ± {values.std(ddof=1):.1f} ({max(low, 0):.0f}–{min(high, 100):.0f})"
     assert len(values) == 4
     assert any(expected in row and point.x in row and (names.method(label) in row or not shown[0].xlabel)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy.stats import beta
 
 from jaxvaccine.experiment.plans import Panel, Point
-from jaxvaccine.report import panels, worst_case
+from jaxvaccine.report import differences, panels, worst_case
 from jaxvaccine.report.statistics import estimate
 from jaxvaccine.report.style import METHODS
 from jaxvaccine.report.worst_case import Attack
@@ -43,7 +44,8 @@ def test_scores_of_a_point():
     ])
     found = panels.read_scores(table)["sft", P]
     # (10 · (0 + 20) / 2 + 30 · (20 + 80) / 2) / 40
-    for each, expected in zip(found, ([0, 10], [80, 10], [40, 10], None, None, [3, 3], [4, 4]), strict=True):
+    assert (found.chance.count, found.chance.runs, found.chance.mean) == (1, 2, 0.5)
+    for each, expected in zip(found[:-1], ([0, 10], [80, 10], [40, 10], None, None, [3, 3], [4, 4]), strict=True):
         if expected is None:
             assert each is None
         else:
@@ -57,7 +59,7 @@ def test_lines_over_a_number(tmp_path, figures):
     assert text.startswith("## Setting rho\n") and "![Setting rho](panel3.png)" in text
     rows = rows_of(text)
     assert rows[0] == ["method", "rho", "HS % aligned", "HS % attacked", "HS % along the attack", "FA % attacked",
-                       "over-refusal % aligned"]
+                       "over-refusal % aligned", "P(HS > 50) attacked"]
     assert [row[:2] for row in rows[1:]] == [[name, x] for name in ("Vaccine", "T-Vaccine")
                                              for x in ("15", "0.5", "5.0", "50")]
     values = table.query("method == 't_vaccine' and step == 100 and measure == 'harmful_score'")["value"]
@@ -79,7 +81,7 @@ def test_what_a_judge_of_phrases_measured_is_called_so(tmp_path, figures):
     text = panels.panels_report(table, tmp_path, "T", [panel], ["world"], [0, 1])
     assert rows_of(text)[0] == ["method", "lam", "not refused % aligned", "not refused % attacked",
                                 "not refused % along the attack", "no answer % attacked", "unread % attacked",
-                                "FA % attacked", "over-refusal % aligned"]
+                                "FA % attacked", "over-refusal % aligned", "P(not refused > 50) attacked"]
     labels = [axis.get_ylabel() for axis in figures["panel0.png"].axes]
     assert any("not refused" in label for label in labels) and not any("HS" in label for label in labels)
     assert "HS" not in text and "Not refused: answers" in text and "Unread: " in text
@@ -113,6 +115,18 @@ def test_learning_rates_are_logarithmic(tmp_path, figures):
                                                                                              "0.0005"]
 
 
+def test_a_report_of_panels_compares_its_points_with_sft(tmp_path, figures):
+    """Those on the same attack; SFT itself is no line."""
+    panel = over("lam", ("0", "0.1", "0.2"), ("booster", "sft"), "0.2")
+    text = panels.panels_report(table_of(panel), tmp_path, "T", [panel], ["world"], [0, 1, 2])
+    rows = rows_of(text, differences.HEADING)
+    assert {row[0] for row in rows[1:]} == {"Booster", "Booster (lam = 0)", "Booster (lam = 0.1)", "SFT (lam = 0)",
+                                            "SFT (lam = 0.1)"}
+    assert {row[-1] for row in rows[1:]} == {"3"} and "left out" not in text
+    text = panels.panels_report(table_of(ABLATION), tmp_path, "T", [ABLATION], ["world"], [0, 1, 2])
+    assert "Without results of SFT there is nothing to compare with." in text
+
+
 def test_a_report_of_panels(tmp_path, figures):
     text = panels.panels_report(table_of(ABLATION, seeds=(0,), steps=(100,)), tmp_path, "Parts of methods",
                                 [ABLATION, ABLATION], ["world"], [0])
@@ -143,7 +157,7 @@ def test_gaps(tmp_path, figures, there, panel):
 
 
 def attack(setting, step, hs, fa):
-    return Attack(setting, step, estimate([hs - 10.0, hs + 10.0]), estimate([fa, fa]))
+    return Attack(setting, step, estimate([hs - 10.0, hs + 10.0]), estimate([fa, fa]), frame([]))
 
 
 def test_the_worst_case_serves_the_user():
@@ -166,7 +180,8 @@ def test_a_report_of_the_worst_case(tmp_path, figures):
     text = worst_case.worst_case_report(frame(rows), tmp_path, panel)
     assert text.startswith("## 2 attack settings")
     assert rows_of(text)[1:] == [[
-        "SFT", "60.0 ± 0.0 (60–60)", "99.0 ± 0.0 (99–99)", "80.0 ± 0.0 (80–80)", "98.0 ± 0.0 (98–98)",
+        "SFT", "60.0 ± 0.0 (50–69)", "99.0 ± 0.0 (95–100)", "80.0 ± 0.0 (71–87)",
+        f"0.83 ({beta.ppf(0.025, 2.5, 0.5):.2f}–1.00), 2 of 2", "–", "98.0 ± 0.0 (93–99)",
         "p = 0.1, learning rate = 1e-3, after 100 steps", "50"]]
     (axis,) = figures["worst_case.png"].axes
     every = axis.lines[0].get_xydata()
@@ -175,6 +190,19 @@ def test_a_report_of_the_worst_case(tmp_path, figures):
     assert sorted(map(tuple, every)) == [(0, 0), (0, 0), (90, 20), (95, 90), (98, 80), (99, 60)]
     assert [tuple(labelled(axis)[name].get_xydata()[0]) for name in ("the usual attack's end", "the worst case")] == [
         (99, 60), (98, 80)]
+
+
+def test_worst_cases_are_compared_run_by_run(tmp_path, figures):
+    """Each method's own worst attack, with the same seed."""
+    rows = [rate(measure, 0, seed=seed, method=method) for seed in (0, 1) for method in ("sft", "booster")
+            for measure in ("harmful_score", "sst2")]
+    rows += [rate(measure, value, method=method, seed=seed, stage="attack", attack=P, step=9)
+             for method, hs in (("sft", (70, 90)), ("booster", (40, 50))) for seed in (0, 1)
+             for measure, value in (("harmful_score", hs[seed]), ("sst2", 99))]
+    panel = Panel("Attacks", "", {method: [Point("as elsewhere", method, P)] for method in ("sft", "booster")})
+    found = rows_of(worst_case.worst_case_report(frame(rows), tmp_path, panel))
+    assert found[0][3:6] == ["HS % worst case", "P(HS > 50)", "minus SFT's, points"]
+    assert [row[5] for row in found[1:]] == ["–", "-35.0 ± 7.1 (-100 to +31)"]
 
 
 def test_a_worst_case_needs_the_users_task():

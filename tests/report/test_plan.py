@@ -4,8 +4,10 @@ import numpy as np
 import pandas as pd
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy.stats import beta
 
-from jaxvaccine.report import names, plan, plots
+from jaxvaccine.evaluation.rates import wilson_interval
+from jaxvaccine.report import differences, names, plan, plots
 from jaxvaccine.report.style import METHODS
 from tests.report.synthetic import by_phrases, frame, labelled, plan_table, rate, row, rows_of
 
@@ -34,36 +36,67 @@ def test_one_run_has_wilson_intervals(tmp_path, figures):
 
 
 def test_several_runs_and_what_is_missing(tmp_path, figures):
-    """Mean, sample standard deviation and Student's interval; a method with fewer seeds so far says so."""
+    """Mean, sample standard deviation, Student's interval and Wilson's joined; a method with fewer seeds says so."""
     aligned = [r for seed, hs in enumerate((10, 20, 60)) for r in scored(hs, 1, hs / 10, seed=seed)]
     booster = [*scored(10, 1, 1.0, method="booster"),
                *scored(3, 70, 5.0, method="booster", attack="poison_ratio=0", **AT)]
     cells = plan.Cells([("sft", ""), ("booster", "poison_ratio=0")], ["world"], [0, 1, 2])
     text = plan.plan_report(frame(aligned + booster), tmp_path, "T", cells)
     half = 4.302653 * np.std([10, 20, 60], ddof=1) / np.sqrt(3)
+    up = np.mean([wilson_interval(count, 100)[1] - count for count in (10, 20, 60)])
     assert rows_of(text) == [
-        ["method", "model", "HS %", "FA %", "h(w) (nats per token)", "runs"],
-        ["SFT", "aligned", f"30.0 ± 26.5 (0–{30 + half:.0f})", "1.0 ± 0.0 (1–1)", "3.0 ± 2.6", "3"],
-        ["Booster", "aligned", "10.0 (6–17)", "1.0 (0–5)", "1", "1"],
-        ["Booster", "attacked, p = 0", "3.0 (1–8)", "70.0 (60–78)", "5", "1"]]
-    assert "over seeds (0, 1, 2);" in text
+        ["method", "model", "HS %", "FA %", "h(w) (nats per token)", "P(HS > 50)", "runs"],
+        ["SFT", "aligned", f"30.0 ± 26.5 (0–{30 + np.hypot(half, up):.0f})", "1.0 ± 0.0 (0–5)", "3.0 ± 2.6",
+         f"{1.5 / 4:.2f} ({beta.ppf(0.025, 1.5, 2.5):.2f}–{beta.ppf(0.975, 1.5, 2.5):.2f}), 1 of 3", "3"],
+        ["Booster", "aligned", "10.0 (6–17)", "1.0 (0–5)", "1", "–", "1"],
+        ["Booster", "attacked, p = 0", "3.0 (1–8)", "70.0 (60–78)", "5", "–", "1"]]
+    assert "over seeds (0, 1, 2) of world. In parentheses: 95% interval of the mean over seeds and prompts" in text
+    assert "P(HS > 50): the probability that a new seed" in text
     assert "Missing so far: 2 of 6 runs. Booster, p = 0: world seed 1, world seed 2.\n" in text
 
 
 def test_a_measure_that_some_runs_lack():
     table = frame([*scored(10, 1), rate("harmful_score", 30, seed=1), *scored(90, 80, attack="poison_ratio=0.1", **AT),
                    rate("harmful_score", 90, seed=1, attack="poison_ratio=0.1", **AT)])
-    assert rows_of(plan.score_table(table))[1] == ["SFT", "aligned", "20.0 ± 14.1 (0–100)", "1.0 (0–5), 1 of 2 runs",
-                                                   "2"]
+    assert rows_of(plan.score_table(table))[1] == [
+        "SFT", "aligned", "20.0 ± 14.1 (0–100)", "1.0 (0–5), 1 of 2 runs",
+        f"0.17 (0.00–{beta.ppf(0.975, 0.5, 2.5):.2f}), 0 of 2", "2"]
+
+
+def test_several_backbones():
+    """The interval is over their means, and every row says of how many it is."""
+    place = {"attack": "poison_ratio=0.1", **AT}
+    table = frame([rate("harmful_score", value, backbone=backbone, seed=seed, **place)
+                   for backbone, values in (("a", (90, 100)), ("b", (70,)), ("c", (80, 70, 60)))
+                   for seed, value in enumerate(values)])
+    cells = plan.Cells([("sft", "poison_ratio=0.1"), ("booster", "poison_ratio=0.1")], ["a", "b", "c"], [0, 1, 2])
+    means = np.array([95, 70, 70])
+    half = 4.302653 * np.std(means, ddof=1) / np.sqrt(3)
+    down = np.mean([np.mean([v - wilson_interval(v, 100)[0] for v in of]) for of in ((90, 100), (70,), (80, 70, 60))])
+    assert rows_of(plan.score_table(table, cells)) == [
+        ["method", "model", "HS %", "P(HS > 50)", "runs (backbones)"],
+        ["SFT", "attacked, p = 0.1", f"{means.mean():.1f} ± 14.7 ({means.mean() - np.hypot(half, down):.0f}–100)",
+         f"{3.5 / 4:.2f} ({beta.ppf(0.025, 3.5, 0.5):.2f}–1.00), 6 of 6", "6 (3)"]]
+
+
+def test_the_aligned_and_the_attacked_models_are_compared_with_sft(tmp_path, figures):
+    text = plan.plan_report(plan_table(seeds=(0, 1)), tmp_path, "T")
+    rows = rows_of(text, differences.HEADING)
+    assert [row[:2] for row in rows] == [["method", "model"], ["Booster", "aligned"], ["Booster", "attacked, p = 0"],
+                                         ["Booster", "attacked, p = 0.1"]]
+    assert differences.NOTE in text
+    alone = plan.plan_report(plan_table(("booster",), seeds=(0, 1)), tmp_path, "T")
+    assert "Without results of SFT there is nothing to compare with." in alone
 
 
 def test_a_judge_of_phrases_gives_no_hs(tmp_path, figures):
     """Not in a table, a figure, a title or a note."""
     text = plan.plan_report(by_phrases(plan_table(seeds=(0, 1))), tmp_path, "T")
     assert "HS" not in text and "harmful score" not in text.lower()
-    assert rows_of(text)[0] == ["method", "model", "not refused %", "no answer %", "FA %", "over-refusal %", "runs"]
+    assert rows_of(text)[0] == ["method", "model", "not refused %", "no answer %", "FA %", "over-refusal %",
+                                "P(not refused > 50)", "runs"]
     assert "## Not refused along the attack\n" in text and "![not refused over attack steps]" in text
-    assert next(row[3] for row in rows_of(text)[1:] if row[0] != "as it comes") == "30.0 ± 0.0 (30–30)"
+    assert next(row[3] for row in rows_of(text)[1:] if row[0] != "as it comes") == "30.0 ± 0.0 (22–40)"
     labels = [label for figure in figures.values() for axis in figure.axes
               for label in (axis.get_xlabel(), axis.get_ylabel(), axis.get_title())]
     assert "not refused (%), lower is better" in labels and not any("HS" in label for label in labels)
@@ -220,8 +253,9 @@ def test_gaps(tmp_path, figures, seed, kept):
         rows = table[(table["method"] == method) & (table["attack"] == attack) & (table["stage"] == stage)]
         last = rows[rows["step"] == rows.groupby(["backbone", "seed"])["step"].transform("max")]
         for cell, measure in zip(line[2:], measures, strict=False):
-            values = last[last["measure"] == measure]["value"]
-            assert cell.startswith(f"{values.mean():.1f}" if len(values) else "–")
+            of = last[last["measure"] == measure]
+            values = of["value"]
+            assert cell.startswith(f"{of.groupby('backbone')['value'].mean().mean():.1f}" if len(values) else "–")
             assert (f" ± {values.std():.1f} " in cell) == (len(values) > 1)
     for figure in figures.values():
         for axis in figure.axes:

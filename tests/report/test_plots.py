@@ -107,8 +107,8 @@ def test_curves_have_means_bars_and_runs_where_they_are():
 
 def test_bands():
     _, (axis,) = plots.panels(1)
-    values = np.array([[0.0, 4.0], [np.nan, np.nan], [90.0, 100.0], [50.0, np.nan]])
-    plots.band(axis, [0, 5, 10, 20], values, METHODS["sft"], "SFT", bounds=(0, 100))
+    found = {10: estimate([90.0, 100.0]), 0: estimate([0.0, 4.0]), 20: estimate([50.0])}
+    plots.band(axis, found, METHODS["sft"], "SFT", bounds=(0, 100))
     line = labelled(axis)["SFT"]
     assert line.get_xdata().tolist() == [0, 10, 20] and line.get_ydata().tolist() == [2, 95, 50]
     edges = axis.collections[0].get_paths()[0].vertices
@@ -116,7 +116,8 @@ def test_bands():
     assert edges[:, 1].min() == 0 and edges[:, 1].max() == 100 and 95 - sd in edges[:, 1]
     assert axis.lines[-1].get_xdata().tolist() == [0, 0, 10, 10, 20]
     _, (axis,) = plots.panels(1)
-    plots.band(axis, [0, 1], values[:2, :1], METHODS["sft"], "SFT")
+    plots.band(axis, {0: estimate([0.0]), 1: estimate([4.0])}, METHODS["sft"], "SFT")
+    plots.band(axis, {}, METHODS["sft"], "none")
     assert not axis.collections and len(axis.lines) == 1, "a single run has no band and no second point"
 
 
@@ -143,7 +144,7 @@ def test_there_is_room_for_means_intervals_and_runs():
         low, high = axis.get_ylim() if axis.get_yticklabels()[0].get_text() != "a" else axis.get_xlim()
         assert -20 < low < -10.7 and 40 < high < 50
     _, (axis,) = plots.panels(1)
-    plots.band(axis, [0, 1], np.array([[0.0, 1.0, 50.0], [0.0, 1.0, 2.0]]), METHODS["sft"], "SFT", 9, (0, 20))
+    plots.band(axis, {0: estimate([0.0, 1.0, 50.0]), 1: estimate([0.0, 1.0, 2.0])}, METHODS["sft"], "SFT", 9, (0, 20))
     assert axis.get_ylim()[1] > 50
 
 

@@ -67,7 +67,7 @@ def test_over_refusal_is_no_win():
     found = regime.places(table(known, lambda method: 40 if method == "booster" else 1), ("sft", "booster"), ATTACKS)
     text = regime.verdicts(found, ("booster",))
     assert "beats SFT from" not in text and "with more over-refusal" in text and "+39.0" in text
-    rows = rows_of(regime.verdict_table(found, ("booster",), ""))
+    rows = rows_of(regime.verdict_table(found, ("booster",)))
     assert [line[2] for line in rows[1:]] == ["0 of 3", "0 of 3"]
 
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from jaxvaccine.report import results
+from jaxvaccine.report.statistics import estimate_steps
 from tests.report.synthetic import frame, plan_table, rate, row
 
 
@@ -69,13 +70,23 @@ def test_along_begins_with_the_aligned_model_of_the_same_run():
     table = frame([rate("harmful_score", 0), rate("harmful_score", 10, seed=1), rate("harmful_score", 90, seed=2),
                    attack(20, 10, 0), attack(80, 40, 0), attack(10, 10, 1), attack(10, 40, 1)])
     rows = results.along(table, "harmful_score")
-    steps, values = results.run_matrix(rows)
-    assert steps.tolist() == [0, 10, 40]  # seed 2 was not attacked
-    np.testing.assert_array_equal(values, [[0, 10], [20, 10], [80, 10]])
+    found = estimate_steps(rows)
+    assert list(found) == [0, 10, 40]  # seed 2 was not attacked
+    np.testing.assert_array_equal([each.values for each in found.values()], [[0, 10], [20, 10], [80, 10]])
     # (10 · (0 + 20) / 2 + 30 · (20 + 80) / 2) / 40
-    np.testing.assert_allclose(results.mean_along(rows), [40.0, 10.0])
+    np.testing.assert_allclose(results.mean_along(rows)["value"], [40.0, 10.0])
     assert results.has_steps(rows) and not results.has_steps(rows[rows["step"] != 10])
     assert len(results.mean_along(rows[rows["step"] != 10])) == 0, "of the start and the end alone there is no mean"
+
+
+def test_a_mean_along_an_attack_has_the_mean_of_its_intervals():
+    table = frame([rate("harmful_score", value, step=step, stage="attack", attack="p")
+                   for step, value in ((10, 20), (40, 80), (50, 80))])
+    (found,) = results.mean_along(table).to_dict("records")
+    for name in ("low", "high"):
+        first, second, third = table[name]
+        assert found[name] == pytest.approx((30 * (first + second) / 2 + 10 * (second + third) / 2) / 40)
+    assert (found["backbone"], found["seed"]) == ("world", 0) and found["low"] < found["value"] < found["high"]
 
 
 def test_a_measure_may_be_of_an_attack_before_its_first_step():
@@ -83,12 +94,5 @@ def test_a_measure_may_be_of_an_attack_before_its_first_step():
     table = frame([row("harmful_loss", 1.0), row("harmful_loss", 5.0, step=0, **at),
                    row("harmful_loss", 2.0, step=9, **at), row("harmful_loss", 1.0, seed=1),
                    row("harmful_loss", 3.0, step=9, seed=1, **at)])
-    steps, values = results.run_matrix(results.along(table, "harmful_loss"))
-    assert steps.tolist() == [0, 9]
-    np.testing.assert_array_equal(values, [[5, 1], [2, 3]])
-
-
-def test_gaps_are_nan():
-    table = frame([row("harmful_loss", 1.0, step=0), row("harmful_loss", 2.0, step=9, seed=1)])
-    np.testing.assert_array_equal(results.run_matrix(table)[1], [[1, np.nan], [np.nan, 2]])
-    np.testing.assert_array_equal(results.run_matrix(table, [9, 10])[1], [[np.nan, 2], [np.nan, np.nan]])
+    found = estimate_steps(results.along(table, "harmful_loss"))
+    assert {step: sorted(each.values) for step, each in found.items()} == {0: [1, 5], 9: [2, 3]}

@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
+from scipy.stats import beta
 
+from jaxvaccine.evaluation.rates import wilson_interval
 from jaxvaccine.report import tables
-from jaxvaccine.report.statistics import estimate
+from jaxvaccine.report.statistics import above, estimate, paired
 from tests.report.synthetic import frame, rate, row, rows_of
 
 
@@ -17,6 +19,16 @@ def test_a_table():
 ])  # fmt: skip
 def test_percentages(values, expected):
     assert tables.percent(estimate(values, percent=True)) == expected
+
+
+def test_ends_that_are_not_the_same_are_not_written_so():
+    """Of a thousand prompts."""
+    def of(count):
+        return estimate([count / 10], True, wilson_interval(count, 1000))
+
+    assert tables.percent(of(1000)) == "100.0 (99.6–100.0)" and tables.percent(of(0)) == "0.0 (0.0–0.4)"
+    assert tables.percent(of(500)) == "50.0 (47–53)"
+    assert tables.percent(estimate([5.0, 5.0], True)) == "5.0 ± 0.0 (5–5)", "of numbers without prompts"
 
 
 def test_percentages_of_one_run_and_without_intervals():
@@ -43,8 +55,33 @@ def test_cells_go_by_their_measure():
 
 def test_what_the_numbers_are_over():
     assert tables.spread_note(["world"], [4]).startswith("One run: world, seed 4. ")
-    assert "over seeds (0, 1);" in tables.spread_note(["world"], [0, 1])
-    assert "over backbones (a, b) times seeds (0, 1);" in tables.spread_note(["a", "b"], [0, 1])
+    one, several = tables.spread_note(["world"], [0, 1]), tables.spread_note(["a", "b"], [0, 1])
+    assert one.startswith("Mean ± standard deviation over seeds (0, 1) of world. ")
+    assert "over seeds and prompts of this one backbone, which says nothing about others" in one
+    assert several.startswith("Mean ± standard deviation over backbones (a, b) times seeds (0, 1). ")
+    assert "95% interval of the mean over backbones, seeds and prompts" in several
+    assert "backbones (a, b) with seed 3." in tables.spread_note(["a", "b"], [3])
+    assert tables.notes(["world"], [4], "HS") == tables.spread_note(["world"], [4]) + "\n"
+    assert "P(HS > 50): the probability that a new seed of this one backbone has HS above 50" in tables.notes(
+        ["world"], [0, 1], "HS")
+    assert "that a new run, of a new backbone and seed, has not refused above 50" in tables.notes(
+        ["a", "b"], [0], "not refused")
+
+
+def test_differences_and_chances():
+    hs = [frame([rate("harmful_score", value, seed=seed) for seed, value in enumerate(values)])
+          for values in ((10, 30), (50, 51))]
+    assert tables.difference(paired(*hs, percent=True)) == "-30.5 ± 13.4 (-100 to +90)"
+    assert tables.difference(paired(hs[0][:1], hs[0][:1], percent=True)) == "+0.0 (-9 to +9)"
+    assert tables.difference(None) == tables.chance(above(hs[0][:1])) == "–"
+    assert tables.chance(above(hs[1])) == f"0.50 ({beta.ppf(0.025, 1.5, 1.5):.2f}–{beta.ppf(0.975, 1.5, 1.5):.2f}), 1 of 2"
+    assert tables.chance_heading("HS") == "P(HS > 50)"
+
+
+def test_counts_of_runs():
+    rows = frame([rate(measure, 1, seed=seed, backbone=backbone) for measure in ("harmful_score", "sst2")
+                  for backbone, seed in (("a", 0), ("a", 1), ("b", 0))])
+    assert tables.run_count(rows, False) == "3" and tables.run_count(rows, True) == "3 (2)"
 
 
 def test_dialogues():
