@@ -109,7 +109,7 @@ def test_flags_that_are_none(call, verb):
     ("run --run_dir=r --eval_batch_size=0", "--eval_batch_size: found 0, expected at least 1"),
     ("run --run_dir=r --attack_poison_ratio=1", "Unknown command line flag 'attack_poison_ratio'"),
     ("run --run_dir=r --model=m --recipe=booster --defenses=sft", "--harmful_test: found '', expected at least one of"),
-    ("run --run_dir=r --model=m --recipe=booster --defenses=sft,tar", "--recipe: found 'booster', expected t_vaccine: "),
+    ("run --run_dir=r --model=m --recipe=booster --defenses=sft,tar", "--recipe: found 'booster', expected t_vaccin"),
     ("run --run_dir=r --protocol=one_new", "--protocol: found 'one_new', expected --recipe of a paper beside it"),
     ("run --run_dir=r --attack_lisa_user_steps=0 --defenses=sft+lisa", "--attack_lisa_user_steps: found 0, expect"),
     ("run --run_dir=r --attack_only_layers=99", "--attack_only_layers: found ('99',), expected numbers below 6"),
