@@ -237,5 +237,5 @@ def test_a_plan_is_of_one_task(tmp_path):
     """A recipe's attack depends on the task, so that no cell may have another than the plan's."""
     with pytest.raises(FieldError, match=r"^attacks: found 'user_data=gsm8k:x.jsonl', expected sst2 as of the other"):
         settings_of("t_vaccine", ("sft",), tmp_path, attacks=("user_data=gsm8k:x.jsonl",))
-    with pytest.raises(FieldError, match="^protocol: found 'one_new', expected --recipe of a paper"):
+    with pytest.raises(FieldError, match=r"^protocol: found 'one_new', expected --recipe of a paper"):
         settings_of("none", ("sft",), tmp_path, protocol="one_new")
