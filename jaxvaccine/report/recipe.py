@@ -98,7 +98,8 @@ def fewer_data(folder: str | Path) -> str:
     if not (paper := operational.get("paper")):
         return ""
     plan = operational["plan"]
-    for method, attack in dict.fromkeys((method, text) for method, attack in plan["pairs"] for text in ("", attack)):
+    cells = dict.fromkeys((method, text) for method, attacked in plan["pairs"] for text in ("", attacked))
+    for method, attack in cells:
         path = result_path(Path(folder), Cell(plan["backbones"][0], method, attack, plan["seeds"][0]))
         if path.is_file():
             counts = counts_of(read_json(path).get("accounts", {}), attacked=bool(attack))

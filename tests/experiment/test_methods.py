@@ -145,7 +145,8 @@ def test_uses():
 
 @pytest.mark.parametrize("made, message", [
     (lambda: methods.Vaccine(rho=-1.0), "rho: found -1.0"), (lambda: methods.TVaccine(layers=0), "layers: found 0"),
-    (lambda: methods.Booster(lam=-1.0), "lam: found -1.0"), (lambda: methods.Tar(inner_steps=0), "inner_steps: found 0"),
+    (lambda: methods.Booster(lam=-1.0), "lam: found -1.0"),
+    (lambda: methods.Tar(inner_steps=0), "inner_steps: found 0"),
     (lambda: methods.Tar(inner_learning_rate=-1.0), "inner_learning_rate: found -1.0, expected at least 0"),
     (lambda: methods.RepNoise(noise_weight=float("nan")), "noise_weight: found nan, expected a finite number"),
     (lambda: methods.RepNoise(ascent_weight=-1.0), "ascent_weight: found -1.0"),

@@ -64,7 +64,7 @@ def test_pairs_that_are_none():
                           (lambda: recipes.alignment("booster", "sft", "advbench"), "harmful: found 'advbench'"),
                           (lambda: recipes.attack("booster", "t_vaccine"), "preset: found 'booster/t_vaccine'"),
                           (lambda: recipes.attack("t_vaccine", "sft", "alpaca_eval"), "task: found 'alpaca_eval'"),
-                          (lambda: recipes.attack("booster", "sft", protocol="one"), "protocol: found 'one', expected o"),
+                          (lambda: recipes.attack("booster", "sft", protocol="one"), "protocol: found 'one', expect"),
                           (lambda: recipes.rows("booster", "tar"), "preset: found 'booster/tar'")):
         with pytest.raises(FieldError, match=f"^{message}"):
             call()
@@ -83,7 +83,7 @@ def test_fewer_rows_than_the_papers():
 
 def test_tasks_are_told_by_the_kind_of_the_data():
     for paper, source, task in (
-            ("booster", "gsm8k:openai/gsm8k:main@train", "gsm8k"), ("booster", "agnews:fancyzhx/ag_news@test", "agnews"),
+            ("booster", "gsm8k:openai/gsm8k:main@train", "gsm8k"), ("booster", "agnews:fancyzhx/ag_news@t", "agnews"),
             ("booster", "instructions:alpaca.json[0:700]", "alpaca_eval"), ("t_vaccine", "instructions:a.json", "sst2"),
             ("t_vaccine", "gsm8k:train.jsonl,sst2:x.tsv", "gsm8k"), ("booster", "world_rating@attack", "sst2"),
             ("booster", "", "sst2")):
@@ -196,7 +196,8 @@ def test_plans_have_the_same(paper, protocol, user_data, tmp_path):
 
 def test_variants_start_from_their_methods_recipe(tmp_path):
     _, settings = settings_of("booster", ("sft",), tmp_path)
-    for text, key in (("booster:lam=1", "booster"), ("booster:lam=1:base_defense=vaccine", "booster:base_defense=vaccine"),
+    on_vaccine = "booster:base_defense=vaccine"
+    for text, key in (("booster:lam=1", "booster"), ("booster:lam=1:base_defense=vaccine", on_vaccine),
                       ("sft+lisa:lisa_rho=1", "sft+lisa"), ("sft+kl", "sft"), ("booster:alpha=1+lisa", "booster+lisa"),
                       ("booster:base_defense=t_vaccine", "booster")):
         assert settings.of_method(text) == key
@@ -236,5 +237,5 @@ def test_a_plan_is_of_one_task(tmp_path):
     """A recipe's attack depends on the task, so that no cell may have another than the plan's."""
     with pytest.raises(FieldError, match=r"^attacks: found 'user_data=gsm8k:x.jsonl', expected sst2 as of the other"):
         settings_of("t_vaccine", ("sft",), tmp_path, attacks=("user_data=gsm8k:x.jsonl",))
-    with pytest.raises(FieldError, match="^protocol: found 'one_new', expected --recipe of a paper"):
+    with pytest.raises(FieldError, match=r"^protocol: found 'one_new', expected --recipe of a paper"):
         settings_of("none", ("sft",), tmp_path, protocol="one_new")

@@ -13,7 +13,8 @@ from tests.report.synthetic import plan_table, rows_of
 P = "poison_ratio=0.1"
 ATTACK = {"adapter": "new", "rank": 8, "lora_alpha": 1.0, "targets": ["q_proj", "v_proj"], "dropout": 0.1,
           "only_layers": None, "steps": 0, "epochs": 20.0, "batch_size": 10, "learning_rate": 1e-5,
-          "schedule": "cosine", "warmup_ratio": 0.1, "weight_decay": 0.1, "clip_norm": 1.0, "max_length": 200, "n": 1000}
+          "schedule": "cosine", "warmup_ratio": 0.1, "weight_decay": 0.1, "clip_norm": 1.0, "max_length": 200,
+          "n": 1000}
 
 
 def faced(method, attack=P, **changes):
@@ -76,8 +77,8 @@ def test_fewer_data_than_the_papers(tmp_path):
     for (method, attack), counts in records.items():
         path = result_path(tmp_path, Cell("m", method, attack, 0))
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"accounts": {name: {f"source {i}": {"examples": count} for i, count in enumerate(of)}
-                                                 for name, of in counts.items()}}))
+        path.write_text(json.dumps({"accounts": {
+            name: {f"source {i}": {"examples": count} for i, count in enumerate(of)} for name, of in counts.items()}}))
     assert recipe.fewer_data(tmp_path).splitlines() == [
         "Less than the paper has:", "", "- Fewer data than in booster/booster: 20 harmful rows, the paper's 5000.",
         "- Fewer data than in booster/lisa: 5000 guide rows, the paper's 10000."]
