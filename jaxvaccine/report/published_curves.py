@@ -41,7 +41,7 @@ def plot_statistics(path: Path, table: pd.DataFrame, attack: str, published: pd.
     for axis, measure in zip(axes, drawn, strict=False):
         of = names.measure(measure)
         for i, (method, curve) in enumerate(every[measure].items()):
-            plots.band(axis, 100 * curve.steps / curve.steps.max(), curve.values, looks[method],
+            plots.band(axis, {100 * step / max(curve): each for step, each in curve.items()}, looks[method],
                        f"{names.method(method)}, {OURS} ({model})", plots.dodge(i, len(methods), 2),
                        PERCENT_BOUNDS if of.unit == names.PERCENT else (0, np.inf))
         for method, rows in published[published["measure"] == measure].groupby("method", sort=False):

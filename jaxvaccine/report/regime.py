@@ -181,11 +181,9 @@ def _panel(axis: Axes, table: pd.DataFrame, methods: Sequence[str], attack: str,
     ratio = results.pick(budget.ratios(table), method=BASE, attack=attack).groupby("step")["ratio"].mean()
     rows = results.pick(results.along(table, harm), attack=attack)
     for i, method in enumerate(methods):
-        of = results.pick(rows, method=method)
-        steps, values = results.run_matrix(of[of["step"].isin(ratio.index)])
-        if len(steps):
-            plots.band(axis, ratio[steps].to_numpy(), values, looks[method], names.method(method),
-                       plots.dodge(i, len(methods), 2), statistics.PERCENT_BOUNDS)
+        found = statistics.estimate_steps(results.pick(rows, method=method), percent=True)
+        plots.band(axis, {ratio[step]: each for step, each in found.items() if step in ratio.index}, looks[method],
+                   names.method(method), plots.dodge(i, len(methods), 2), statistics.PERCENT_BOUNDS)
     for figure in shown:
         style = plots.marks(looks[figure.method]) | {"linestyle": ":", "markerfacecolor": "white", "markersize": 7}
         axis.plot(figure.ratios, figure.values, label=f"{names.method(figure.method)}, {figure.label}", zorder=2,

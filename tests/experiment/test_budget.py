@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxvaccine import optim
@@ -21,6 +21,7 @@ def test_by_hand():
     np.testing.assert_allclose(budgets(line, AdapterPart(rank=1, lora_alpha=1.0), 4), [0, 1, 1.75, 2.25, 2.5], rtol=1e-6)
 
 
+@settings(deadline=None, max_examples=30)
 @given(schedule=st.sampled_from(("constant", "linear", "cosine")), warmup=st.floats(0, 1), steps=st.integers(1, 60),
        rank=st.integers(1, 64), alpha=st.floats(0.1, 64))
 def test_is_the_schedule_summed(schedule, warmup, steps, rank, alpha):
