@@ -1,4 +1,4 @@
-"""Those of the papers' figures and tables that are more than scores of a plan: curves inside models, and what it costs."""
+"""The papers' figures and tables that are more than scores of a plan: curves inside models, and what it costs."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -64,9 +64,10 @@ def statistics(config: Any, settings: Settings, setting: paper_tables.Setting, f
     return "\n".join([
         "## Statistics over steps\n", "![Losses and HS along the attack, with the published curves]"
         "(published_statistics.png)\n",
-        f"Published: {figures.iloc[0]['source']}, {len(figures)} points of Llama-2-7B. Published harmful loss along the "
-        "alignment (of its own batches):\n", tables.table(["method", "at the start", "at the end"], rows),
-        inner.replace("\n## ", "\n### ").replace("# Model statistics\n", "", 1).replace("](statistics", "](statistics/statistics")])
+        f"Published: {figures.iloc[0]['source']}, {len(figures)} points of Llama-2-7B. Published harmful loss along "
+        "the alignment (of its own batches):\n", tables.table(["method", "at the start", "at the end"], rows),
+        inner.replace("\n## ", "\n### ").replace("# Model statistics\n", "", 1).replace(
+            "](statistics", "](statistics/statistics")])
 
 
 def criticality(config: Any, settings: Settings, setting: paper_tables.Setting, folder: Path,
@@ -74,7 +75,8 @@ def criticality(config: Any, settings: Settings, setting: paper_tables.Setting, 
     """Harmful gradient norms by layer with the published, and what attacks on single layers reach."""
     root = folder / "criticality"
     last = cell_configs(settings, folder, Cell(config.model[0], "sft", "", 0))[0].training.steps or 100
-    of = make(layers_study.CriticalityConfig, _of_study(config, root, defenses=("sft",), measure_every=max(1, last // 3)))
+    of = make(layers_study.CriticalityConfig, _of_study(
+        config, root, defenses=("sft",), measure_every=max(1, last // 3)))
     align, attack, scores = given
     run(of, align, attack, {**scores, **dict.fromkeys(_TESTS[3:], "")},
         Probes(layers_study.measure_norms, every=of.measure_every, check=layers_study.check))
@@ -131,14 +133,14 @@ def system(config: Any, settings: Settings, setting: paper_tables.Setting, folde
     text = ["## System cost\n", tables.table([
         "method", "a step here, s", "/ SFT", "alignment, published", "memory of a step here, GiB", "/ SFT",
         "memory, published"], rows),
-        "Time: the median step of this machine, which may do other things. Memory: weights, adapter, optimizer and XLA's "
-        "temporary buffers of one step in float32, compiled for this machine's own device.\n"]
+        "Time: the median step of this machine, which may do other things. Memory: weights, adapter, optimizer and "
+        "XLA's temporary buffers of one step in float32, compiled for this machine's own device.\n"]
     if "vaccine" in found and "t_vaccine" in found:
         ours = 100 * (found["t_vaccine"][1] / found["vaccine"][1] - 1)
         claims = _figures(config, "claims")
         stated_memory = claims[(claims["measure"] == "memory")].iloc[0]
-        text.append(f"T-Vaccine's memory against Vaccine's: {ours:+.2f}% here, {stated_memory['value']:+.2f}% published "
-                    f"({stated_memory['source']}).\n".replace("-", "−"))
+        text.append(f"T-Vaccine's memory against Vaccine's: {ours:+.2f}% here, {stated_memory['value']:+.2f}% "
+                    "published".replace("-", "−") + f" ({stated_memory['source']}).\n")
     return "\n".join(text)
 
 

@@ -1,6 +1,7 @@
-"""What the papers' tables go through, as cells of a plan. A table that a model or the given data cannot have says why."""
+"""What the papers' tables go through, as cells of a plan. What a model or the given data cannot have is said."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -136,7 +137,7 @@ def limited(sources: str, count: int) -> str:
     if count > sum(sizes):
         raise ValueError(f"data source {sources}: found {sum(sizes)} examples, expected at least {count}")
     ends = [round(sum(sizes[:i]) * count / sum(sizes)) for i in range(len(sizes) + 1)]
-    taken = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    taken = [end - start for start, end in itertools.pairwise(ends)]
     return ",".join(str(dataclasses.replace(source, start=source.start or 0, stop=(source.start or 0) + size))
                     for source, size in zip(parsed, taken, strict=True) if size)
 
@@ -184,7 +185,8 @@ def _number(text: str) -> float:
     return float(text) if re.fullmatch(r"[\d.e+-]+", text) else float("nan")
 
 
-def _rows_table(of: Setting, names: Sequence[str], field: str, counts: Sequence[str], title: str, setting: str) -> Table:
+def _rows_table(of: Setting, names: Sequence[str], field: str, counts: Sequence[str], title: str, setting: str
+                ) -> Table:
     sources = of.align.get(field, "")
     there = len(data.load_examples(sources)) if sources else 0
     known = [count for count in counts if int(count) <= there]
@@ -237,9 +239,10 @@ def booster(of: Setting) -> dict[str, Table]:
     """Booster's tables, by name."""
     values, rows = of.values, ("sft", "lisa", "repnoise", "vaccine", "booster")
     few = _joined(limited(of.align["alignment_data"], int(of.values.few_rows)))
-    combined = tuple(Entry(_with(of.method(name), alignment_data=few), _changes(
-        f"poison_ratio={of.ratio}", n=n) + of.longer, _with(of.method(name), alignment_data=few), n, of.task, of.ratio, n,
-        f"alignment_rows={of.values.few_rows}") for name in ("vaccine", "booster", "vaccine+booster") for n in values.counts)
+    combined = tuple(entry._replace(method=method, curve=method, setting=f"alignment_rows={of.values.few_rows}")
+                     for name in ("vaccine", "booster", "vaccine+booster")
+                     for method in [_with(of.method(name), alignment_data=few)]
+                     for entry in _over_attack(of, (name,), values.counts, "n"))
     both = tuple(entry._replace(curve=of.method("booster+lisa")) for entry in _over_attack(
         of, ("booster+lisa",), values.ratios, "poison_ratio"))
     gsm8k = of.task == "gsm8k"
@@ -263,8 +266,8 @@ def booster(of: Setting) -> dict[str, Table]:
         "ablation": _named(of, "Ablation", {
             "Booster": of.method("booster"), "no regularizer": _with(of.method("booster"), lam="0"),
             "exact gradient": _with(of.method("booster"), exact="true")}, ("ablation",),
-            "The paper's variant without the last term of its equation 3, by which the harmful loss itself is lowered, is "
-            "not built."),
+            "The paper's variant without the last term of its equation 3, by which the harmful loss itself is lowered, "
+            "is not built."),
     }
 
 
@@ -299,6 +302,6 @@ STUDIES = {"booster": (STATISTICS, SYSTEM), "t_vaccine": (CRITICALITY, SYSTEM)}
 NAMES = {
     "booster": ("ratios", "samples", "tasks", "models", "lam", "alpha", "harmful_rows", "alignment_rows", "combination",
                 "lisa_combination", "ablation", *STUDIES["booster"]),
-    "t_vaccine": ("ratios", "samples", "tasks", "models", "layers", "rho", "sample_every", "probe_every", "harmful_rows",
-                  "alignment_rows", "ablation", *STUDIES["t_vaccine"]),
+    "t_vaccine": ("ratios", "samples", "tasks", "models", "layers", "rho", "sample_every", "probe_every",
+                  "harmful_rows", "alignment_rows", "ablation", *STUDIES["t_vaccine"]),
 }

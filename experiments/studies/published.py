@@ -59,6 +59,6 @@ def harm_curves() -> list[Published]:
             ("booster", "ratios", "booster", CONTINUED), ("t_vaccine", "main", "t_vaccine", NEW)):
         rows = found[(found["list"] == paper) & (found["table"] == table) & (found["method"] == method)
                      & (found["poison_ratio"] == "0.1") & (found["measure"] == "harmful_score")]
-        curves.append(Published(method, adapter, [float(published_ratio(paper, method)[-1])], rows["value"].tolist()[:1],
-                                "published table"))
+        curves.append(Published(method, adapter, [float(published_ratio(paper, method)[-1])],
+                                rows["value"].tolist()[:1], "published table"))
     return curves

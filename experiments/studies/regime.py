@@ -2,13 +2,13 @@
 
   python -m experiments.studies.regime --run_dir=runs/regime --seeds=0,1,2 --model=world,bases/1,bases/2
 
-The budget ratio (jaxvaccine/experiment/budget.py) of the published experiments is 200 to 800 : 1. Here models are aligned
-for as many epochs as there, and then attacked with a new adapter of a small LoRA scale, as T-Vaccine's paper does, and on
-the aligned adapter, as Booster's; at learning rates that go through the published range and beyond it. T-Vaccine is
-aligned for as many steps as the others, and for as many per layer that trains; Booster with all harmful examples and with
-few. The verdicts at the end are of differences from SFT with the same backbone, seed and attack.
+The budget ratio (jaxvaccine/experiment/budget.py) of the published experiments is 200 to 800 : 1. Here models are
+aligned for 15 epochs, and then attacked with a new adapter of a small LoRA scale, as T-Vaccine's paper does, and on the
+aligned adapter, as Booster's; at learning rates that go through the published range and beyond it. T-Vaccine is aligned
+for as many steps as the others, and for as many per layer that trains; Booster with all harmful examples and with few.
+The verdicts at the end are of differences from SFT with the same backbone, seed and attack.
 
-On a model of your own, give --recipe=none, the data, and the stages' settings (docs/results/regime.md has a command)."""
+On a model of your own, give --recipe=none, the data, and the stages' settings."""
 
 import dataclasses
 from pathlib import Path

@@ -9,9 +9,9 @@
       --table=ratios,samples --dry_run
 
 The first is on the small world that comes with the package, at a reduced list. --dry_run checks everything, says what
-would be carried out, how much of the data and settings is other than the paper's, and ends. It is a plan that is carried
-out cell by cell: re-running continues where it stopped. --protocol chooses the attacks: each method's own as released, or
-one for all."""
+would be carried out and what of the data and settings is other than the paper's, and ends. It is a plan that is carried
+out cell by cell: re-running continues where it stopped. --protocol chooses the attacks: each method's own as released,
+or one for all."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ import pandas as pd
 from absl import flags
 
 from experiments.studies import paper_studies, paper_tables, published
-from experiments.studies.paper_tables import Entry, Setting, Table
+from experiments.studies.paper_tables import Setting, Table
 from jaxvaccine import cli, data, world
 from jaxvaccine.experiment import carry_out as engine
 from jaxvaccine.experiment import checks, recipes
@@ -208,8 +208,8 @@ def plan_text(config: ReproduceConfig, plans: Plans, lines: Sequence[str], rows:
 
 def reproduce(config: ReproduceConfig, align: Mapping[str, Any], attack: Mapping[str, Any], scores: Mapping[str, Any]
               ) -> str:
-    """Carries out what has not been carried out yet; returns the report, or of a dry run the plan. Arguments as of `run`.
-    """
+    """Carries out what has not been carried out yet; returns the report, or of a dry run the plan. Arguments as of
+    `run`."""
     settings = make_settings(config, align, attack, scores)._replace(own_task=True)
     check_scores(settings.scores)
     setting = setting_of(config, align, attack)
@@ -241,8 +241,8 @@ def _report(config: ReproduceConfig, settings: Settings, setting: Setting, plans
     text = [
         f"# {TITLES[config.paper]}, on {', '.join(config.model)}\n",
         *(f"**Warning: {line}.**\n" for line in lines),
-        "Published figures are those with a source that can be cited. A figure of another model or of other settings is "
-        "another experiment, and the difference then says how far it carries over. Attacks: "
+        "Published figures are those with a source that can be cited. A figure of another model or of other settings "
+        "is another experiment, and the difference then says how far it carries over. Attacks: "
         f"{'each as its authors released it' if config.protocol == 'released' else 'one for all methods'}.\n"]
     if found is not None:
         text += [table_report(name, table, found, config, folder, i, deviation)
@@ -250,7 +250,8 @@ def _report(config: ReproduceConfig, settings: Settings, setting: Setting, plans
     for name in config.tables:
         if name in paper_tables.STUDIES[config.paper]:
             text.append(paper_studies.STUDIES[name](config, settings, setting, folder, given))
-    text += ["## Other than the paper's\n", f"Of {names.method(setting.method(config.paper))}, and alike of the others:\n",
+    text += ["## Other than the paper's\n",
+             f"Of {names.method(setting.method(config.paper))}, and alike of the others:\n",
              tables.table(["stage", "setting", "paper", "here"], rows) if rows else "Nothing.\n",
              tables.notes(config.model, config.seeds, "HS")]
     if found is not None:

@@ -1,8 +1,8 @@
 """How far an optimizer is let go: learning rate times LoRA scale, summed over steps.
 
-The budget ratio is an alignment's budget over an attack's. AdamW moves a weight by about its learning rate at each step,
-whatever the gradient's size, and the LoRA scale is what the adapter's movement is worth in the model: so it says how much
-more the alignment could move the model than the attack. It compares runs of one optimizer alone."""
+The budget ratio is an alignment's budget over an attack's. AdamW moves a weight by about its learning rate at each
+step, whatever the gradient's size, and the LoRA scale is what the adapter's movement is worth in the model: so it says
+how much more the alignment could move the model than the attack. It compares runs of one optimizer alone."""
 
 import numpy as np
 

@@ -84,7 +84,7 @@ class Settings(NamedTuple):
     scores: EvaluateConfig
     new_adapter: Mapping[str, Mapping[str, Any]] = MappingProxyType({})  # of the attack, where it trains a new adapter
     paper: str = ""
-    own_task: bool = False  # of FA, an attacked model is scored on the user's own task alone, where there is a test of it
+    own_task: bool = False  # of FA, an attacked model is scored on the user's own task alone, where that has a test
 
     def of_method(self, method: str) -> str:
         """The key of what a method starts from: of those that say nothing else than it, the one that says most.

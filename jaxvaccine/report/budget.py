@@ -46,7 +46,7 @@ def ratio_note(table: pd.DataFrame) -> str:
     where = ("as the published experiments do" if (shown >= low).all() and (shown <= high).all() else
              "in part outside of the published experiments' range" if (shown >= low).any() and (shown <= high).any()
              else "outside of the published experiments' range")
-    return (f"Budget ratio, learning rate times LoRA scale summed over the alignment's steps against the attack's: "
+    return ("Budget ratio, learning rate times LoRA scale summed over the alignment's steps against the attack's: "
             + ", ".join(f"{ratio} with {whose(of)}" for ratio, of in by_ratio.items())
             + f". The attacks lie {where}, {low:g} to {high:g} : 1: "
             "the smaller the ratio, the more an attack can move what the alignment has set.\n")

@@ -18,7 +18,8 @@ def test_by_hand():
     part, adapter = TrainingPart(learning_rate=2e-3, schedule="constant"), AdapterPart(rank=8, lora_alpha=2.0)
     np.testing.assert_allclose(budgets(part, adapter, 3), 0.25 * 2e-3 * np.arange(4), rtol=1e-6)
     line = TrainingPart(learning_rate=1.0, schedule="linear")
-    np.testing.assert_allclose(budgets(line, AdapterPart(rank=1, lora_alpha=1.0), 4), [0, 1, 1.75, 2.25, 2.5], rtol=1e-6)
+    one = AdapterPart(rank=1, lora_alpha=1.0)
+    np.testing.assert_allclose(budgets(line, one, 4), [0, 1, 1.75, 2.25, 2.5], rtol=1e-6)
 
 
 @settings(deadline=None, max_examples=30)

@@ -13,7 +13,7 @@ NEW, CONTINUED = ATTACKS
 
 
 def table(hs, refusal=lambda method: 1, methods=("sft", "vaccine", "booster"), budgets=(4.0, 0.001)):
-    """hs: (method, attack, step) -> HS of every run, give or take a point; budgets: aligned, and of an attack's step."""
+    """hs: (method, attack, step) -> HS of every run, give or take a point; budgets: aligned, and of a step."""
     rng, rows = np.random.default_rng(0), []
     for backbone in BACKBONES:
         for seed in SEEDS:

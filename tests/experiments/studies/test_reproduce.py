@@ -18,7 +18,7 @@ PAPERS = ("booster", "t_vaccine")
 DATA = {"alignment_data": "world_refusal@train", "harmful_data": "world_harmful@harmful"}
 ATTACK_DATA = {"user_data": "world_rating@attack", "harmful_data": "world_harmful@attack"}
 TESTS = {"harmful_test": "world_harmful@test[0:4]", "sst2_test": "world_rating@test[0:4]"}
-REAL = ("--model=some/model", *(f"--{name}={value}" for name, value in (DATA | TESTS).items()),
+REAL = ("--model=some/model", "--judge=keyword", *(f"--{name}={value}" for name, value in (DATA | TESTS).items()),
         *(f"--attack_{name}={value}" for name, value in ATTACK_DATA.items()))
 
 
@@ -35,7 +35,7 @@ def parsed(*argv):
 @pytest.mark.parametrize("paper", PAPERS)
 @pytest.mark.parametrize("argv", [(), REAL], ids=["world", "real"])
 def test_every_cell_is_a_valid_setting(paper, argv, tmp_path):
-    config, given, settings, setting, found = parsed(f"--paper={paper}", *argv)
+    _, given, settings, _, found = parsed(f"--paper={paper}", *argv)
     (plan,) = found.plans
     check_given(plan, settings, *given[:2])
     folders = set()
@@ -73,7 +73,8 @@ def test_recipes_are_the_papers_but_for_flags(tmp_path):
         3, 1.0, "bfloat16", TESTS["harmful_test"])
 
 
-@pytest.mark.parametrize("protocol, sft, own", [("released", (5, 20.0), (10, 20.0)), ("one_new", (10, 20.0), (10, 20.0))])
+@pytest.mark.parametrize("protocol, sft, own", [
+    ("released", (5, 20.0), (10, 20.0)), ("one_new", (10, 20.0), (10, 20.0))])
 def test_attacks_as_released_and_one_for_all(protocol, sft, own, tmp_path):
     _, _, settings, *_ = parsed("--paper=t_vaccine", f"--protocol={protocol}", *REAL)
     for method, expected in (("sft", sft), ("t_vaccine", own)):
@@ -114,7 +115,7 @@ def test_limited_to_more_than_there_are():
 
 
 def test_few_rows_are_said(tmp_path):
-    """Which counts the data do not reach is in the table's note, and where they are fewer than the paper's a warning."""
+    """Which counts the data do not reach is in the table's note; a warning where they are fewer than the paper's."""
     config, _, settings, _, found = parsed("--paper=booster", *REAL)
     assert "5000" in found.tables["harmful_rows"].note and "there are" in found.tables["harmful_rows"].note
     assert all(int(entry.x) <= 700 for entry in found.tables["harmful_rows"].entries)
@@ -129,9 +130,10 @@ def test_dry_run(world_model, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "30 attacks on 6 alignments" in said and "Warning: fewer data" in said and "system: a study" in said
     assert not (tmp_path / "r").exists()
-    with pytest.raises(SystemExit, match="alignment data|test prompts|harmful_data"):
+    with pytest.raises(SystemExit, match=r"alignment data|test prompts|harmful_data"):
         small.call(reproduce.VERB, f"--run_dir={tmp_path / 'r'}", f"--model={world_model()}", "--paper=t_vaccine",
-                   "--table=ratios", *REAL[1:], "--layers=2", "--attack_harmful_data=world_harmful@harmful", "--dry_run")
+                   "--table=ratios", *REAL[1:], "--layers=2", "--dry_run",
+                   "--attack_harmful_data=world_harmful@harmful")
 
 
 @pytest.mark.parametrize("left_out, message", [("sst2_test", "--sst2_test"), ("harmful_test", "--harmful_test")])
@@ -144,7 +146,7 @@ def test_scores_need_both_tests(left_out, message, tmp_path):
 
 
 def test_flags_are_checked():
-    for argv, message in ((("--run_dir=",), "--run_dir"), (("--seeds=a",), "--seeds: found"), (("--model=",), "--model"),
+    for argv, message in ((("--run_dir=",), "--run_dir"), (("--seeds=a",), "--seeds: found"), (("--model=",), "--mode"),
                           (("--table=lam", "--paper=t_vaccine"), "--table: found .*expected some of ratios"),
                           (("--paper=tar",), "--paper"), (REAL[:-2], "--attack_user_data: found ''")):
         with pytest.raises(SystemExit, match=message):
