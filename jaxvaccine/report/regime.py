@@ -158,7 +158,8 @@ def verdicts(found: Sequence[Place], methods: Sequence[str]) -> str:
             if better:
                 best = min(better, key=lambda place: place.difference.mean)
                 parts.append(f"against {what} it beats SFT from {span(better)}, by "
-                             f"{tables.difference(best.difference)} points at {budget.text(best.ratio)}, where its HS is {tables.percent(best.own)}")
+                             f"{tables.difference(best.difference)} points at {budget.text(best.ratio)}, where its HS "
+                             f"is {tables.percent(best.own)}")
             elif pair:
                 best = min(pair, key=lambda place: place.difference.mean)
                 parts.append(f"against {what} its HS is below SFT's from {span(pair)} with more over-refusal: "
