@@ -12,7 +12,6 @@ from jaxvaccine.report import differences, names, plots, results, tables
 from jaxvaccine.report.statistics import PERCENT_BOUNDS, UNBOUNDED, Estimate, above, estimate_steps
 from jaxvaccine.report.style import Style, styles
 
-
 # One measure of one method by step.
 Curve = Mapping[int, Estimate]
 
@@ -110,10 +109,13 @@ def attack_table(table: pd.DataFrame, attack: str, measure: str) -> str:
     if measure == names.harm([measure]):
         ends = results.pick(results.attacked(table), attack=attack, measure=measure)
         chances = [above(results.pick(ends, method=method)) for method in curves]
-        header += ["end (95% interval)", *([tables.chance_heading(names.measure(measure).name)] if any(chances) else [])]
-        for line, method, chance in zip(lines, curves, chances, strict=True):
-            line += [tables.cell(results.pick(ends, method=method), measure),
-                     *([tables.chance(chance)] if any(chances) else [])]
+        header.append("end (95% interval)")
+        for line, method in zip(lines, curves, strict=True):
+            line.append(tables.cell(results.pick(ends, method=method), measure))
+        if any(chances):
+            header.append(tables.chance_heading(names.measure(measure).name))
+            for line, chance in zip(lines, chances, strict=True):
+                line.append(tables.chance(chance))
     return tables.table(header, lines)
 
 

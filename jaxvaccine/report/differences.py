@@ -10,10 +10,10 @@ from jaxvaccine.report.statistics import paired
 
 REFERENCE = "sft"
 HEADING = "## Differences to SFT, paired\n"
-NOTE = ("A method minus SFT with the same backbone, seed and attack, in points: mean ± standard deviation over such pairs. "
-        "In parentheses: 95% interval of the mean difference, over the same as that of a mean (a single pair's is "
-        "Newcombe's); the prompts' part takes both models' verdicts on a prompt as independent, and is too wide where "
-        "they agree.\n")
+NOTE = ("A method minus SFT with the same backbone, seed and attack, in points: mean ± standard deviation over such "
+        "pairs. In parentheses: 95% interval of the mean difference, over the same as that of a mean (a single pair's "
+        "is Newcombe's); the prompts' part takes both models' verdicts on a prompt as independent, and is too wide "
+        "where they agree.\n")
 
 
 def measures(table: pd.DataFrame) -> list[str]:
@@ -48,7 +48,7 @@ def difference_table(table: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> t
         found = [paired(results.pick(rows, measure=name), results.pick(reference, measure=name), percent=True)
                  for name in compared]
         if any(found):
-            both = rows.merge(reference[results.RUN].drop_duplicates(), on=results.RUN)
+            both = results.runs(rows) & results.runs(reference)
             lines.append([names.method(method), f"attacked, {names.attack(attack)}" if attack else "aligned",
                           *map(tables.difference, found), tables.run_count(both, several)])
         elif len(rows):

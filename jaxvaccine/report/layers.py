@@ -167,8 +167,8 @@ def layer_table(norms: Norms, attacks: Sequence[Attacked]) -> str:
             row += [_over_runs(attack.scores[task][-1, ..., layer])] if task else []
         rows.append(row)
     harm = names.measure(attacks[0].harm).name if attacks else ""
-    what = (f"mean {harm} %", f"{harm} % at end", *([f"{tables.chance_heading(harm)} at end"] if several else []),
-            *(["FA % at end"] if task else []))
+    what = (f"mean {harm} %", f"{harm} at end %", *([f"{tables.chance_heading(harm)} at end"] if several else []),
+            *(["FA at end %"] if task else []))
     return tables.table(["layer", *(f"{names.measure(name).name}: share %, {when}" for name, when in
                                     itertools.product(NORMS, ("start", "end"))),
                          *(f"{attack.name}: {each}" for attack in attacks for each in what)], rows)
@@ -293,7 +293,8 @@ def plot_scatter(path: Path, norms: Norms, attacks: Sequence[Attacked], backbone
                       markeredgewidth=0)
         axis.set_xscale("log")
         plots.plain_log_ticks(axis.xaxis)
-        plots.describe(axis, f"{attack.name}: ρ = {_rho(correlation(norm, effect))}", f"share of {names.measure(name).name} (%)",
+        plots.describe(axis, f"{attack.name}: ρ = {_rho(correlation(norm, effect))}",
+                       f"share of {names.measure(name).name} (%)",
                        f"mean {names.measure(attack.harm).name} over the attack's steps (%)")
         plots.percent_axis(axis)
     handles = {f"layer {layer}": Line2D([], [], linestyle="", marker="o", color=layer_color(layer, layers))

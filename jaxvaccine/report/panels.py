@@ -64,12 +64,16 @@ def read_scores(table: pd.DataFrame) -> dict[tuple[str, str], Scores]:
     return found
 
 
-def panel_report(table: pd.DataFrame, folder: str | Path, panel: Panel, index: int) -> str:
+def panel_report(table: pd.DataFrame, folder: str | Path, panel: Panel, index: int,
+                 scores: Mapping[tuple[str, str], Scores] | None = None) -> str:
     """Markdown of a panel: its table, and its figure panel{index}.png (and PDF) in the folder.
 
     A point without results is a row without numbers, and a gap in the figure.
+
+    scores: by `read_scores` of the table; None reads them.
     """
-    scores, harm = read_scores(table), names.measure(names.harm(table["measure"].unique())).name
+    scores = read_scores(table) if scores is None else scores
+    harm = names.measure(names.harm(table["measure"].unique())).name
     of_point = {name: [scores.get((point.method, point.attack)) for point in curve]
                 for name, curve in panel.curves.items()}
     found = [each for row in of_point.values() for each in row if each]
@@ -166,8 +170,9 @@ def panels_report(table: pd.DataFrame, folder: str | Path, title: str, panels: S
     scored = names.measures(name for name in measures if name not in (names.LOSS, names.HS_PLUS))
     pairs = dict.fromkeys((point.method, point.attack) for panel in panels for curve in panel.curves.values()
                           for point in curve)
+    scores = read_scores(table)
     return "\n".join([*([f"# {title}\n"] if title else []),
-                      *(panel_report(table, folder, panel, first + i) for i, panel in enumerate(panels)),
+                      *(panel_report(table, folder, panel, first + i, scores) for i, panel in enumerate(panels)),
                       tables.notes(backbones, seeds, names.measure(names.harm(measures)).name),
                       names.notes(scored) + "\n", NOTE, differences.section(table, list(pairs))])
 

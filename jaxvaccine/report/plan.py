@@ -89,17 +89,18 @@ def score_table(table: pd.DataFrame, cells: Cells | None = None, faced: Mapping[
     several = len(cells.backbones) > 1
     lines = []
     for method, model, rows in groups:
-        count = len(rows[results.RUN].drop_duplicates())
-        if count:
-            scores = {measure: _score(rows, measure, count) for measure in measures}
+        runs = results.runs(rows)
+        if runs:
+            scores = {measure: _score(rows, measure, len(runs)) for measure in measures}
             if names.UNREAD in scores:
                 scores[names.UNREAD] += f", {measures[harm].name} {bounds(rows, harm)}"
             chance = statistics.above(results.pick(rows, measure=harm))
             told = [of_label.get((method, model), tables.NONE)] if of_label else []
             lines.append([method, model, *told, *scores.values(), tables.chance(chance),
-                          tables.run_count(rows, several)])
+                          tables.run_count(runs, several)])
     header = ["method", "model", *([recipe.HEADING] if of_label else []),
-              *(measure.heading for measure in measures.values()), tables.chance_heading(names.measure(harm).name), "runs (backbones)" if several else "runs"]
+              *(measure.heading for measure in measures.values()), tables.chance_heading(names.measure(harm).name),
+              "runs (backbones)" if several else "runs"]
     for column, empty in ((-2, tables.NONE), (-1, "1")):
         if all(line[column] == empty for line in lines):
             del header[column]
@@ -264,7 +265,7 @@ def plot_curves(path: Path, table: pd.DataFrame, cells: Cells, looks: Mapping[st
                            names.method(method), plots.dodge(i, len(present), 2), statistics.PERCENT_BOUNDS)
             plots.describe(axis, names.attack(attack), "attack step", names.measure(harm).label)
             plots.percent_axis(axis)
-        several = len(rows[results.RUN].drop_duplicates()) > 1
+        several = len(results.runs(rows)) > 1
         plots.legend(figure, axes, (plots.SD, plots.RUN) if several else ())
         plots.save(figure, path)
     return plots.left_out(reasons)

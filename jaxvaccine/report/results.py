@@ -62,6 +62,11 @@ def pick(rows: pd.DataFrame, **values: object) -> pd.DataFrame:
     return rows[mask]
 
 
+def runs(rows: pd.DataFrame) -> set[tuple[str, int]]:
+    """The runs, (backbone, seed), that rows are of."""
+    return set(zip(rows["backbone"], rows["seed"], strict=True))
+
+
 def backbones(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of the backbones as they come."""
     return pick(table, stage="backbone")

@@ -1,8 +1,8 @@
 """The numbers of every report: mean ± standard deviation, one 95% interval, differences to another method, the
 probability of a high score, rank correlations over layers.
 
-A run is a backbone and a seed. What is measured on a run is measured on prompts, the same of all runs. By SciPy where it
-has them (scipy.stats is imported when it is asked: it takes a second).
+A run is a backbone and a seed. What is measured on a run is measured on prompts, the same of all runs. By SciPy where
+it has them (scipy.stats is imported when it is asked: it takes a second).
 """
 
 import math
@@ -125,9 +125,10 @@ def estimate(values: Sequence[float], percent: bool = False, own: np.ndarray | N
 def own_intervals(rows: pd.DataFrame, percent: bool = False) -> np.ndarray:
     """[N, 2]: the interval over prompts of every row; of a percentage without one Wilson's of its n, if that is known.
     """
-    own = np.array(rows[["low", "high"]], dtype=float)
-    if percent:
-        for i in np.flatnonzero(np.isnan(own).any(axis=1) & (rows["n"] >= 1).to_numpy()):
+    own = np.column_stack([rows[end].to_numpy(dtype=float) for end in ("low", "high")])
+    unknown = np.isnan(own).any(axis=1)
+    if percent and unknown.any():
+        for i in np.flatnonzero(unknown & (rows["n"] >= 1).to_numpy()):
             value, n = rows["value"].iloc[i], int(rows["n"].iloc[i])
             own[i] = mean_score_interval(value * n / 100, n)
     return own
@@ -158,19 +159,25 @@ def paired(rows: pd.DataFrame, reference: pd.DataFrame, percent: bool = False) -
       percent: whether values are percentages, so that differences lie within −100 and 100.
 
     Raises:
-      pandas.errors.MergeError: a run is there twice.
+      ValueError: a run is there twice.
     """
-    def sides(of: pd.DataFrame) -> pd.DataFrame:
-        ends = own_intervals(of, percent)
-        return of[[*RUN, "value"]].assign(down=of["value"] - ends[:, 0], up=ends[:, 1] - of["value"])
+    def by_run(of: pd.DataFrame) -> dict[tuple[str, int], np.ndarray]:  # value, low, high
+        runs = list(zip(of["backbone"], of["seed"], strict=True))
+        if twice := [run for run in dict.fromkeys(runs) if runs.count(run) > 1]:
+            raise ValueError(f"differences: found a second row of backbone {twice[0][0]}, seed {twice[0][1]}, expected "
+                             "one")
+        return dict(zip(runs, np.column_stack([of["value"], own_intervals(of, percent)]), strict=True))
 
-    pairs = sides(rows).merge(sides(reference), on=RUN, suffixes=("", "_of"), validate="one_to_one")
-    if pairs.empty:
+    first, second = by_run(rows), by_run(reference)
+    runs = [run for run in first if run in second]
+    if not runs:
         return None
-    difference = pairs["value"] - pairs["value_of"]
-    own = np.column_stack([difference - np.hypot(pairs["down"], pairs["up_of"]),
-                           difference + np.hypot(pairs["up"], pairs["down_of"])])
-    return _estimate(difference, pairs["backbone"].to_numpy(), own, DIFFERENCE_BOUNDS if percent else UNBOUNDED)
+    (value, low, high), (other, least, most) = (np.array([of[run] for run in runs]).T for of in (first, second))
+    difference = value - other
+    own = np.column_stack([difference - np.hypot(value - low, most - other),
+                           difference + np.hypot(high - value, other - least)])
+    return _estimate(difference, [backbone for backbone, _ in runs], own,
+                     DIFFERENCE_BOUNDS if percent else UNBOUNDED)
 
 
 class Probability(NamedTuple):

@@ -1,14 +1,14 @@
 """Markdown: tables, and how a number with its spread is written."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from jaxvaccine.report import names
-from jaxvaccine.report.statistics import HALF, RUN, Estimate, Probability, estimate, estimate_rows
+from jaxvaccine.report.statistics import HALF, Estimate, Probability, estimate, estimate_rows
 
 REPORT = "report.md"
 NONE = "–"
@@ -16,11 +16,11 @@ NONE = "–"
 OVER_BACKBONES = ("In parentheses: 95% interval of the mean over backbones, seeds and prompts, by Student's t on the "
                   "backbones' means and the prompts' sampling error; where there are runs of one backbone alone it is "
                   "over its seeds and prompts, of a single run over its prompts (Wilson's).")
-OVER_SEEDS = ("In parentheses: 95% interval of the mean over seeds and prompts of this one backbone, which says nothing "
-              "about others, by Student's t on the seeds and the prompts' sampling error; of a single run it is over its "
-              "prompts (Wilson's).")
-OVER_PROMPTS = ("In parentheses: 95% interval over the test prompts of this one run (Wilson's), which says nothing about "
-                "other seeds and backbones.")
+OVER_SEEDS = ("In parentheses: 95% interval of the mean over seeds and prompts of this one backbone, which says "
+              "nothing about others, by Student's t on the seeds and the prompts' sampling error; of a single run it "
+              "is over its prompts (Wilson's).")
+OVER_PROMPTS = ("In parentheses: 95% interval over the test prompts of this one run (Wilson's), which says nothing "
+                "about other seeds and backbones.")
 OF_CHANCES = ("P({harm} > {half:g}): the probability that {new} has {harm} above {half:g} on these prompts, its 95% "
               "interval, and how many runs have; {trial} counts as one trial (Jeffreys' prior).")
 
@@ -88,10 +88,9 @@ def chance_heading(harm: str) -> str:
     return f"P({harm} > {HALF:g})"
 
 
-def run_count(rows: pd.DataFrame, several: bool) -> str:
-    """"9", and where there are several backbones elsewhere "9 (3)", of how many these are. rows: of one cell."""
-    runs = rows[RUN].drop_duplicates()
-    return f"{len(runs)} ({runs['backbone'].nunique()})" if several else str(len(runs))
+def run_count(runs: Collection[tuple[str, int]], several: bool) -> str:
+    """"9", and where there are several backbones elsewhere "9 (3)", of how many these are. runs: (backbone, seed)."""
+    return f"{len(runs)} ({len({backbone for backbone, _ in runs})})" if several else str(len(runs))
 
 
 def cell(rows: pd.DataFrame, measure: str, interval: bool = True) -> str:

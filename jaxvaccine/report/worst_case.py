@@ -96,7 +96,8 @@ def worst_case_report(table: pd.DataFrame, folder: str | Path, panel: Panel) -> 
     plots.legend(figure, axes, title="Small marks: every attack setting after every number of steps")
     plots.save(figure, Path(folder) / FIGURE)
     header = ["method", f"{harm.heading} as elsewhere", "FA %", f"{harm.heading} worst case",
-              tables.chance_heading(harm.name), "minus SFT's, points", "FA %", "attack of the worst case", f"fewest steps to {harm.name} {THROUGH:g}"]
+              tables.chance_heading(harm.name), "minus SFT's, points", "FA %", "attack of the worst case",
+              f"fewest steps to {harm.name} {THROUGH:g}"]
     count = len(next(iter(panel.curves.values())))
     return "\n".join([
         f"## {count} attack settings, scored along the way\n", tables.table(header, rows),

@@ -1,5 +1,5 @@
-"""How often the 95% intervals of reports hold the truth, by simulation: three backbones with three seeds each, a hundred
-prompts that all of them answer. 2000 repetitions have a standard error of half a percentage point."""
+"""How often the 95% intervals of reports hold the truth, by simulation: three backbones with three seeds each, a
+hundred prompts that all of them answer. 2000 repetitions have a standard error of half a percentage point."""
 
 import itertools
 import math

@@ -54,11 +54,14 @@ def test_arrays_from_a_table():
 
 
 def test_the_report(tmp_path, figures):
-    table = layers_table(backbones=("world", "b"), seeds=(0, 1))
+    table = layers_table(backbones=("world", "b", "c"), seeds=(0, 1))
     text = layers.layers_report(table, tmp_path)
     rows = rows_of(text, "## SFT")
     assert [row[0] for row in rows] == ["layer", *map(str, range(6))]
-    assert rows[0][5:8] == [f"only one layer, p = 0.1: {what} %" for what in ("mean HS", "HS at end", "FA at end")]
+    assert rows[0][5:9] == [f"only one layer, p = 0.1: {what}" for what in (
+        "mean HS %", "HS at end %", "P(HS > 50) at end", "FA at end %")]
+    assert rows[3][7].endswith(" of 6") and "There is no other method than SFT." in text
+    assert "Its 95% interval is over\nbackbones, each with its seeds, and takes the layers and the prompts as given" in text
     end = table.query("measure == 'activation_gradient_norm' and step == 150")
     shares = end["value"] / end.groupby(["backbone", "seed"])["value"].transform("sum") * 100
     assert rows[3][2] == f"{shares[end['layer'] == 2].mean():.1f} ± {shares[end['layer'] == 2].std():.1f}"
@@ -66,7 +69,7 @@ def test_the_report(tmp_path, figures):
     assert rows[3][6] == f"{reached['value'].mean():.1f} ± {reached['value'].std():.1f}"
     found = rows_of(text, "| attack | norm |")
     assert len(found) == 1 + 2 * 2 * 3 and {row[2] for row in found[1:]} == {"start", "mean", "end"}
-    assert {row[6] for row in found[1:] if row[2] == "end"} == {"4 of 4"}
+    assert {row[6] for row in found[1:] if row[2] == "end"} == {"6 of 6"}
     assert all(row[7] == "larger norm, larger effect" for row in found[1:] if row[2] == "end")
     assert {row[9] for row in found[1:]} == {"–"}, "every layer learns the task alike: there is nothing to rank"
     assert set(figures) == {"sft_layers.png", "sft_attacks.png", "sft_scatter.png"}
@@ -81,7 +84,7 @@ def test_the_report(tmp_path, figures):
     scatter = figures["sft_scatter.png"].axes[2]
     assert scatter.get_xscale() == "log"
     assert scatter.get_title(loc="left").startswith("all layers but one, p = 0.1: ρ = ")
-    assert sum(len(line.get_xdata()) for line in scatter.lines) == 2 * 2 * 6
+    assert sum(len(line.get_xdata()) for line in scatter.lines) == 3 * 2 * 6
     assert scatter.get_xlabel() == "share of ‖∇a h‖, attention output (%)"
 
 
