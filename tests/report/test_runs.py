@@ -1,15 +1,12 @@
-"""The reports of single runs: training, evaluation, two judges, two implementations, a paper's figures."""
+"""The reports of single runs: training, evaluation, two judges, two implementations."""
 
 import json
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from jaxvaccine.data import Account
 from jaxvaccine.evaluation.agreement import agreement
-from jaxvaccine.experiment.plans import Panel, Point
-from jaxvaccine.report import published
 from jaxvaccine.report.agreement import agreement_report
 from jaxvaccine.report.divergence import HEADINGS, YARDSTICK, write_comparison_report
 from jaxvaccine.report.evaluation import write_evaluation_report
@@ -183,42 +180,3 @@ def test_two_implementations(tmp_path, figures):
     write_comparison_report(tmp_path, "T", results, methods)
     assert "Dotted" in (tmp_path / "report.md").read_text()
     assert len(figures["divergence.png"].axes[0].lines) == 3
-
-
-class Figure(NamedTuple):
-    method: str
-    poison_ratio: str
-    n: int
-    harmful_score: float
-    accuracy: float
-    model: str
-    task: str
-    source: str
-
-
-def test_published_figures_beside_ours():
-    ratios = Panel("", "p", {name: [Point(p, name, f"poison_ratio={p}") for p in ("0", "0.1")]
-                             for name in ("sft", "booster")})
-    counts = Panel("", "n", {"booster": [Point("50", "booster", "poison_ratio=0.1:n=50")]})
-    cells = published.table_cells(ratios, counts, "0.1", 1000)
-    assert [(p, n) for _, p, n in cells] == [("0", 1000), ("0.1", 1000)] * 2 + [("0.1", 50)]
-    hs = dict(zip([cell.point for cell in cells], (10, 60, 5, 25, 1), strict=True))
-    figures = [Figure("booster", "0.1", 1000, 20.0, 90.0, "M", "T", "paper")]
-
-    def table(*seeds):
-        return frame([rate(measure, value, method=point.method, attack=point.attack, stage="attack", step=9, seed=seed)
-                      for point, score in hs.items() for seed in seeds
-                      for measure, value in (("harmful_score", score + 2 * seed), ("agnews", 80))])
-
-    rows = published.comparison(table(0), cells, figures).splitlines()
-    # Wilson's intervals of 25, 80 and 60 of 100.
-    assert "| Booster | 0.1 | 1000 | HS | 20.00 | 25.00 | +5.00 | 17.5–34.3 | paper: M, T |" in rows
-    assert "| Booster | 0.1 | 1000 | FA | 90.00 | 80.00 | -10.00 | 71.1–86.7 | paper: M, T |" in rows
-    assert "| SFT | 0.1 | 1000 | HS |  | 60.00 |  | 50.2–69.1 |  |" in rows
-    assert len(rows) == 2 + 2 * len(cells)
-    # Two seeds, 25 and 27: Student's interval 26 ± 12.7, and Wilson's, which go 7.6 down and 9.4 up in the mean.
-    assert "| 26.00 | +6.00 | 11.2–41.8 |" in published.comparison(table(0, 1), cells, figures)
-    assert published.largest_drop(table(0), cells, "booster") == "35.0 points, against SFT at p = 0.1, n = 1000"
-    assert published.largest_drop(table(0), cells, "vaccine") == "–"
-    gaps = published.comparison(table(0).query("method == 'sft'"), cells, figures).splitlines()
-    assert "| Booster | 0.1 | 1000 | HS | 20.00 | – |  | – | paper: M, T |" in gaps

@@ -146,7 +146,8 @@ def test_scores_need_both_tests(left_out, message, tmp_path):
 
 
 def test_flags_are_checked():
-    for argv, message in ((("--run_dir=",), "--run_dir"), (("--seeds=a",), "--seeds: found"), (("--model=",), r"--model"),
+    for argv, message in ((("--run_dir=",), "--run_dir"), (("--seeds=a",), "--seeds: found"),
+                          (("--model=",), "--model"),
                           (("--table=lam", "--paper=t_vaccine"), "--table: found .*expected some of ratios"),
                           (("--paper=tar",), "--paper"), (REAL[:-2], "--attack_user_data: found ''")):
         with pytest.raises(SystemExit, match=message):
@@ -195,8 +196,8 @@ def test_a_paper(world_model, tmp_path):
     """One table and the system's from the command line to the report; a second call repeats nothing."""
     argv = ("--paper=booster", f"--run_dir={tmp_path / 'r'}", f"--model={world_model()}", *REAL[1:], "--steps=3",
             "--table=lam,system", "--batch_size=2", "--harmful_batch_size=2", "--attack_n=10", "--attack_batch_size=2",
-            "--attack_steps=2", "--max_length=64", "--attack_max_length=64", "--max_new_tokens=4", "--label_max_new_tokens=4",
-            "--noprogress")
+            "--attack_steps=2", "--max_length=64", "--attack_max_length=64", "--max_new_tokens=4",
+            "--label_max_new_tokens=4", "--noprogress")
     small.call(reproduce.VERB, *argv)
     report = (tmp_path / "r" / "report.md").read_text()
     rows = rows_of(report, "| method | p |")
