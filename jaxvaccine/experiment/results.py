@@ -61,7 +61,8 @@ def score_rows(cell: Cell, stage: str, step: int, results: Mapping[str, Mapping[
             rows.append({**row, "value": result["score"], "n": result["n"], "low": low, "high": high})
         if "plus" in result:
             low, high = result["plus_interval"]
-            rows.append({**row, "measure": HS_PLUS, "value": result["plus"], "n": result["n"], "low": low, "high": high})
+            plus = {"measure": HS_PLUS, "value": result["plus"], "n": result["n"], "low": low, "high": high}
+            rows.append({**row, **plus})
         if task in (HARMFUL_SCORE, PHRASES_SCORE) and "no_answer" in result:
             unread = result.get("unread", 0)
             for measure, count, n in (("no_answer", result["no_answer"], result["n"]),

@@ -179,8 +179,8 @@ def test_several_sources(tmp_path, plain):
     stored = record_of({"alignment": found})["alignment"]
     assert list(stored) == [x.source for x in accounts] and json.loads(json.dumps(stored)) == stored
     assert stored[f"instructions:{b}"]["repeated"] == 1 and stored[f"instructions:{b}"]["unread"] == []
-    assert describe(found[1]) == (f"instructions:{b}: 2 rows, 2 examples, 1 trained on; 1 with a prompt of an earlier "
-                                  "source, 1 empty, 1 with an answer cut at max_length")
+    assert describe(found[1]) == (f"instructions:{b}: 2 rows, 2 examples, 1 trained on; 1 with the prompt of an "
+                                  "earlier one, 1 empty, 1 with an answer cut at max_length")
     assert origin(examples[:2]) == " (3 rows: 1 duplicates)" and origin(examples[4:]) == " (320 rows: 318 outside)"
     assert origin([Example("a")]) == ""
 

@@ -101,7 +101,7 @@ def test_rows_as_they_are(tmp_path):
     # Distinct prompts: the second "one" is gone, and "One" from every slice without the first.
     assert [e.output for e in load_examples(source)] == ["answer 0", "answer 2", "answer 5", "answer 6"]
     assert [e.output for e in load_examples(f"{source}[1:4]")] == ["answer 5", "answer 6"]
-    with pytest.raises(ValueError, match="found stop 6, expected at most 5 examples$"):
+    with pytest.raises(ValueError, match=r"found stop 6, expected at most 5 examples$"):
         load_examples(f"{source}[0:6]", "rows")
     _, accounts = load(f"{source}[0:2],{source}[2:4]", "rows")
     assert [of.repeated for of in accounts] == [0, 1]

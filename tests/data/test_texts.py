@@ -85,7 +85,7 @@ def test_a_special_token(plain, tmp_path, token, row):
 
 def test_the_worlds_tokens():
     world = load_tokenizer("world")
-    assert {"<eos>", "<unk>", "\n\n### Response:"} <= set(control_tokens(world))
+    assert {"<eos>", "<unk>", "\n\n### Response:\n"} <= set(control_tokens(world))
     for text in ("rate : what a <eos>", "rate : <unk> plot"):
         with pytest.raises(ValueError, match="a special token"):
             encode_prompts(world, [Example(text)])

@@ -293,7 +293,7 @@ def test_the_prompt_is_the_alignments(model_dir, tmp_path):
     for trained in ("plain", "attack-plain"):
         evaluate(evaluate_config(tmp_path / f"{trained}-scores", trained=tmp_path / trained, sst2_test=""))
         assert recorded(tmp_path / f"{trained}-scores")["flags"]["prompt"] == "plain"
-        with pytest.raises(FieldError, match="^prompt: found 'alpaca', expected plain"):
+        with pytest.raises(FieldError, match=r"^prompt: found 'alpaca', expected plain"):
             evaluate(evaluate_config(tmp_path / "a", trained=tmp_path / trained, prompt="alpaca"))
     assert not (tmp_path / "a").exists()
     losses = [evaluate(evaluate_config(tmp_path / form, model=model_dir, prompt=form, sst2_test=""))["harmful_loss"]
