@@ -19,13 +19,14 @@ ENTRIES = (Entry("sft", P1, "sft", "0.1", "sst2", "0.1", "1000"),
 
 def figures(*rows):
     """(method, model, n, setting, measure, value) of rows."""
-    return pd.DataFrame([dict(zip(COLUMNS, (method, model, "sst2", "0.1", n, setting, float("nan"), float("nan"), measure,
-                                            value, "paper", "high"), strict=True))
+    nan = float("nan")
+    return pd.DataFrame([(method, model, "sst2", "0.1", n, setting, nan, nan, measure, value, "paper", "high")
                          for method, model, n, setting, measure, value in rows], columns=list(COLUMNS))
 
 
 PUBLISHED = figures(
-    ("booster", "Llama-2-7B", "1000", "", "harmful_score", 20.0), ("booster", "Llama-2-7B", "1000", "", "accuracy", 90.0),
+    ("booster", "Llama-2-7B", "1000", "", "harmful_score", 20.0),
+    ("booster", "Llama-2-7B", "1000", "", "accuracy", 90.0),
     ("booster", "Llama-2-7B", "1000", "lam=20", "harmful_score", 5.0),
     ("booster", "Llama-2-7B", "500", "", "harmful_score", 3.0), ("sft", "Gemma-2-9B", "", "", "harmful_score", 64.0))
 
@@ -83,7 +84,8 @@ def test_averages():
 
 @pytest.mark.parametrize("model, name, same", [
     ("meta-llama/Llama-2-7b-hf", "Llama-2-7B", True), ("runs/llama-2-7b", "Llama-2-7B", True),
-    ("meta-llama/Llama-2-13b-hf", "Llama-2-7B", False), ("Qwen/Qwen2-7B", "Qwen2-7B", True), ("world", "Llama-2-7B", False),
+    ("meta-llama/Llama-2-13b-hf", "Llama-2-7B", False), ("Qwen/Qwen2-7B", "Qwen2-7B", True),
+    ("world", "Llama-2-7B", False),
     ("google/gemma-2-9b", "Gemma-2-9B", True), ("world", "", False)])
 def test_same_model(model, name, same):
     assert published.same_model(model, name) == same

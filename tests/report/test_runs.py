@@ -13,7 +13,7 @@ from jaxvaccine.report.evaluation import write_evaluation_report
 from jaxvaccine.report.runs import write
 from jaxvaccine.report.style import METHODS
 from jaxvaccine.report.training import write_training_report
-from tests.report.synthetic import frame, labelled, rate, rows_of
+from tests.report.synthetic import labelled, rows_of
 
 COUNTS = Account("", 9, examples=6, trained=6)._asdict() | {"unread": []}
 
