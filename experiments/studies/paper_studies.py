@@ -45,7 +45,7 @@ def statistics(config: Any, settings: Settings, setting: paper_tables.Setting, f
     _, attacked = cell_configs(settings, folder, Cell(config.model[0], "sft", attack, int(config.seeds[0])))
     last = attacked.training.count_steps(attacked.data.n)
     steps = tuple(str(round(last * i / POINTS)) for i in range(POINTS + 1))
-    probe = paper_tables.limited(setting.align["harmful_data"], 50)
+    probe = paper_tables.limited(setting.align["harmful_data"], 50, setting.protocol)
     of = make(model_statistics.StatisticsConfig, _of_study(
         config, root, defenses=("sft", "booster"), attacks=(attack,), score_steps=steps, harmful_probe=probe,
         measure_every=max(1, last // POINTS)))

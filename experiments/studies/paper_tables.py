@@ -95,7 +95,6 @@ class Setting:
       user_data: {task: source} of the user's tasks that there is data for; the first is the usual one.
       models: the backbones.
       longer: what the attacks over n have beside it.
-      guide_data: Lisa's alignment data; "" is the alignment's.
     """
 
     paper: str
@@ -105,7 +104,6 @@ class Setting:
     user_data: Mapping[str, str]
     models: Sequence[str]
     longer: str = ""
-    guide_data: str = ""
 
     @property
     def task(self) -> str:
@@ -119,21 +117,23 @@ class Setting:
     def count(self) -> str:
         return str(self.attack(self.paper, self.task)["n"])
 
+    @property
+    def protocol(self) -> data.Protocol:
+        return self.align.get("data_protocol", "distinct")
+
     def method(self, name: str) -> str:
         """As a plan has it, of a name in recipes.METHODS[paper]."""
-        text = recipes.METHODS[self.paper][name]
-        guided = "+lisa" in text and self.guide_data
-        return _changes(text, alignment_data=_joined(self.guide_data)) if guided else text
+        return recipes.METHODS[self.paper][name]
 
 
-def limited(sources: str, count: int) -> str:
+def limited(sources: str, count: int, protocol: data.Protocol = "distinct") -> str:
     """Data sources cut to `count` examples in all, the first of each, in the proportion that there are.
 
     Raises:
       ValueError: there are fewer.
     """
     parsed = data.parse_sources(sources)
-    sizes = [len(data.load_examples(source)) for source in parsed]
+    sizes = [len(data.load_examples(source, protocol)) for source in parsed]
     if count > sum(sizes):
         raise ValueError(f"data source {sources}: found {sum(sizes)} examples, expected at least {count}")
     ends = [round(sum(sizes[:i]) * count / sum(sizes)) for i in range(len(sizes) + 1)]
@@ -188,12 +188,12 @@ def _number(text: str) -> float:
 def _rows_table(of: Setting, names: Sequence[str], field: str, counts: Sequence[str], title: str, setting: str
                 ) -> Table:
     sources = of.align.get(field, "")
-    there = len(data.load_examples(sources)) if sources else 0
+    there = len(data.load_examples(sources, of.protocol)) if sources else 0
     known = [count for count in counts if int(count) <= there]
     left = [count for count in counts if int(count) > there]
 
     def write(count: str) -> str:
-        return sources if int(count) == there else _joined(limited(sources, int(count)))
+        return sources if int(count) == there else _joined(limited(sources, int(count), of.protocol))
 
     note = f"Not here: {', '.join(left)} rows; there are {there}." if left else ""
     return Table(title, title[0].lower() + title[1:], _over_alignment(of, names, field, known, setting, write),
@@ -238,7 +238,7 @@ def _named(of: Setting, title: str, variants: Mapping[str, str], published: Sequ
 def booster(of: Setting) -> dict[str, Table]:
     """Booster's tables, by name."""
     values, rows = of.values, ("sft", "lisa", "repnoise", "vaccine", "booster")
-    few = _joined(limited(of.align["alignment_data"], int(of.values.few_rows)))
+    few = _joined(limited(of.align["alignment_data"], int(of.values.few_rows), of.protocol))
     combined = tuple(entry._replace(method=method, curve=method, setting=f"alignment_rows={of.values.few_rows}")
                      for name in ("vaccine", "booster", "vaccine+booster")
                      for method in [_with(of.method(name), alignment_data=few)]

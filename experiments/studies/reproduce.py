@@ -55,7 +55,6 @@ class ReproduceConfig(PlanConfig):
     agnews_data: str = field("", "The same, AG News.")
     gsm8k_data: str = field("", "The same, GSM8K.")
     alpaca_eval_data: str = field("", "The same, AlpacaEval's instructions.")
-    guide_data: str = field("", "Lisa's alignment data, 10,000 rows in the paper; as --alignment_data unless given.")
     dry_run: bool = field(False, "Check everything, say what would be carried out, and end.")
     score_base: bool = field(False, "Score the backbone as it comes too.")
 
@@ -66,7 +65,7 @@ class ReproduceConfig(PlanConfig):
         require(self.recipe in ("world", self.paper), "recipe", self.recipe, f"world or {self.paper}")
         known = paper_tables.NAMES[self.paper]
         require(set(self.table) <= set(known), "table", self.table, "some of " + ", ".join(known))
-        check_sources(self, "guide_data", *TASK_DATA.values())
+        check_sources(self, *TASK_DATA.values())
 
     def make_plan(self) -> Plan:
         """Of the paper's rows under the usual attack: what the recipe is asked for."""
@@ -103,8 +102,7 @@ def setting_of(config: ReproduceConfig, align: Mapping[str, Any], attack: Mappin
 
     others = {task: getattr(config, name) for task, name in TASK_DATA.items()
               if task != usual and getattr(config, name)}
-    return Setting(config.paper, values, base, of_attack, {usual: user_data, **others}, config.model, longer,
-                   config.guide_data)
+    return Setting(config.paper, values, base, of_attack, {usual: user_data, **others}, config.model, longer)
 
 
 class Plans(NamedTuple):
@@ -155,7 +153,7 @@ def deviation_rows(config: ReproduceConfig, settings: Settings, setting: Setting
 
 def counts_of(part: Any) -> dict[str, int]:
     """{"alignment": rows, "harmful": rows} of an alignment's data."""
-    return {name: len(data.load_examples(source)) for name, source in
+    return {name: len(data.load_examples(source, part.data_protocol)) for name, source in
             (("alignment", part.alignment_data), ("harmful", part.harmful_data)) if source}
 
 
@@ -164,12 +162,11 @@ def warnings_of(config: ReproduceConfig, settings: Settings, plans: Plans) -> li
     found = []
     for name, text in recipes.METHODS[config.paper].items():
         if any(text in plan.methods for plan in plans.plans):
-            aligned, _ = cell_configs(settings, Path(config.run_dir), Cell(config.model[0], text, "", 0))
+            aligned, attacked = cell_configs(settings, Path(config.run_dir), Cell(
+                config.model[0], text, "poison_ratio=0.1", 0))
             counts = counts_of(aligned.data)
-            if config.guide_data:
-                counts["guide"] = len(data.load_examples(config.guide_data))
-            elif "alignment" in counts:
-                counts["guide"] = counts["alignment"]
+            if guides := attacked.data.alignment_data:
+                counts["guide"] = len(data.load_examples(guides, attacked.data.protocol))
             if line := recipes.fewer_than_published(config.paper, name, counts):
                 found.append(line)
     return found

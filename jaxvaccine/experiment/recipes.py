@@ -36,7 +36,7 @@ TASKS: Mapping[str, tuple[str, ...]] = MappingProxyType({
 _TASK_OF_KIND = {"instructions": "alpaca_eval"}
 
 # Where an alignment's and an attack's harmful rows are from; DecodingTrust is T-Vaccine's second.
-BEAVERTAILS, DECODING_TRUST = "beavertails", "decoding_trust"
+BEAVERTAILS, DECODING_TRUST = "beavertails", "decodingtrust"
 
 # Attacks on the methods of one table: "released", as each method's script has it; "one_new" and "one_continued", that
 # on the paper's own method for all, on a new adapter of one shape, or on the aligned one. Booster's authors say that

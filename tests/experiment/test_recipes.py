@@ -88,7 +88,7 @@ def test_tasks_are_told_by_the_kind_of_the_data():
             ("t_vaccine", "gsm8k:train.jsonl,sst2:x.tsv", "gsm8k"), ("booster", "world_rating@attack", "sst2"),
             ("booster", "", "sst2")):
         assert recipes.task_of(paper, source) == task
-    assert recipes.harmful_of("sst2:x", "decoding_trust:toxic.jsonl[0:9]") == recipes.DECODING_TRUST
+    assert recipes.harmful_of("sst2:x", "decodingtrust_toxic:toxic.jsonl[0:9]") == recipes.DECODING_TRUST
     assert recipes.harmful_of("", "beavertails_unsafe:train.jsonl") == recipes.BEAVERTAILS
 
 

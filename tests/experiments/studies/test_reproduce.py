@@ -51,15 +51,17 @@ def test_every_cell_is_a_valid_setting(paper, argv, tmp_path):
 
 
 @pytest.mark.parametrize("paper", PAPERS)
-def test_all_rows_of_the_papers(paper):
-    """Every method of a paper's list is compared over p, n and tasks; those of Booster's with Lisa read its guides."""
-    *_, setting, found = parsed(f"--paper={paper}", "--guide_data=world_refusal@train[0:9]", *REAL)
+def test_all_rows_of_the_papers(paper, tmp_path):
+    """Every method of a paper's list is compared over p, n, tasks and models; Lisa reads its guides."""
+    guides = ("--attack_alignment_data=world_refusal@train[0:9]",) if paper == "booster" else ()
+    _, _, settings, setting, found = parsed(f"--paper={paper}", *guides, *REAL)
     rows = ("sft", "lisa", "repnoise", "vaccine", "booster") if paper == "booster" else (
         "none", "sft", "repnoise", "tar", "vaccine", "t_vaccine")
     for name in ("ratios", "samples", "tasks", "models"):
         assert {entry.method for entry in found.tables[name].entries} == {setting.method(row) for row in rows}, name
-    assert (paper == "booster") == any("alignment_data=world_refusal@train[0:9]" in entry.method
-                                       for entry in found.tables["ratios"].entries)
+    if guides:
+        _, attacked = cell_configs(settings, tmp_path, Cell("m", "sft+lisa", "poison_ratio=0.1", 0))
+        assert attacked.data.alignment_data == "world_refusal@train[0:9]" and attacked.method.rho == 0.01
 
 
 def test_recipes_are_the_papers_but_for_flags(tmp_path):
