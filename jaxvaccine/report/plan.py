@@ -135,8 +135,8 @@ def missing(table: pd.DataFrame, cells: Cells) -> str:
 
 
 def steps_table(table: pd.DataFrame, cells: Cells | None = None, measure: str = "") -> str:
-    """Markdown: a measure along every attack, HS (or not refused) unless told, and its mean over the steps; mean ± sd
-    over runs."""
+    """Markdown: a measure along every attack, HS (or not refused) unless told; mean ± sd over runs. And its mean over
+    the steps, with the interval."""
     cells, measure = cells or cells_of(table), measure or names.harm(table["measure"].unique())
     rows = results.along(table, measure)
     name, unit = names.measure(measure).heading, names.measure(measure).unit
@@ -145,10 +145,10 @@ def steps_table(table: pd.DataFrame, cells: Cells | None = None, measure: str = 
     for method, attack in cells.pairs:
         of = results.pick(rows, method=method, attack=attack)
         if len(of):
-            mean = estimate_rows(results.mean_along(of))
+            mean = estimate_rows(results.mean_along(of, unit == names.PERCENT), unit == names.PERCENT)
             lines.append([names.method(method), names.attack(attack),
                           *(tables.cell(results.pick(of, step=step), measure, interval=False) for step in steps),
-                          tables.quantity(mean, unit, interval=False)])
+                          tables.quantity(mean, unit)])
     return tables.table(["method", "attack", *(f"{name} at step {step}" for step in steps), "mean along the attack"],
                         lines)
 

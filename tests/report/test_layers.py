@@ -61,7 +61,7 @@ def test_the_report(tmp_path, figures):
     assert rows[0][5:9] == [f"only one layer, p = 0.1: {what}" for what in (
         "mean HS %", "HS at end %", "P(HS > 50) at end", "FA at end %")]
     assert rows[3][7].endswith(" of 6") and "There is no other method than SFT." in text
-    assert "Its 95% interval is over\nbackbones, each with its seeds, and takes the layers and the prompts as given" in text
+    assert "interval is over\nbackbones, each with its seeds, and takes the layers and the prompts as given" in text
     end = table.query("measure == 'activation_gradient_norm' and step == 150")
     shares = end["value"] / end.groupby(["backbone", "seed"])["value"].transform("sum") * 100
     assert rows[3][2] == f"{shares[end['layer'] == 2].mean():.1f} ± {shares[end['layer'] == 2].std():.1f}"

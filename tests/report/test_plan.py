@@ -139,7 +139,7 @@ def test_steps():
                    *scored(5, 5, method="booster"), *scored(50, 50, method="booster", step=10, **at)])
     assert rows_of(plan.steps_table(table)) == [
         ["method", "attack", "HS % at step 0", "HS % at step 10", "HS % at step 40", "mean along the attack"],
-        ["SFT", "p = 0.1", "5.0 ± 7.1", "15.0 ± 7.1", "45.0 ± 49.5", "25.0 ± 21.2"],
+        ["SFT", "p = 0.1", "5.0 ± 7.1", "15.0 ± 7.1", "45.0 ± 49.5", "25.0 ± 21.2 (0–100)"],
         ["Booster", "p = 0.1", "5.0", "50.0", "–", "–"]]
 
 
