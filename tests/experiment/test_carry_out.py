@@ -230,10 +230,11 @@ def test_other_settings_need_another_folder(model_dir, settings, tmp_path):
 
 
 @pytest.mark.parametrize("pairs, as_lanes, scores, name, message", [
-    ((("sft", P), ("booster:lam=-1", P)), False, {}, "defenses", "found 'booster:lam=-1': booster: lam: found -1.0"),
+    ((("sft", P), ("booster:lam=-1", P)), False, {}, "defenses", "found 'booster:lam=-1': lam: found -1.0"),
     ((("sft", P), ("sft", "poison_ratio=2")), False, {}, "attacks", "found 'poison_ratio=2': poison_ratio: found 2.0"),
     ((("sft", P), ("t_vaccine:layers=9", "")), True, {}, "layers", "found 9, expected at most the model's 3 layers"),
-    ((("sft", f"{P}:only_layers=3"),), False, {}, "only_layers", "found ('3',), expected numbers below 3"),
+    ((("sft", f"{P}:only_layers=3"),), False, {}, "attacks",
+     f"found '{P}:only_layers=3': only_layers: found ('3',), expected numbers below 3"),
     ((("sft", P), ("sft+ewc", P)), True, {}, "defenses", "found 'sft+ewc', expected no EWC"),
     ((("sft", f"{P}:defense=ewc"),), True, {}, "defenses", "found 'sft', expected no EWC"),
     ((("sft", ""),), True, {"alpaca_eval_test": "alpaca_eval:a.json", "judge": "chat_api", "judge_model": "m",
