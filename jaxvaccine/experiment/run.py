@@ -27,7 +27,7 @@ class PlanConfig(Part):
     defenses: tuple[str, ...] = field(
         METHODS, "Methods: a defense of the alignment, with what differs from the other flags, as booster:lam=0.2; "
         "after a +, one while fine-tuning, as sft+lisa. all: every one of the former, and SFT with every one of the "
-        "latter; with a paper's recipe, those of its tables.")
+        "latter; with a paper's recipe, and unless given there, those of its tables.")
     poison_ratios: tuple[str, ...] = field(("0", "0.1"), "Attacks: ratios of harmful data.")
     attacks: tuple[str, ...] = field(
         (), "Attacks, as what differs from the flags attack_…: poison_ratio=0.1:adapter=new. Instead of "
@@ -69,10 +69,10 @@ class PlanConfig(Part):
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The defenses, with "all" written out: of a paper's recipe, those of its tables."""
+        """The defenses, with "all" written out: of a paper's recipe, those of its tables, also where none are named."""
+        if self.recipe in recipes.METHODS and self.defenses in (("all",), METHODS):
+            return tuple(recipes.METHODS[self.recipe].values())
         if self.defenses == ("all",):
-            if self.recipe in recipes.METHODS:
-                return tuple(recipes.METHODS[self.recipe].values())
             return (*ALIGNMENT, *(f"sft+{name}" for name in _tuning()))
         return self.defenses
 
