@@ -61,8 +61,10 @@ def most_demanding(plan, settings, root):
     found = {pair: cell_configs(settings, root, Cell(plan.backbones[0], *pair, plan.seeds[0])) for pair in plan.pairs}
     attacks = {pair: attacked.data for pair, (_, attacked) in found.items() if attacked}
     reads = {pair: len(aligned.method.batches) for pair, (aligned, _) in found.items()}
-    chosen = [plan.pairs[0], max(reads, key=reads.get), max(attacks, key=lambda pair: attacks[pair].n),
-              max(attacks, key=lambda pair: attacks[pair].n * attacks[pair].poison_ratio)]
+    chosen = [plan.pairs[0], max(reads, key=reads.get)]
+    if attacks:
+        chosen += [max(attacks, key=lambda pair: attacks[pair].n),
+                   max(attacks, key=lambda pair: attacks[pair].n * attacks[pair].poison_ratio)]
     return dataclasses.replace(plan, backbones=plan.backbones[:1], seeds=plan.seeds[:1],
                                pairs=tuple(dict.fromkeys(chosen)))
 

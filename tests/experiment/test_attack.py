@@ -296,8 +296,8 @@ def test_the_prompt_is_the_alignments(model_dir, tmp_path):
         with pytest.raises(FieldError, match=r"^prompt: found 'alpaca', expected plain"):
             evaluate(evaluate_config(tmp_path / "a", trained=tmp_path / trained, prompt="alpaca"))
     assert not (tmp_path / "a").exists()
-    losses = [evaluate(evaluate_config(tmp_path / f"base-{form}", model=model_dir, prompt=form, sst2_test=""))["harmful_loss"]
-              for form in ("alpaca", "plain")]
+    losses = [evaluate(evaluate_config(tmp_path / f"base-{form}", model=model_dir, prompt=form, sst2_test=""))[
+        "harmful_loss"] for form in ("alpaca", "plain")]
     assert losses[0]["loss"] != losses[1]["loss"] and losses[0]["n"] == losses[1]["n"]
 
 
