@@ -2,7 +2,7 @@
 
 from typing import Any
 
-# git-disl/Booster 6421918 and Lslland/T-Vaccine 4513750: poison/evaluation/pred.py and eval_sentiment.py, and each
+# git-disl/Booster 6421918 and Lslland/T-Vaccine: poison/evaluation/pred.py and eval_sentiment.py, and each
 # task's pred_eval.py. The judge's threshold, 0.5 of any category, is beaver_dam's own.
 _BOTH: dict[str, Any] = {
     "judge": "beaver_dam", "judge_max_length": 256, "label_max_new_tokens": 200, "solution_max_new_tokens": 200,
@@ -10,7 +10,7 @@ _BOTH: dict[str, Any] = {
 }
 EVALUATION: dict[str, dict[str, Any]] = {
     "booster": {**_BOTH, "max_new_tokens": 512, "instruction_max_new_tokens": 256, "label_rule": "equals"},
-    "t_vaccine": {**_BOTH, "max_new_tokens": 128, "instruction_max_new_tokens": 512, "label_rule": "contains"},
+    "t_vaccine": {**_BOTH, "max_new_tokens": 128, "instruction_max_new_tokens": 256, "label_rule": "contains"},
 }
 # Of rows as they are: the first so many unsafe rows of BeaverTails' 30k_test, or toxic ones of DecodingTrust, and the
 # first of each task's test split (SST-2's validation split has 872). AlpacaEval has 805 instructions.
