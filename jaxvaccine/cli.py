@@ -210,14 +210,14 @@ jaxvaccine align --preset=booster --model=meta-llama/Llama-2-7b-hf --run_dir=run
     "finetune": Verb("""Fine-tunes an aligned model on a user's data of which a ratio is harmful: the attack.
 
 jaxvaccine finetune --preset=booster --aligned=runs/booster --run_dir=runs/booster-p0.1 \\
-    --user_data=sst2:stanfordnlp/sst2@train --harmful_data=beavertails_unsafe:train.jsonl[5000:6000] \\
-    --poison_ratio=0.1 --test_data=beavertails_unsafe:train.jsonl[6000:7000]""",
+    --user_data=sst2:stanfordnlp/sst2@train --harmful_data=beavertails_unsafe:train.jsonl[5000:5500] \\
+    --poison_ratio=0.1 --test_data=beavertails_unsafe:train.jsonl[5500:6000]""",
                      (Section(AttackConfig),), _finetune, ATTACK_PRESETS),
     "evaluate": Verb("""Scores a model, as it comes or as a run left it: harmful score, fine-tune accuracy,
 over-refusal, the win rate on AlpacaEval and the loss on harmful answers.
 
 jaxvaccine evaluate --trained=runs/booster-p0.1 --run_dir=runs/booster-p0.1-scores \\
-    --harmful_test=beavertails_unsafe:train.jsonl[6000:7000] --sst2_test=sst2:stanfordnlp/sst2@validation""",
+    --harmful_test=beavertails_unsafe:train.jsonl[5500:6000] --sst2_test=sst2:stanfordnlp/sst2@validation""",
                      (Section(EvaluateConfig),), _evaluate, TEST_PRESETS),
     "run": Verb("""Carries out a plan: backbones times methods times attacks times seeds, aligned, attacked and scored;
 a table of all results, a report and plots.

@@ -4,8 +4,8 @@
   python -m experiments.studies.reproduce --paper=booster --run_dir=runs/booster --model=meta-llama/Llama-2-7b-hf \\
       --dtype=bfloat16 --judge=beaver_dam --alignment_data=beavertails_with_refusals:refusals.json[0:5000] \\
       --harmful_data=beavertails_unsafe:train.jsonl[0:5000] --attack_user_data=sst2:stanfordnlp/sst2@train \\
-      --attack_harmful_data=beavertails_unsafe:train.jsonl[5000:7700] \\
-      --harmful_test=beavertails_unsafe:test.jsonl[0:1000] --sst2_test=sst2:stanfordnlp/sst2@validation \\
+      --attack_harmful_data=beavertails_unsafe:train.jsonl[5000:5500] \\
+      --harmful_test=beavertails_unsafe:train.jsonl[5500:6000] --sst2_test=sst2:stanfordnlp/sst2@validation \\
       --table=ratios,samples --dry_run
 
 The first is on the small world that comes with the package, at a reduced list. --dry_run checks everything, says what
