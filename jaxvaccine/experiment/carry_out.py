@@ -184,7 +184,7 @@ def _score(context: Context, cell: Cell, stage_name: str, step: int, folder: Pat
     found = evaluate(dataclasses.replace(
         scores, model=dataclasses.replace(scores.model, model=model, revision=revision, trained=trained),
         run=dataclasses.replace(scores.run, run_dir=str(scored), seed=cell.seed, overwrite=False)))
-    rows = results.measured_rows(cell, stage_name, step, measured) + results.score_rows(cell, stage_name, step, found)
+    rows = results.score_rows(cell, stage_name, step, found) + results.measured_rows(cell, stage_name, step, measured)
     path = result_path(context.root, cell)
     new = not path.exists() or read_json(path)["rows"] != rows
     if new:
@@ -363,8 +363,8 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
         if step and (step in context.plan.score_steps or step == last):
             scores, answers[str(step)] = scorer(of, seeds)
             for i, cell in enumerate(cells):
-                found[i].extend(results.measured_rows(cell, "attack", step, {results.BUDGET: budget[step]}))
                 found[i].extend(results.score_rows(cell, "attack", step, scores[i]))
+                found[i].extend(results.measured_rows(cell, "attack", step, {results.BUDGET: budget[step]}))
 
     lanes.train(start, config.method, config.training, config.data.bucket, sources, seeds,
                 adapter.layer_mask(start.model.config.num_layers), observe)

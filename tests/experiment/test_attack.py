@@ -100,8 +100,8 @@ def test_values_are_checked_before_anything_loads():
     assert "alignment_data: found '', expected a data source, which lisa needs" in refused(defense="lisa")
     assert "alignment_data: found '', expected a data source, which ewc needs" in refused(defense="ewc")
     data = {"alignment_data": "world_refusal@train"}
-    assert "lisa: user_steps: found 0, expected at least 1" in refused(defense="lisa", lisa_user_steps=0, **data)
-    assert "ewc: lam: found -1.0" in refused(defense="ewc", ewc_lam=-1.0, **data)
+    assert "lisa_user_steps: found 0, expected at least 1" in refused(defense="lisa", lisa_user_steps=0, **data)
+    assert "ewc_lam: found -1.0" in refused(defense="ewc", ewc_lam=-1.0, **data)
     assert "alignment_data: data source" in refused(defense="kl", alignment_data="nonsense:file")
     assert "test_data: data source" in refused(test_data="nonsense:file")
     assert "aligned: found ''" in refused(aligned="") and "n: found 0" in refused(n=0)

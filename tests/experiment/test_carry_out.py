@@ -70,7 +70,7 @@ def both(model_dir, settings, tmp_path_factory):
 def test_both_ways_give_the_same_table(both):
     one, many = (table[table["measure"].isin(SCORES)].sort_values(KEY, ignore_index=True)
                   for _, table in (both[False], both[True]))
-    assert len(one) == 6 * (1 + 2 * (3 + 3))  # the backbone; and of both seeds three methods' alignments, three attacks
+    assert len(one) == 7 * (1 + 2 * (3 + 3))  # the backbone; and of both seeds three methods' alignments, three attacks
     assert set(one["measure"]) == set(SCORES)
     numbers = ["value", "n", "low", "high"]
     pd.testing.assert_frame_equal(one.drop(columns=numbers), many.drop(columns=numbers))
@@ -196,7 +196,7 @@ def test_an_interrupted_plan_goes_on(model_dir, settings, tmp_path):
         except PowerCutError:
             found = read_results(tmp_path / "cut")
             assert (found.merge(whole, how="left", indicator=True)["_merge"] == "both").all()
-            assert len(found) == 6 * (count >= 2) + 6 * (count >= 4) + 6 * (count >= 7)
+            assert len(found) == 8 * (count >= 2) + 8 * (count >= 4) + 8 * (count >= 7), "seven scores and the budget"
     # Three models and their scores, and the table after both attacks.
     assert len(seen) == 8
     pd.testing.assert_frame_equal(read_results(tmp_path / "cut"), whole)
@@ -301,7 +301,9 @@ def test_accounts_of_a_plan(both, tmp_path):
         assert set(accounts) == of_run | tests
         assert all(of["trained"] is None for name in tests for of in accounts[name].values()), "h(w)'s data neither"
         counts = {source: of["trained"] for name in of_run for source, of in accounts[name].items()}
-        assert set(shared[True][path]) == set(accounts) and shared[True][path]["harmful_score"]["shared"] == {}
+        # What Lisa aligns on is counted from the side of the user's and the harmful data.
+        counted = {name for name in accounts if name != "alignment" or path.name == "aligned.json"}
+        assert set(shared[True][path]) == counted and shared[True][path]["harmful_score"]["shared"] == {}
         if path.name == f"{P}.json":
             assert counts["world_rating@attack"] == 12 and counts["world_harmful@attack[0:20]"] == 4
         elif path.name != "aligned.json":
@@ -340,7 +342,7 @@ def test_answers_are_drawn_with_the_cells_seed(model_dir, tmp_path, monkeypatch)
         drawn.append((sampling.temperature, sampling.seed))
         return score_answers(task, examples, ["positive"] * len(examples), judge)
 
-    monkeypatch.setattr(module, "evaluate_prompts", evaluate_prompts)
+    monkeypatch.setattr(lane_scores, "evaluate_prompts", evaluate_prompts)
     settings = small_world.settings(model_dir, temperature=1.5, harmful_test="", benign_test="", loss_data="")
     table = go(Plan((model_dir,), (("sft", ""),), SEEDS), settings, tmp_path / "plan", as_lanes=True)
     assert drawn == [(1.5, 0), (1.5, 5)] and table.query("measure == 'sst2'")["value"].between(1, 99).all()

@@ -72,7 +72,7 @@ def test_booster_has_measures_of_its_own(model_dir, tmp_path):
 
 def test_what_is_measured(model_dir):
     """Against the loss of every lane by itself, and Booster's metrics."""
-    aligned, attacked = small.align_config(model_dir), small.attack_config(poison_ratio=0.2)
+    aligned, attacked = small.align_config(model_dir), small.attack_config(poison_ratio=0.2, prompt="alpaca")
     tokenizer, base, of = small.moved_lanes(model_dir, aligned)
     config = make(model_statistics.StatisticsConfig, {
         "run_dir": "r", "model": (model_dir,), "harmful_probe": PROBE, "step_length": 0.3})
