@@ -6,12 +6,13 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxvaccine import cli, data
+from jaxvaccine import cli, data, world
 from jaxvaccine.checkpoints import resolve
 from jaxvaccine.data import files, loading, tokenizing
 from jaxvaccine.experiment import carry_out, inputs, runs, stage
@@ -74,6 +75,9 @@ def left(tmp_path_factory):
     """{run: its config.json}, of the documented commands in their order; no model is there but a 7B model's config."""
     folder, rows, found = tmp_path_factory.mktemp("documented"), beavertails.make(), {}
     beavertails.write(folder, rows)
+    for bases in ("bases", "runs/bases"):  # made by another command
+        for name in ("1", "2"):
+            shutil.copytree(world.DIRECTORY, folder / bases / name)
     model = kinds.plain(folder / "model")
     (model / "config.json").write_text(json.dumps({
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 4096,
