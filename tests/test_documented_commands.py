@@ -36,14 +36,15 @@ def examples_in(text):
 
 
 def documented():
-    """The commands that read data, README's first: later ones go on with what they leave."""
+    """The commands that read data, README's first: later ones go on with what they leave. Not those on a reader's own
+    files ($DATA)."""
     found = [words for page in [ROOT / "README.md", *PAGES] for words in markdown.commands(page)]
     found += [words for verb in cli.VERBS.values() for words in examples_in(verb.text)]
     for path in sorted(ROOT.glob("experiments/studies/*.py")):
         if "\nVERB = " in path.read_text(encoding="utf-8"):
             found += examples_in(importlib.import_module(f"experiments.studies.{path.stem}").VERB.text)
     whole = [words for words in found if len(words) > 2 and "--help" not in words
-             and not re.search("[…|]", " ".join(words)) and (
+             and not re.search("[…|$]", " ".join(words)) and (
                  (words[0] == "jaxvaccine" and words[1] in ("align", "finetune", "evaluate", "run"))
                  or words[2].startswith("experiments.studies."))]
     return [list(words) for words in dict.fromkeys(map(tuple, whole))]
