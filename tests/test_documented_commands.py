@@ -38,7 +38,8 @@ def examples_in(text):
 def documented():
     """The commands that read data, README's first: later ones go on with what they leave. Not those on a reader's own
     files ($DATA)."""
-    found = [words for page in [ROOT / "README.md", *PAGES] for words in markdown.commands(page)]
+    pages = [page for page in PAGES if page.parent.name != "results"]  # these tell what was run once
+    found = [words for page in [ROOT / "README.md", *pages] for words in markdown.commands(page)]
     found += [words for verb in cli.VERBS.values() for words in examples_in(verb.text)]
     for path in sorted(ROOT.glob("experiments/studies/*.py")):
         if "\nVERB = " in path.read_text(encoding="utf-8"):
