@@ -97,7 +97,7 @@ def left(tmp_path_factory):
         raise Ready
 
     def open_plan(run_dir, *args, **more):
-        found[str(run_dir)] = {}
+        found[f"plan {run_dir}"] = {}
         raise Ready
 
     def config_of(run_dir):
