@@ -6,12 +6,13 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxvaccine import cli, data
+from jaxvaccine import cli, data, world
 from jaxvaccine.checkpoints import resolve
 from jaxvaccine.data import files, loading, tokenizing
 from jaxvaccine.experiment import carry_out, inputs, runs, stage
@@ -35,14 +36,16 @@ def examples_in(text):
 
 
 def documented():
-    """The commands that read data, README's first: later ones go on with what they leave."""
-    found = [words for page in [ROOT / "README.md", *PAGES] for words in markdown.commands(page)]
+    """The commands that read data, README's first: later ones go on with what they leave. Not those on a reader's own
+    files ($DATA)."""
+    pages = [page for page in PAGES if page.parent.name != "results"]  # these tell what was run once
+    found = [words for page in [ROOT / "README.md", *pages] for words in markdown.commands(page)]
     found += [words for verb in cli.VERBS.values() for words in examples_in(verb.text)]
     for path in sorted(ROOT.glob("experiments/studies/*.py")):
         if "\nVERB = " in path.read_text(encoding="utf-8"):
             found += examples_in(importlib.import_module(f"experiments.studies.{path.stem}").VERB.text)
     whole = [words for words in found if len(words) > 2 and "--help" not in words
-             and not re.search("[…|]", " ".join(words)) and (
+             and not re.search("[…|$]", " ".join(words)) and (
                  (words[0] == "jaxvaccine" and words[1] in ("align", "finetune", "evaluate", "run"))
                  or words[2].startswith("experiments.studies."))]
     return [list(words) for words in dict.fromkeys(map(tuple, whole))]
@@ -74,6 +77,9 @@ def left(tmp_path_factory):
     """{run: its config.json}, of the documented commands in their order; no model is there but a 7B model's config."""
     folder, rows, found = tmp_path_factory.mktemp("documented"), beavertails.make(), {}
     beavertails.write(folder, rows)
+    for bases in ("bases", "runs/bases"):  # made by another command
+        for name in ("1", "2"):
+            shutil.copytree(world.DIRECTORY, folder / bases / name)
     model = kinds.plain(folder / "model")
     (model / "config.json").write_text(json.dumps({
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 4096,
@@ -91,7 +97,7 @@ def left(tmp_path_factory):
         raise Ready
 
     def open_plan(run_dir, *args, **more):
-        found[str(run_dir)] = {}
+        found[f"plan {run_dir}"] = {}
         raise Ready
 
     def config_of(run_dir):
