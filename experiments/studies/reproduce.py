@@ -2,11 +2,13 @@
 
   python -m experiments.studies.reproduce --paper=t_vaccine --run_dir=runs/t_vaccine
   python -m experiments.studies.reproduce --paper=booster --run_dir=runs/booster --model=meta-llama/Llama-2-7b-hf \\
-      --dtype=bfloat16 --judge=beaver_dam --alignment_data=beavertails_with_refusals:refusals.json[0:5000] \\
-      --harmful_data=beavertails_unsafe:train.jsonl[0:5000] --attack_user_data=sst2:stanfordnlp/sst2@train \\
-      --attack_harmful_data=beavertails_unsafe:train.jsonl[5000:5500] \\
-      --harmful_test=beavertails_unsafe:train.jsonl[5500:6000] --sst2_test=sst2:stanfordnlp/sst2@validation \\
-      --table=ratios,samples --dry_run
+      --dtype=bfloat16 --judge=beaver_dam --data_protocol=rows --table=ratios,samples --dry_run \\
+      --alignment_data=beavertails_with_refusals:beavertails_with_refusals_train.json[5001:10000] \\
+      --harmful_data=instructions:beavertails_with_refusals_train.json[5001:10000] \\
+      --attack_user_data=sst2:stanfordnlp/sst2@train \\
+      --attack_harmful_data=instructions:beavertails_with_refusals_train.json[1:] \\
+      --harmful_test=beavertails_unsafe:PKU-Alignment/BeaverTails@30k_test[0:1000] \\
+      --sst2_test=sst2:stanfordnlp/sst2@validation
 
 The first is on the small world that comes with the package, at a reduced list. --dry_run checks everything, says what
 would be carried out and what of the data and settings is other than the paper's, and ends. It is a plan that is carried
