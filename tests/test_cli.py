@@ -281,6 +281,7 @@ def test_what_is_given():
         {}, {"steps": 4}, {"steps": 3, "only_layers": ("0", "2")}, {"judge": "keyword"}]
 
 
+@pytest.mark.long
 def test_aligned_attacked_and_scored(call, model_dir, tmp_path):
     """The three stages by their command lines, each with its report; flags go before a preset, a file holds some."""
     (tmp_path / "flags").write_text("--seed=3\n--rank=2\n")

@@ -70,7 +70,7 @@ def confident(target):
     return adapter, frozen, {**batch, "labels": labels}, high * np.abs(logits[chosen]).max()
 
 
-@pytest.mark.parametrize("target", [1e-2, 1e-4])
+@pytest.mark.parametrize("target", [pytest.param(1e-2, marks=pytest.mark.long), 1e-4])
 def test_gradients_of_a_small_loss(tmp_path, target):
     """In bfloat16 a logit z is off by up to 2^-8 |z|, and so, relative to itself, is the probability that makes a
     gradient: with the weights' own rounding, less than twice that. In float16 it vanishes."""

@@ -142,7 +142,7 @@ def test_length_of_what_all_prompts_begin_with(tails, common):
         assert len(prompts) == 1 or common < MODULE._SHARED_LEAST
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+@pytest.mark.parametrize("sampling", [pytest.param(GREEDY, marks=pytest.mark.long), SAMPLED])
 def test_batches_side_by_side(sampling, monkeypatch):
     expected, workers = alone(sampling), []
     original = MODULE._answer

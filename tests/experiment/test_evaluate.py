@@ -55,6 +55,7 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_news_and_mathematics(text_dir, tmp_path):
     """AG News and GSM8K as a user's data and as tests; their answers' lengths have settings of their own."""
     news, sums = tmp_path / "news.tsv", tmp_path / "sums.jsonl"

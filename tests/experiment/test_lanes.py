@@ -62,7 +62,8 @@ def test_lanes_are_the_runs_of_align(model_dir, tmp_path, name):
 
 
 @pytest.mark.parametrize("adapter, layers, defense", [
-    ("continue", None, "none"), ("new", None, "none"), ("continue", ("2", "0"), "none"), ("new", None, "lisa")])
+    ("continue", None, "none"), ("new", None, "none"), ("continue", ("2", "0"), "none"),
+    pytest.param("new", None, "lisa", marks=pytest.mark.long)])
 def test_lanes_are_the_runs_of_attack(model_dir, tmp_path, adapter, layers, defense):
     aligned = config_of(model_dir)
     align(change(aligned, run_dir=str(tmp_path / "aligned"), seed=SEEDS[1]))
