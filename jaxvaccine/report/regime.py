@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import StrMethodFormatter
 
 from jaxvaccine.experiment.budget import PUBLISHED
 from jaxvaccine.experiment.plans import Plan
@@ -190,6 +191,7 @@ def _panel(axis: Axes, table: pd.DataFrame, methods: Sequence[str], attack: str,
         axis.plot(figure.ratios, figure.values, label=f"{names.method(figure.method)}, {figure.label}", zorder=2,
                   alpha=0.75, **style)
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.axvspan(*PUBLISHED, color="#F2F2F2", zorder=0, label="the published attacks' ends, 200 to 800 : 1")
     plots.percent_axis(axis)
     if len(ratio):
