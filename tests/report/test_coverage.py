@@ -83,7 +83,7 @@ def test_numbers_of_seeds_that_differ():
     assert np.mean([each.low <= 0 <= each.high for each in found]) >= LEAST
 
 
-@pytest.mark.parametrize("center", [-4.5, -3, 3, 4.5])
+@pytest.mark.parametrize("center", [-4.5, 4.5, *(pytest.param(x, marks=pytest.mark.long) for x in (-3, 3))])
 @pytest.mark.parametrize("ratio, shared", [(1, 0), (1, 0.9), (2, 0.9)])
 def test_rates_near_0_and_100(center, ratio, shared):
     """Runs whose odds vary by half: most of the rates are 0 to 10%, or 90 to 100%."""
