@@ -41,7 +41,7 @@ def test_a_run_and_its_continuation(model_dir, tmp_path):
     assert sorted(norms["step"].unique()) == [0, 4, 6] and len(norms) == 3 * 2 * 3
     assert set(pick(table, stage="attack")["step"]) == {1, 2}, "before an attack it is the aligned model"
     assert set(pick(table, stage="attack")["measure"]) == {
-        "harmful_score", "harmful_score_plus", "no_answer", "unread", "sst2"}
+        "harmful_score", "harmful_score_plus", "no_answer", "unread", "sst2", "budget"}
     cells = {path: path.read_text() for path in root.rglob("*only_layers=*.json")}
     assert len(cells) == 3 * 2 and all(f"learning_rate=0.1_only_layers={i}.json" in {p.name for p in cells}
                                        for i in range(3))
