@@ -23,6 +23,8 @@ from jaxvaccine.report.curves import curves_report
 from jaxvaccine.report.layers import layers_report
 from jaxvaccine.report.published_curves import depth_correlation, plot_layers, plot_statistics
 
+# The papers' own figures, as published.csv spells whose they are.
+REPORTED_BY = {"booster": "Booster", "t_vaccine": "T-Vaccine"}
 # Places of an attack at which Booster's figure has points.
 POINTS = 10
 _TESTS = ("sst2_test", "agnews_test", "gsm8k_test", "alpaca_eval_test", "benign_test", "loss_data")
@@ -56,9 +58,8 @@ def statistics(config: Any, settings: Settings, setting: paper_tables.Setting, f
     losses = _figures(config, "alignment_loss")
     rows = [[names.method(method), *(f"{value:.3f}" for value in of_method["value"])]
             for method, of_method in losses.groupby("method", sort=False)]
-    note = model_statistics.NOTE.format(step_length=of.step_length,
-                                        harm=names.measure(names.harm(found["measure"].unique())).name)
     harm = names.harm(found["measure"].unique())
+    note = model_statistics.NOTE.format(step_length=of.step_length, harm=names.measure(harm).name)
     inner = curves_report(found, root, "Model statistics", model_statistics.ALIGNMENT,
                           (*model_statistics.ATTACK, harm), note, "statistics")
     return "\n".join([
@@ -119,7 +120,7 @@ def system(config: Any, settings: Settings, setting: paper_tables.Setting, folde
         run_dir = align_folder(folder, cell)
         seconds = step_seconds(run_dir) if (run_dir / "metrics.jsonl").is_file() else float("nan")
         found[method] = seconds, sum(step_memory(aligned, "float32", architecture))
-    own = figures[figures["reported_by"] == TITLES[config.paper]]
+    own = figures[figures["reported_by"] == REPORTED_BY[config.paper]]
 
     def stated(method: str, measure: str, unit: str) -> str:
         rows = own[(own["method"] == method) & (own["measure"] == measure)]
@@ -144,6 +145,5 @@ def system(config: Any, settings: Settings, setting: paper_tables.Setting, folde
     return "\n".join(text)
 
 
-TITLES = {"booster": "Booster", "t_vaccine": "T-Vaccine"}
 STUDIES: Mapping[str, Callable[..., str]] = {
     paper_tables.STATISTICS: statistics, paper_tables.CRITICALITY: criticality, paper_tables.SYSTEM: system}

@@ -31,8 +31,8 @@ from jaxvaccine.experiment import checks, recipes
 from jaxvaccine.experiment.config import field, flat, make, require
 from jaxvaccine.experiment.evaluate import EvaluateConfig
 from jaxvaccine.experiment.parts import check_sources
-from jaxvaccine.experiment.plans import Plan, Settings, cell_configs
-from jaxvaccine.experiment.results import Cell
+from jaxvaccine.experiment.plans import Plan, Settings, cell_configs, split_method
+from jaxvaccine.experiment.results import TABLE, Cell, write
 from jaxvaccine.experiment.run import PlanConfig, check_given, make_settings
 from jaxvaccine.report import accounts, budget, differences, names, recipe, tables
 from jaxvaccine.report import published as beside
@@ -195,7 +195,7 @@ def table_report(name: str, table: Table, found: pd.DataFrame, config: Reproduce
 def plan_text(config: ReproduceConfig, plans: Plans, lines: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """What a dry run says."""
     cells = sum(len(plan.pairs) * len(plan.seeds) for plan in plans.plans)
-    aligned = sum(len({m.partition("+")[0] for m in plan.methods}) * len(plan.seeds) for plan in plans.plans)
+    aligned = sum(len({split_method(method)[0] for method in plan.methods}) * len(plan.seeds) for plan in plans.plans)
     return "\n".join([
         f"{TITLES[config.paper]} on {', '.join(config.model)}: {cells} attacks on {aligned} alignments, in "
         f"{len(plans.tables)} tables; attacks: {config.protocol}.",
@@ -227,6 +227,8 @@ def reproduce(config: ReproduceConfig, align: Mapping[str, Any], attack: Mapping
         overwrite = False
         parts.append(read_results(folder))
     found = pd.concat(parts[::-1], ignore_index=True) if parts else None
+    if found is not None:
+        write(folder / TABLE, found)  # of all models, and not of the last plan alone
     tables.write_report(folder, _report(config, settings, setting, plans, found, folder, rows, lines, (
         align, attack, scores)))
     return reports.read(folder)

@@ -14,11 +14,10 @@ EVALUATION: dict[str, dict[str, Any]] = {
 }
 # Of rows as they are: the first so many unsafe rows of BeaverTails' 30k_test, or toxic ones of DecodingTrust, and the
 # first of each task's test split (SST-2's validation split has 872). AlpacaEval has 805 instructions.
-HARMFUL_ROWS: dict[str, int] = {"booster": 1000, "t_vaccine": 500}
-TASK_ROWS: dict[str, int] = {"booster": 1000, "t_vaccine": 500}
+ROWS: dict[str, int] = {"booster": 1000, "t_vaccine": 500}
 ALPACA_EVAL_ROWS = 104
 SLICES: dict[str, dict[str, str]] = {
-    paper: {"harmful_test": f"[:{HARMFUL_ROWS[paper]}]", "agnews_test": f"[:{TASK_ROWS[paper]}]",
-            "gsm8k_test": f"[:{TASK_ROWS[paper]}]", "sst2_test": f"[:{min(TASK_ROWS[paper], 872)}]",
+    paper: {"harmful_test": f"[:{ROWS[paper]}]", "agnews_test": f"[:{ROWS[paper]}]",
+            "gsm8k_test": f"[:{ROWS[paper]}]", "sst2_test": f"[:{min(ROWS[paper], 872)}]",
             "alpaca_eval_test": f"[-{ALPACA_EVAL_ROWS}:]"}
     for paper in EVALUATION}

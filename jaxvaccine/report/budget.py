@@ -5,7 +5,7 @@ import pandas as pd
 from jaxvaccine.experiment.budget import PUBLISHED
 from jaxvaccine.report import names, results
 
-KEY = ["backbone", "method", "seed"]
+_ALIGNMENT = ["backbone", "method", "seed"]  # what tells one alignment from another
 
 
 def ratios(table: pd.DataFrame) -> pd.DataFrame:
@@ -13,9 +13,9 @@ def ratios(table: pd.DataFrame) -> pd.DataFrame:
 
     Runs that have no budgets, such as those of earlier versions, have no row.
     """
-    aligned = results.pick(results.aligned(table), measure=names.BUDGET)[[*KEY, "value"]]
+    aligned = results.pick(results.aligned(table), measure=names.BUDGET)[[*_ALIGNMENT, "value"]]
     attacked = results.pick(table, stage="attack", measure=names.BUDGET)
-    found = attacked.merge(aligned.rename(columns={"value": "aligned"}), on=KEY)
+    found = attacked.merge(aligned.rename(columns={"value": "aligned"}), on=_ALIGNMENT)
     # A learning rate of 0 moves nothing.
     return found.assign(ratio=found["aligned"] / found["value"].where(found["value"] > 0)).drop(columns="aligned")
 

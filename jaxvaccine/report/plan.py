@@ -48,13 +48,13 @@ def cells_of(table: pd.DataFrame) -> Cells:
 
 def score_measures(table: pd.DataFrame) -> dict[str, names.Measure]:
     """The measures that are scores of a model, or that nothing is known of; not what is taken on its way, unread
-    verdicts where there are none, nor HS+ where it is HS throughout."""
-    found = dict.fromkeys(measure for part in (results.backbones, results.aligned, results.attacked)
-                          for measure in part(table)["measure"])
+    verdicts where there are none, nor HS+ where it is HS in all rows that are shown."""
+    shown = pd.concat([part(table) for part in (results.backbones, results.aligned, results.attacked)])
+    found = dict.fromkeys(shown["measure"])
     if not results.pick(table, measure=names.UNREAD)["value"].any():
         found.pop(names.UNREAD, None)
-    if results.pick(table, measure=names.HS_PLUS)["value"].tolist() == (
-            results.pick(table, measure=names.HS)["value"].tolist()):
+    if results.pick(shown, measure=names.HS_PLUS)["value"].tolist() == (
+            results.pick(shown, measure=names.HS)["value"].tolist()):
         found.pop(names.HS_PLUS, None)
     return names.measures(name for name in found if names.measure(name).about or name not in names.MEASURES)
 

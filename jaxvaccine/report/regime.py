@@ -120,17 +120,30 @@ def span(found: Sequence[Place]) -> str:
     return high if high == low else f"{high.removesuffix(' : 1')} to {low}"
 
 
+class Standing(NamedTuple):
+    """A method's places under attacks on one kind of adapter: all, those below SFT, those below it with more
+    over-refusal, and those above it."""
+
+    all: list[Place]
+    better: list[Place]
+    pair: list[Place]
+    worse: list[Place]
+
+
+def standing(found: Sequence[Place], method: str, adapter: str) -> Standing:
+    of = [place for place in found if place.method == method and adapter_of(place.attack) == adapter]
+    return Standing(of, [place for place in of if place.better and place.alike],
+                    [place for place in of if place.better and not place.alike], [place for place in of if place.worse])
+
+
 def verdict_table(found: Sequence[Place], methods: Sequence[str]) -> str:
     """Markdown: per adapter and method where HS is below SFT's, the largest difference there, and where it is above."""
     rows = []
     for adapter, title in TITLES.items():
         for method in methods:
-            of = [place for place in found if place.method == method and adapter_of(place.attack) == adapter]
+            of, better, pair, worse = standing(found, method, adapter)
             if not of:
                 continue
-            better = [place for place in of if place.better and place.alike]
-            pair = [place for place in of if place.better and not place.alike]
-            worse = [place for place in of if place.worse]
             best = min(better, key=lambda place: place.difference.mean) if better else None
             rows.append([
                 title, names.method(method), f"{len(better)} of {len(of)}", span(better),
@@ -150,9 +163,7 @@ def verdicts(found: Sequence[Place], methods: Sequence[str]) -> str:
     for method in methods:
         parts = []
         for adapter in TITLES:
-            of = [place for place in found if place.method == method and adapter_of(place.attack) == adapter]
-            better = [place for place in of if place.better and place.alike]
-            pair = [place for place in of if place.better and not place.alike]
+            of, better, pair, worse = standing(found, method, adapter)
             what = {NEW: "a new adapter", CONTINUED: "the aligned adapter"}[adapter]
             if not of:
                 continue
@@ -170,7 +181,7 @@ def verdicts(found: Sequence[Place], methods: Sequence[str]) -> str:
                 least = min(of, key=lambda place: place.difference.mean)
                 parts.append(f"against {what} it beats SFT nowhere from {span(of)} (the lowest difference is "
                              f"{tables.difference(least.difference)} points, at {budget.text(least.ratio)})")
-            if worse := [place for place in of if place.worse]:
+            if worse:
                 parts[-1] += f", and is worse than SFT at {len(worse)} of {len(of)} places ({span(worse)})"
         if parts:
             lines.append(f"- **{names.method(method)}**: {'; '.join(parts)}.")

@@ -120,6 +120,9 @@ def test_hs_plus_is_a_column_where_it_is_not_hs():
 
     attacked = {"attack": "poison_ratio=0.1", **AT}
     assert rows_of(plan.score_table(frame([*of(50, 50), *of(30, 30, **attacked)])))[0][2:] == ["HS %", "FA %"]
+    on_the_way = of(20, 25, **attacked | {"step": 1})  # which the table does not show
+    assert rows_of(plan.score_table(frame([*of(50, 50), *on_the_way, *of(30, 30, **attacked)])))[0][2:] == [
+        "HS %", "FA %"]
     found = rows_of(plan.score_table(frame([*of(50, 50), *of(30, 41, **attacked)])))
     assert found[0][2:] == ["HS %", "HS+ %", "FA %"] and found[2][3].startswith("41.0 (")
 

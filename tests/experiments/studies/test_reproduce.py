@@ -1,5 +1,8 @@
 """The papers' tables: their cells as runs, and the published figures beside ours."""
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 
 from experiments.studies import paper_tables, published, reproduce
@@ -210,3 +213,12 @@ def test_a_paper(world_model, tmp_path):
     small.call(reproduce.VERB, *argv)
     assert (tmp_path / "r" / "report.md").read_text() == report
     assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
+def test_alignments_are_counted_by_what_is_aligned():
+    """Methods that differ in the fine-tuning alone share one; a + within a list of data sources is no such thing."""
+    config, _, settings, _, found = parsed("--paper=booster", "--table=ratios,combination")
+    said = reproduce.plan_text(config, found, (), ())
+    aligned = {str(dataclasses.replace(cell_configs(settings, Path("r"), Cell("world", method, "", 0))[0], run=None))
+               for plan in found.plans for method in plan.methods}
+    assert f"on {len(aligned)} alignments" in said and any("+world_" in m for m in found.plans[0].methods)
