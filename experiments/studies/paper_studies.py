@@ -134,8 +134,9 @@ def system(config: Any, settings: Settings, setting: paper_tables.Setting, folde
     text = ["## System cost\n", tables.table([
         "method", "a step here, s", "/ SFT", "alignment, published", "memory of a step here, GiB", "/ SFT",
         "memory, published"], rows),
-        "Time: the median step of this machine, which may do other things; – where the run is not there. Memory: weights, "
-        "adapter, optimizer and XLA's temporary buffers of one step in float32, compiled for this machine's own device.\n"]
+        "Time: the median step of this machine, which may do other things; – where the run is not there. Memory: "
+        "weights, adapter, optimizer and XLA's temporary buffers of one step in float32, compiled for this machine's "
+        "own device.\n"]
     if "vaccine" in found and "t_vaccine" in found:
         ours = 100 * (found["t_vaccine"][1] / found["vaccine"][1] - 1)
         claims = _figures(config, "claims")
