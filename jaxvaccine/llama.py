@@ -205,7 +205,8 @@ class Llama(nn.Module):
     """The architecture: static, hashable, without weights. ``dtype`` is that of the base and of the computation.
 
     ``unroll`` takes trees of `unroll_layers` and compiles every layer by itself: for generation on a CPU, where a loop
-    over stacked layers copies each layer's weights for every token.
+    over stacked layers copies each layer's weights for every token. ``layers_a_turn`` of the loop over layers: more of
+    them compile longer, and take a small model less time where nothing is rematerialised.
     """
 
     config: LlamaConfig
@@ -213,6 +214,7 @@ class Llama(nn.Module):
     dtype: Any = jnp.float32
     remat: Remat = "full"
     unroll: bool = False
+    layers_a_turn: int = 1
 
     def setup(self):
         config, normal = self.config, nn.initializers.normal(0.02)
@@ -227,7 +229,8 @@ class Llama(nn.Module):
         layer = Layer if self.remat == "none" else nn.remat(
             Layer, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
         self.layers = nn.scan(
-            layer, length=config.num_layers, in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
+            layer, length=config.num_layers, unroll=self.layers_a_turn,
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
             variable_axes={"params": 0, "lora": 0, "perturbations": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
         )(config, self.lora, self.dtype)

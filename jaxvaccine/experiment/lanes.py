@@ -1,6 +1,7 @@
-"""Many adapters trained at once: the training step under `jax.vmap`, over lanes that share one backbone.
+"""Many adapters trained at once: one training step over lanes that share one backbone.
 
-A lane is what differs between runs of one setting: seed, batches, adapter. Every lane computes what `align` or `attack`
+On an accelerator the lanes are a batch, `jax.vmap`; on a CPU they take turns within the step, since small products take
+longer there in a batch than one after the other. A lane is what differs between runs of one setting: seed, batches, adapter. Every lane computes what `align` or `attack`
 computes for its seed (tests/experiment/test_lanes.py compares them).
 """
 
@@ -24,6 +25,8 @@ from jaxvaccine.llama_config import LoraConfig
 
 Tree = Any
 Method = AlignmentMethod | TuningMethod
+# Lanes are of small models, and trained for long.
+LAYERS_A_TURN = 8
 
 
 class Lanes(NamedTuple):
@@ -63,8 +66,31 @@ def lane_axes(state: training.TrainState, defense: Defense) -> training.TrainSta
     return jax.tree.map(lambda _: 0, state)._replace(step=None, defense=of_defense)
 
 
+def take_turns() -> bool:
+    """Whether lanes are computed one after the other."""
+    return jax.default_backend() == "cpu"
+
+
+def _in_turn(step: Callable, axes: Tree, own_base: bool) -> Callable:
+    """What `jax.vmap` of the step over the state's axes computes, one lane after the other."""
+    over = functools.partial(jax.tree.map, is_leaf=lambda axis: axis is None)
+
+    def call(state, frozen, batches, keys, layers):
+        def of_lane(given):
+            own, own_frozen, batch, key = given
+            whole = over(lambda axis, mine, shared: shared if axis is None else mine, axes, own, state)
+            return step(whole, own_frozen if own_base else frozen, batch, key, layers)
+
+        own = over(lambda axis, leaf: None if axis is None else leaf, axes, state)
+        found, metrics = jax.lax.map(of_lane, (own, frozen if own_base else None, batches, keys))
+        return over(lambda axis, leaf: leaf[0] if axis is None else leaf, axes, found), metrics
+
+    return call
+
+
 @functools.lru_cache(maxsize=32)
-def _compiled(model: Llama, method: Method, optimizer_config: optim.OptimizerConfig, steps: int, own_base: bool):
+def _compiled(model: Llama, method: Method, optimizer_config: optim.OptimizerConfig, steps: int, own_base: bool,
+              in_turn: bool):
     """(init, step) over lanes. An attack is of the layers that the step's last argument names."""
     optimizer = optim.layer_masked_adamw(optimizer_config, steps)
 
@@ -82,8 +108,9 @@ def _compiled(model: Llama, method: Method, optimizer_config: optim.OptimizerCon
 
     axes = lane_axes(jax.eval_shape(init, jax.eval_shape(lambda: init_adapter(model, jax.random.key(0)))),
                      defense(None))
-    step = jax.vmap(step, in_axes=(axes, 0 if own_base else None, 0, 0, None), out_axes=(axes, 0))
-    return jax.jit(jax.vmap(init, out_axes=axes)), jax.jit(step, donate_argnums=0)
+    over = _in_turn(step, axes, own_base) if in_turn else jax.vmap(
+        step, in_axes=(axes, 0 if own_base else None, 0, 0, None), out_axes=(axes, 0))
+    return jax.jit(jax.vmap(init, out_axes=axes)), jax.jit(over, donate_argnums=0)
 
 
 def train(lanes: Lanes, method: Method, part: TrainingPart, bucket: int, sources: Sequence[stage.Sources],
@@ -111,7 +138,7 @@ def train(lanes: Lanes, method: Method, part: TrainingPart, bucket: int, sources
     if isinstance(method, Ewc):
         raise FieldError("defense", "found 'ewc', expected another where many seeds are trained at once")
     steps = stage.count_steps(part, sources[0])
-    init, step_fn = _compiled(lanes.model, method, part.optimizer(), steps, lanes.own_base)
+    init, step_fn = _compiled(lanes.model, method, part.optimizer(), steps, lanes.own_base, take_turns())
     streams = [data.training_batches(of, seed, bucket) for of, seed in zip(sources, seeds, strict=True)]
     keys = jnp.stack([stage.training_key(seed) for seed in seeds])
     state, log = init(lanes.adapters), []
@@ -134,6 +161,8 @@ def train(lanes: Lanes, method: Method, part: TrainingPart, bucket: int, sources
 def fresh(base: stage.Base, lora: LoraConfig, remat: str, seeds: Sequence[int]) -> Lanes:
     """Lanes with new adapters, as `align` makes them for these seeds."""
     model = base.model.clone(lora=lora, remat=remat)
+    if remat == "none":
+        model = model.clone(layers_a_turn=min(model.config.num_layers, LAYERS_A_TURN))
     return Lanes(model, new_adapters(model, seeds), base.frozen)
 
 

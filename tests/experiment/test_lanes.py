@@ -99,7 +99,7 @@ def test_lanes_are_the_runs_of_attack(model_dir, tmp_path, adapter, layers, defe
 def first_step(config, method):
     """The lanes' state before the first step, and how many branches the step has that all lanes take together."""
     start = lanes.fresh(stage.load_base(config.model.model, "checkpoint"), config.adapter.lora(), "none", SEEDS)
-    init, step = lanes._compiled(start.model, method, config.training.optimizer(), 6, False)
+    init, step = lanes._compiled(start.model, method, config.training.optimizer(), 6, False, False)
     state = jax.eval_shape(init, start.adapters)
     row = {name: jnp.ones((2, 2, 16), jnp.int32) for name in ("input_ids", "labels", "attention_mask")}
     keys = jax.random.split(jax.random.key(0))
