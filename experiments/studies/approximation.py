@@ -19,6 +19,7 @@ from jaxvaccine import cli, data, defenses
 from jaxvaccine.defenses.base import Defense, global_norm
 from jaxvaccine.experiment.carry_out import Probes
 from jaxvaccine.experiment.config import field, require
+from jaxvaccine.experiment.lanes import over_lanes
 from jaxvaccine.experiment.methods import Booster
 from jaxvaccine.experiment.parts import check_sources
 from jaxvaccine.experiment.plans import Plan
@@ -79,7 +80,7 @@ def _measure(model: Llama, lam: float, alpha: float):
                 "predicted_drop": alpha * metrics["harmful_gradient_norm"],
                 "real_drop": metrics["harmful_loss"] - metrics["perturbed_harmful_loss"]}
 
-    return jax.jit(jax.vmap(measure, in_axes=(0, None, None)))
+    return jax.jit(over_lanes(measure, (0, None, None)))
 
 
 def check(aligned, attacked) -> None:

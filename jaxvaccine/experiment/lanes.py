@@ -25,8 +25,8 @@ from jaxvaccine.llama_config import LoraConfig
 
 Tree = Any
 Method = AlignmentMethod | TuningMethod
-# Lanes are of small models, and trained for long.
-LAYERS_A_TURN = 8
+# So small models are trained for so long that a longer program pays.
+MOST_LAYERS_A_TURN = 8
 
 
 class Lanes(NamedTuple):
@@ -71,19 +71,23 @@ def take_turns() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def _in_turn(step: Callable, axes: Tree, own_base: bool) -> Callable:
-    """What `jax.vmap` of the step over the state's axes computes, one lane after the other."""
-    over = functools.partial(jax.tree.map, is_leaf=lambda axis: axis is None)
+def over_lanes(function: Callable, in_axes: Sequence[int | None], in_turn: bool | None = None) -> Callable:
+    """`jax.vmap(function, in_axes)`, computed one lane after the other where lanes take turns.
 
-    def call(state, frozen, batches, keys, layers):
-        def of_lane(given):
-            own, own_frozen, batch, key = given
-            whole = over(lambda axis, mine, shared: shared if axis is None else mine, axes, own, state)
-            return step(whole, own_frozen if own_base else frozen, batch, key, layers)
+    in_axes: 0 for an argument that every lane has its own of, None for one of all. in_turn: `take_turns()` unless given.
+    """
+    if not (take_turns() if in_turn is None else in_turn):
+        return jax.vmap(function, tuple(in_axes))
 
-        own = over(lambda axis, leaf: None if axis is None else leaf, axes, state)
-        found, metrics = jax.lax.map(of_lane, (own, frozen if own_base else None, batches, keys))
-        return over(lambda axis, leaf: leaf[0] if axis is None else leaf, axes, found), metrics
+    def call(*arguments):
+        own = [argument for argument, axis in zip(arguments, in_axes, strict=True) if axis is not None]
+
+        def of_lane(own):
+            of = iter(own)
+            return function(*(shared if axis is None else next(of)
+                              for shared, axis in zip(arguments, in_axes, strict=True)))
+
+        return jax.lax.map(of_lane, own)
 
     return call
 
@@ -102,15 +106,25 @@ def _compiled(model: Llama, method: Method, optimizer_config: optim.OptimizerCon
     def init(adapter):
         return training.init_train_state(adapter, defense(None), optimizer)
 
-    def step(state, frozen, batches, key, layers=None):
-        # Traced, so that other layers compile nothing anew.
-        return training.make_train_step(defense(layers), optimizer)(state, frozen, batches, key)
-
     axes = lane_axes(jax.eval_shape(init, jax.eval_shape(lambda: init_adapter(model, jax.random.key(0)))),
                      defense(None))
-    over = _in_turn(step, axes, own_base) if in_turn else jax.vmap(
-        step, in_axes=(axes, 0 if own_base else None, 0, 0, None), out_axes=(axes, 0))
-    return jax.jit(jax.vmap(init, out_axes=axes)), jax.jit(over, donate_argnums=0)
+
+    def by_axis(function, *states):
+        return jax.tree.map(function, axes, *states, is_leaf=lambda axis: axis is None)
+
+    def step_of_lane(own, shared, frozen, batches, key, layers):
+        state = by_axis(lambda axis, mine, of_all: of_all if axis is None else mine, own, shared)
+        # Layers are traced, so that other ones compile nothing anew.
+        return training.make_train_step(defense(layers), optimizer)(state, frozen, batches, key)
+
+    def step(state, frozen, batches, keys, layers=None):
+        own = by_axis(lambda axis, leaf: None if axis is None else leaf, state)
+        shared = by_axis(lambda axis, leaf: leaf if axis is None else None, state)
+        state, metrics = over_lanes(step_of_lane, (0, None, 0 if own_base else None, 0, 0, None), in_turn)(
+            own, shared, frozen, batches, keys, layers)
+        return by_axis(lambda axis, leaf: leaf[0] if axis is None else leaf, state), metrics
+
+    return jax.jit(jax.vmap(init, out_axes=axes)), jax.jit(step, donate_argnums=0)
 
 
 def train(lanes: Lanes, method: Method, part: TrainingPart, bucket: int, sources: Sequence[stage.Sources],
@@ -161,8 +175,8 @@ def train(lanes: Lanes, method: Method, part: TrainingPart, bucket: int, sources
 def fresh(base: stage.Base, lora: LoraConfig, remat: str, seeds: Sequence[int]) -> Lanes:
     """Lanes with new adapters, as `align` makes them for these seeds."""
     model = base.model.clone(lora=lora, remat=remat)
-    if remat == "none":
-        model = model.clone(layers_a_turn=min(model.config.num_layers, LAYERS_A_TURN))
+    if remat == "none" and model.config.num_layers <= MOST_LAYERS_A_TURN:
+        model = model.clone(layers_a_turn=model.config.num_layers)
     return Lanes(model, new_adapters(model, seeds), base.frozen)
 
 

@@ -96,6 +96,27 @@ def test_lanes_are_the_runs_of_attack(model_dir, tmp_path, adapter, layers, defe
     assert tiny.relative_difference(found.lane(1)[1], merged) < 1e-3
 
 
+@pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (0, 0)])
+def test_taking_turns_is_vmap(in_axes):
+    def function(x, y):
+        return {"sum": x["a"] + y["b"], "product": jnp.vdot(x["a"], y["b"])}
+
+    rng = np.random.default_rng(0)
+    x, y = ({name: rng.normal(size=(3, 4) if axis == 0 else 4)} for name, axis in zip("ab", in_axes, strict=True))
+    expected, found = (jax.jit(lanes.over_lanes(function, in_axes, in_turn))(x, y) for in_turn in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+
+
+def test_lanes_as_a_batch(model_dir, monkeypatch):
+    """As accelerators have them."""
+    config = config_of(model_dir, **METHODS["booster"])
+    expected, expected_metrics = aligned_lanes(config)
+    monkeypatch.setattr(lanes, "take_turns", lambda: False)
+    found, metrics = aligned_lanes(config)
+    assert tiny.relative_difference(found.adapters, expected.adapters) < 1e-3
+    np.testing.assert_array_equal(metrics["active_layers"], expected_metrics["active_layers"])
+
+
 def first_step(config, method):
     """The lanes' state before the first step, and how many branches the step has that all lanes take together."""
     start = lanes.fresh(stage.load_base(config.model.model, "checkpoint"), config.adapter.lora(), "none", SEEDS)
