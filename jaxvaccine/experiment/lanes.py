@@ -1,8 +1,9 @@
 """Many adapters trained at once: one training step over lanes that share one backbone.
 
 On an accelerator the lanes are a batch, `jax.vmap`; on a CPU they take turns within the step, since small products take
-longer there in a batch than one after the other. A lane is what differs between runs of one setting: seed, batches, adapter. Every lane computes what `align` or `attack`
-computes for its seed (tests/experiment/test_lanes.py compares them).
+longer there in a batch than one after the other. A lane is what differs between runs of one setting: seed, batches,
+adapter. Every lane computes what `align` or `attack` computes for its seed (tests/experiment/test_lanes.py compares
+them).
 """
 
 import functools
@@ -74,7 +75,8 @@ def take_turns() -> bool:
 def over_lanes(function: Callable, in_axes: Sequence[int | None], in_turn: bool | None = None) -> Callable:
     """`jax.vmap(function, in_axes)`, computed one lane after the other where lanes take turns.
 
-    in_axes: 0 for an argument that every lane has its own of, None for one of all. in_turn: `take_turns()` unless given.
+    in_axes: 0 for an argument that every lane has its own of, None for one of all. in_turn: `take_turns()`, unless
+      given.
     """
     if not (take_turns() if in_turn is None else in_turn):
         return jax.vmap(function, tuple(in_axes))

@@ -1,15 +1,20 @@
 """A whole experiment's config: which plan it is, what its cells start from, and what it refuses."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from jaxvaccine import data
 from jaxvaccine.experiment import recipes
 from jaxvaccine.experiment.config import FieldError, make
 from jaxvaccine.experiment.methods import ALIGNMENT
 from jaxvaccine.experiment.plans import METHODS, cell_configs
 from jaxvaccine.experiment.results import Cell
 from jaxvaccine.experiment.run import PlanConfig, check_given, make_settings, run
+from jaxvaccine.json_files import read_json
+from jaxvaccine.report.results import read_results
+from tests.experiment import small_world
 
 TESTS = {"harmful_test": "world_harmful@test[0:4]"}
 
@@ -135,3 +140,33 @@ def test_values_that_no_method_of_the_plan_reads(align, attack, message, tmp_pat
 def test_values_that_the_evaluation_refuses(scores, message):
     with pytest.raises(ValueError, match=message):
         make_settings(config_of(), {}, {}, scores)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("quick_compile", "compile_once")
+@pytest.mark.parametrize("lanes", [False, True])
+def test_the_prompt_and_the_rows_reach_every_stage(model_dir, tmp_path, lanes):
+    """What is said of the alignment holds for the attack and the tests too, both ways of carrying out a plan."""
+    sources = {}
+    for name, source in (("alignment", "world_refusal@train[0:20]"), ("user", "world_rating@attack[0:20]")):
+        rows = [{"instruction": e.instruction, "output": e.output} for e in data.load_examples(source)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows + rows[:5])))
+        sources[name] = f"instructions:{tmp_path / name}.jsonl"
+
+    def carried_out(name, **given):
+        config = config_of(run_dir=str(tmp_path / name), model=(model_dir,), recipe="world", defenses=("sft",),
+                           poison_ratios=("0.25",), lanes=lanes, score_base=False, progress=False)
+        tests = {key: value for key, value in small_world.SCORES.items() if key not in ("max_length", "progress")}
+        run(config, {"alignment_data": sources["alignment"], "steps": 3, "batch_size": 4, **given},
+            {"user_data": sources["user"], "n": 16, "steps": 2, "batch_size": 4}, tests)
+        table = read_results(tmp_path / name)
+        accounts = {part: of for stage in ("aligned", "poison_ratio=0.25")
+                    for path in (tmp_path / name).rglob(f"{stage}.json")
+                    for part, of in read_json(path)["accounts"].items()}
+        return table[table["measure"] == "harmful_loss"].set_index("stage")["value"], [
+            (of["duplicates"], of["examples"]) for part in sources for of in accounts[part].values()]
+
+    (usual, distinct), (plain, rows) = carried_out("usual"), carried_out(
+        "plain", prompt="plain", data_protocol="rows")
+    assert len(usual) == 2 and (abs(plain / usual - 1) > 1e-3).all()
+    assert distinct == [(5, 20), (5, 20)] and rows == [(0, 25), (0, 25)]

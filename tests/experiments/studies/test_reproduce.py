@@ -10,10 +10,11 @@ from jaxvaccine import cli, data
 from jaxvaccine.experiment import recipes
 from jaxvaccine.experiment.config import flat, make
 from jaxvaccine.experiment.plans import cell_configs
-from jaxvaccine.experiment.results import Cell
+from jaxvaccine.experiment.results import TABLE, Cell, write
 from jaxvaccine.experiment.run import check_given, make_settings
+from jaxvaccine.report.results import read_results
 from tests.experiments import small
-from tests.report.synthetic import rows_of
+from tests.report.synthetic import plan_table, rows_of
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -194,6 +195,24 @@ def test_the_budget_of_published_curves():
     by_method = {each.method: each for each in ends}
     assert by_method["t_vaccine"].ratios[0] == pytest.approx(800, rel=0.01) and by_method["t_vaccine"].values == [14.97]
     assert by_method["vaccine"].values == [28.3]
+
+
+def test_the_table_of_several_models_is_whole(tmp_path, monkeypatch):
+    """Every model is a plan of its own, and writes the table anew."""
+    config, given, *_, plans = parsed(f"--run_dir={tmp_path}", "--table=models", *REAL[1:], "--model=some/model,other")
+    written = []
+
+    def carry_out(plan, settings, root, **more):
+        rows = plan_table(plan.methods, plan.attacks, plan.backbones, plan.seeds, with_backbone=False)
+        write(root / TABLE, rows)
+        written.append(len(rows))
+
+    monkeypatch.setattr(reproduce.engine, "carry_out", carry_out)
+    monkeypatch.setattr(reproduce, "_report", lambda *arguments: "")
+    reproduce.reproduce(config, *given)
+    found = read_results(tmp_path)
+    assert len(written) == len(plans.plans) == 2 and len(found) == sum(written)
+    assert list(dict.fromkeys(found["backbone"])) == ["some/model", "other"]
 
 
 @pytest.mark.long
