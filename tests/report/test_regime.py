@@ -62,6 +62,22 @@ def test_places_and_verdicts():
     assert "beats SFT nowhere from 400 to 100 : 1" in vaccine and "worse than SFT at 1 of 3 places (400 : 1)" in vaccine
 
 
+def test_one_number_an_attack():
+    """By hand: the trapezoids over steps 0, 10, 20, 40 have the weights 5, 10, 15 and 10 of 40."""
+    rows = rows_of(regime.along_table(table(known), ("vaccine", "booster"), ATTACKS))
+    expected = {("vaccine", NEW): 0, ("booster", NEW): (15 + 10) / 40 * -50, ("vaccine", CONTINUED): 10 / 40 * 30,
+                ("booster", CONTINUED): (15 + 10) / 40 * -50}
+    assert len(rows) == 1 + len(expected)
+    for line, difference in zip(rows[1:], expected.values(), strict=True):
+        assert float(line[-1].split()[0]) == pytest.approx(difference, abs=1.5)
+
+
+@pytest.mark.parametrize("steps, kept", [
+    ((25, 50, 100, 150, 200, 300, 400, 500), [25, 50, 100, 200, 300, 500]), ((10, 20, 40), [10, 20, 40]), ((7,), [7])])
+def test_steps_whose_labels_stand_apart(steps, kept):
+    assert regime._apart(steps) == kept
+
+
 def test_over_refusal_is_no_win():
     """A method that is below SFT's HS by refusing everything has its pair reported, and does not beat it."""
     found = regime.places(table(known, lambda method: 40 if method == "booster" else 1), ("sft", "booster"), ATTACKS)
