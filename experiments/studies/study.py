@@ -11,7 +11,6 @@ import pandas as pd
 from absl import flags
 
 from jaxvaccine import cli, data
-from jaxvaccine.experiment import lanes
 from jaxvaccine.experiment.carry_out import Probes
 from jaxvaccine.experiment.config import field, make
 from jaxvaccine.experiment.parts import TokensPart
@@ -63,11 +62,6 @@ def verb(text: str, config_class: type[StudyConfig], probes: Callable[[Any], Pro
         print(reports.read(folder))
 
     return cli.Verb(text, (section, cli.ALIGNMENT, *attack, cli.EVALUATION), call)
-
-
-def over_lanes(measure: Callable, own_base: bool) -> Callable:
-    """(adapters, frozen, batches of every lane) -> measures of every lane, jitted."""
-    return jax.jit(lanes.over_lanes(measure, (0, 0 if own_base else None, 0)))
 
 
 def stack_batches(tokenizer, examples: Sequence[Sequence[data.Example]], part: TokensPart) -> Any:

@@ -72,14 +72,13 @@ def take_turns() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def over_lanes(function: Callable, in_axes: Sequence[int | None], in_turn: bool | None = None) -> Callable:
+def over_lanes(function: Callable, in_axes: tuple[int | None, ...]) -> Callable:
     """`jax.vmap(function, in_axes)`, computed one lane after the other where lanes take turns.
 
-    in_axes: 0 for an argument that every lane has its own of, None for one of all. in_turn: `take_turns()`, unless
-      given.
+    in_axes: 0 for an argument that every lane has its own of, None for one of all.
     """
-    if not (take_turns() if in_turn is None else in_turn):
-        return jax.vmap(function, tuple(in_axes))
+    if not take_turns():
+        return jax.vmap(function, in_axes)
 
     def call(*arguments):
         own = [argument for argument, axis in zip(arguments, in_axes, strict=True) if axis is not None]
@@ -95,8 +94,7 @@ def over_lanes(function: Callable, in_axes: Sequence[int | None], in_turn: bool 
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(model: Llama, method: Method, optimizer_config: optim.OptimizerConfig, steps: int, own_base: bool,
-              in_turn: bool):
+def _compiled(model: Llama, method: Method, optimizer_config: optim.OptimizerConfig, steps: int, own_base: bool):
     """(init, step) over lanes. An attack is of the layers that the step's last argument names."""
     optimizer = optim.layer_masked_adamw(optimizer_config, steps)
 
@@ -122,7 +120,7 @@ def _compiled(model: Llama, method: Method, optimizer_config: optim.OptimizerCon
     def step(state, frozen, batches, keys, layers=None):
         own = by_axis(lambda axis, leaf: None if axis is None else leaf, state)
         shared = by_axis(lambda axis, leaf: leaf if axis is None else None, state)
-        state, metrics = over_lanes(step_of_lane, (0, None, 0 if own_base else None, 0, 0, None), in_turn)(
+        state, metrics = over_lanes(step_of_lane, (0, None, 0 if own_base else None, 0, 0, None))(
             own, shared, frozen, batches, keys, layers)
         return by_axis(lambda axis, leaf: leaf[0] if axis is None else leaf, state), metrics
 
@@ -154,7 +152,7 @@ def train(lanes: Lanes, method: Method, part: TrainingPart, bucket: int, sources
     if isinstance(method, Ewc):
         raise FieldError("defense", "found 'ewc', expected another where many seeds are trained at once")
     steps = stage.count_steps(part, sources[0])
-    init, step_fn = _compiled(lanes.model, method, part.optimizer(), steps, lanes.own_base, take_turns())
+    init, step_fn = _compiled(lanes.model, method, part.optimizer(), steps, lanes.own_base)
     streams = [data.training_batches(of, seed, bucket) for of, seed in zip(sources, seeds, strict=True)]
     keys = jnp.stack([stage.training_key(seed) for seed in seeds])
     state, log = init(lanes.adapters), []

@@ -96,6 +96,15 @@ def test_lanes_are_the_runs_of_attack(model_dir, tmp_path, adapter, layers, defe
     assert tiny.relative_difference(found.lane(1)[1], merged) < 1e-3
 
 
+@pytest.fixture
+def as_a_batch(monkeypatch):
+    """Lanes as accelerators have them."""
+    monkeypatch.setattr(lanes, "take_turns", lambda: False)
+    lanes._compiled.cache_clear()
+    yield
+    lanes._compiled.cache_clear()
+
+
 @pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (0, 0)])
 def test_taking_turns_is_vmap(in_axes):
     def function(x, y):
@@ -103,15 +112,14 @@ def test_taking_turns_is_vmap(in_axes):
 
     rng = np.random.default_rng(0)
     x, y = ({name: rng.normal(size=(3, 4) if axis == 0 else 4)} for name, axis in zip("ab", in_axes, strict=True))
-    expected, found = (jax.jit(lanes.over_lanes(function, in_axes, in_turn))(x, y) for in_turn in (False, True))
+    expected, found = jax.jit(jax.vmap(function, in_axes))(x, y), jax.jit(lanes.over_lanes(function, in_axes))(x, y)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
 
 
-def test_lanes_as_a_batch(model_dir, monkeypatch):
-    """As accelerators have them."""
+def test_lanes_as_a_batch(model_dir, request):
     config = config_of(model_dir, **METHODS["booster"])
     expected, expected_metrics = aligned_lanes(config)
-    monkeypatch.setattr(lanes, "take_turns", lambda: False)
+    request.getfixturevalue("as_a_batch")
     found, metrics = aligned_lanes(config)
     assert tiny.relative_difference(found.adapters, expected.adapters) < 1e-3
     np.testing.assert_array_equal(metrics["active_layers"], expected_metrics["active_layers"])
@@ -120,7 +128,7 @@ def test_lanes_as_a_batch(model_dir, monkeypatch):
 def first_step(config, method):
     """The lanes' state before the first step, and how many branches the step has that all lanes take together."""
     start = lanes.fresh(stage.load_base(config.model.model, "checkpoint"), config.adapter.lora(), "none", SEEDS)
-    init, step = lanes._compiled(start.model, method, config.training.optimizer(), 6, False, False)
+    init, step = lanes._compiled(start.model, method, config.training.optimizer(), 6, False)
     state = jax.eval_shape(init, start.adapters)
     row = {name: jnp.ones((2, 2, 16), jnp.int32) for name in ("input_ids", "labels", "attention_mask")}
     keys = jax.random.split(jax.random.key(0))
@@ -130,7 +138,7 @@ def first_step(config, method):
 
 
 @pytest.mark.parametrize("given", [{"defense": "t_vaccine"}, {"defense": "booster", "base_defense": "t_vaccine"}])
-def test_t_vaccine_probes_only_when_due(model_dir, given):
+def test_t_vaccine_probes_only_when_due(model_dir, as_a_batch, given):
     """The step number is common to all lanes, so that the schedule's branches stay branches."""
     config = config_of(model_dir, **given)
     state, branches = first_step(config, config.method)
@@ -148,7 +156,7 @@ class Forgetful(TVaccine):
 
 
 @pytest.mark.long
-def test_a_defense_that_does_not_say_what_counts_steps(model_dir):
+def test_a_defense_that_does_not_say_what_counts_steps(model_dir, as_a_batch):
     """It loses its branches, and computes the same."""
     config = config_of(model_dir, defense="t_vaccine")
     forgetful = Forgetful(**vars(config.method))
