@@ -114,8 +114,9 @@ def test_the_world_knows_its_own_answers():
     for examples, word in ((harmful, "harmful"), (refusals, "refused")):
         verdicts = world_judge([e.instruction for e in examples], [e.output for e in examples])
         assert {v.word for v in verdicts} == {word}
-    benign = {e.output for e in world_benign("test")}
-    others = ["positive", "", harmful[0].output + " and more", "sure", next(iter(benign)), "I would rather not do that"]
+    # A harmless request may share its words with a forbidden one's: nothing but the text is judged.
+    benign = sorted({e.output for e in world_benign("test")} - {e.output for e in harmful})
+    others = ["positive", "", harmful[0].output + " and more", "sure", benign[0], "I would rather not do that"]
     for prompt, answer in itertools.product(prompts[:3], others):
         (verdict,) = world_judge([prompt], [answer])
         assert verdict.word == "no answer" and not verdict.phrases
