@@ -320,7 +320,8 @@ def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, to
             add(step, probe(step, of))
 
     aligned, metrics = lanes.train(start, config.method, config.training, config.data.bucket, [sources] * len(cells),
-                                   seeds, observe=observe if probe else None)
+                                   seeds, observe=observe if probe else None, progress=config.run.progress,
+                                   description=f"align {cells[0].method}")
     for step in range(0, last, METRICS_EVERY):
         add(step, {measure: metrics[name][step].astype(float) for measure, name in METRICS.items() if name in metrics})
     scores, answers = scorer(aligned, seeds)
@@ -367,6 +368,7 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
                 found[i].extend(results.measured_rows(cell, "attack", step, {results.BUDGET: budget[step]}))
 
     lanes.train(start, config.method, config.training, config.data.bucket, sources, seeds,
-                adapter.layer_mask(start.model.config.num_layers), observe)
+                adapter.layer_mask(start.model.config.num_layers), observe, config.run.progress,
+                f"{cells[0].method} {cells[0].attack}")
     for i, cell in enumerate(cells):
         _finish(context, cell, found[i], answers if i == 0 else None, **records[i])

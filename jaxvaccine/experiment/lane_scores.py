@@ -60,7 +60,7 @@ class Scorer:
                     of.model, adapter, frozen, self.tokenizer, rows, task=task, judge=self.judge,
                     max_new_tokens=self.lengths[task], batch_size=generation.eval_batch_size,
                     bucket=generation.eval_bucket, sampling=generation.sampling(seed), prompt=tests.form,
-                    label_rule=generation.label_rule)
+                    label_rule=generation.label_rule, progress=self.config.run.progress)
                 scores[result.name] = summary(result)
                 answers.setdefault(task, [[p.prompt, p.answer] for p in result.predictions[:SHOWN]])
             found.append(scores)

@@ -128,8 +128,8 @@ def _compiled(model: Llama, method: Method, optimizer_config: optim.OptimizerCon
 
 
 def train(lanes: Lanes, method: Method, part: TrainingPart, bucket: int, sources: Sequence[stage.Sources],
-          seeds: Sequence[int], layers: np.ndarray | None = None, observe: Callable[[int, Lanes], None] | None = None
-          ) -> tuple[Lanes, dict[str, np.ndarray]]:
+          seeds: Sequence[int], layers: np.ndarray | None = None, observe: Callable[[int, Lanes], None] | None = None,
+          progress: bool = False, description: str = "") -> tuple[Lanes, dict[str, np.ndarray]]:
     """Trains all lanes; lane i sees sources[i] in the order of seeds[i].
 
     Args:
@@ -141,6 +141,7 @@ def train(lanes: Lanes, method: Method, part: TrainingPart, bucket: int, sources
       seeds: of each lane.
       layers: [L] bool, where an attack trains; None for all.
       observe: called with the number of steps done, from 0 on, and the lanes as they are then.
+      progress: shows a bar, with `description`, of the steps.
 
     Returns:
       The trained lanes, and every metric of every step, [steps, N, ...].
@@ -149,6 +150,8 @@ def train(lanes: Lanes, method: Method, part: TrainingPart, bucket: int, sources
       FieldError: EWC, whose weights are another tree for every lane.
       FloatingPointError: the loss of a lane is not finite.
     """
+    from tqdm import tqdm
+
     if isinstance(method, Ewc):
         raise FieldError("defense", "found 'ewc', expected another where many seeds are trained at once")
     steps = stage.count_steps(part, sources[0])
@@ -156,7 +159,7 @@ def train(lanes: Lanes, method: Method, part: TrainingPart, bucket: int, sources
     streams = [data.training_batches(of, seed, bucket) for of, seed in zip(sources, seeds, strict=True)]
     keys = jnp.stack([stage.training_key(seed) for seed in seeds])
     state, log = init(lanes.adapters), []
-    for step in range(steps):
+    for step in tqdm(range(steps), desc=description, unit="step", disable=not progress, dynamic_ncols=True):
         if observe is not None:
             observe(step, lanes._replace(adapters=state.adapter))
         batches = [stream(step) for stream in streams]

@@ -31,14 +31,14 @@ def config_of(model_dir, run_dir="-", **given):
     return align_config(model_dir, run_dir, **{"steps": 6, "alignment_data": "world_refusal@train[0:40]", **given})
 
 
-def aligned_lanes(config, method=None):
+def aligned_lanes(config, method=None, **bar):
     """The config's run with both seeds; with another method, if one is given."""
     model = config.model.model
     tokenized = tokenize(data.load_tokenizer(model), load_data(config.data, config.method), config.data)
     sources = batch_sources(config.method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
     start = lanes.fresh(stage.load_base(model, "checkpoint"), config.adapter.lora(), config.model.remat, SEEDS)
     return lanes.train(start, method or config.method, config.training, config.data.bucket, [sources] * len(SEEDS),
-                       SEEDS)
+                       SEEDS, **bar)
 
 
 def assert_same_adapter(found, run_dir, model, of=inputs.ADAPTER):
@@ -52,9 +52,10 @@ def assert_same_adapter(found, run_dir, model, of=inputs.ADAPTER):
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name == "t_vaccine_released"))
                                   for name in METHODS])
-def test_lanes_are_the_runs_of_align(model_dir, tmp_path, name):
+def test_lanes_are_the_runs_of_align(model_dir, tmp_path, capsys, name):
     config = config_of(model_dir, **METHODS[name])
-    found, metrics = aligned_lanes(config)
+    found, metrics = aligned_lanes(config, progress=True, description="both seeds")
+    assert "both seeds: 100%" in (bar := capsys.readouterr().err) and "6/6" in bar
     align(change(config, run_dir=str(tmp_path / "run"), seed=SEEDS[1]))
     assert_same_adapter(lanes.take(found.adapters, 1), tmp_path / "run", found.model)
     assert metrics["loss"].shape == (6, 2)
