@@ -1,6 +1,7 @@
 """The papers' figures and tables that are more than scores of a plan: curves inside models, and what it costs."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,7 @@ def criticality(config: Any, settings: Settings, setting: paper_tables.Setting, 
         f"![Harmful gradient norms by layer, ours and the published {len(figures)} points](published_layers.png)\n",
         "Spearman's ρ of the norms with depth; what the published series count is not said where they are from:\n",
         tables.table(["norms", "ρ with depth"], rows),
-        layers_report(found, root).replace("\n## ", "\n### ").replace("\n# ", "\n### ").replace("](", "](criticality/")
-        .removeprefix("# ")])
+        re.sub("^#", "###", layers_report(found, root), flags=re.MULTILINE).replace("](", "](criticality/")])
 
 
 def step_seconds(folder: Path) -> float:

@@ -179,13 +179,14 @@ def table_report(name: str, table: Table, found: pd.DataFrame, config: Reproduce
     """Markdown of one of the papers' tables."""
     figures = published.load()
     figures = figures[(figures["list"] == config.paper) & figures["table"].isin(table.published)]
+    panel, attacks = table.panel(), recipe.faced(folder)
     text = [f"## {table.title}\n", table.note + "\n" if table.note else "",
-            "" if len(figures) else "No published figure of this table can be cited.\n",
-            beside.comparison(found, table.entries, config.model, figures, deviation, recipe.faced(folder))]
+            "" if len(figures) else "No published figure of this table can be cited.\n"]
+    if len(figures) or attacks or not panel.curves:  # else it would have nothing that the scores below have not
+        text.append(beside.comparison(found, table.entries, config.model, figures, deviation, attacks))
     for over in ("poison_ratio", "n"):
         text.append(beside.averages(found, table.entries, config.model, figures, over))
     text.append(beside.unmatched(table.entries, figures[figures[["poison_ratio", "n"]].ne(beside.AVERAGE).all(axis=1)]))
-    panel = table.panel()
     if panel.curves:
         # Its own table has what the comparison has not: over-refusal, no answer, the aligned model.
         text.append(panel_report(found, folder, panel, index).replace("## ", "### Scores: ", 1))
@@ -222,8 +223,9 @@ def reproduce(config: ReproduceConfig, align: Mapping[str, Any], attack: Mapping
         return plan_text(config, plans, lines, rows)
     parts, overwrite = [], config.overwrite
     for plan in plans.plans:
+        # A plan's own report, after every cell, would be of all tables in one and take as long as a cell.
         engine.carry_out(plan, settings, folder, score_backbones=config.score_base, overwrite=overwrite,
-                         written=reports.write)
+                         written=lambda of: None if of == folder else reports.write(of))
         overwrite = False
         parts.append(read_results(folder))
     found = pd.concat(parts[::-1], ignore_index=True) if parts else None
