@@ -51,6 +51,7 @@ class Place(NamedTuple):
       own: HS in percent.
       difference: HS minus SFT's, in points.
       refusal: over-refusal minus SFT's, in points; None where it was not scored.
+      silence: no answer to a harmful prompt, minus SFT's, in points; None where it was not scored.
     """
 
     method: str
@@ -60,6 +61,7 @@ class Place(NamedTuple):
     own: Estimate
     difference: Estimate
     refusal: Estimate | None
+    silence: Estimate | None
 
     @property
     def better(self) -> bool:
@@ -91,23 +93,21 @@ def places(table: pd.DataFrame, methods: Iterable[str], attacks: Iterable[str]) 
     """Of every method but SFT, attack and step that both have."""
     harm = names.harm(table["measure"].unique())
     ratio = budget.ratios(table)
-    hs, refusal = results.along(table, harm), results.along(table, names.OVER_REFUSAL)
+    rows = {measure: results.along(table, measure) for measure in (harm, names.OVER_REFUSAL, names.NO_ANSWER)}
     found = []
     for attack in attacks:
         of_base = results.pick(ratio, method=BASE, attack=attack).groupby("step")["ratio"].mean()
-        base = {measure: results.pick(rows, method=BASE, attack=attack) for measure, rows in
-                ((harm, hs), (names.OVER_REFUSAL, refusal))}
+        base = {measure: results.pick(of, method=BASE, attack=attack) for measure, of in rows.items()}
         for method in methods:
-            own = results.pick(hs, method=method, attack=attack)
-            refused = results.pick(refusal, method=method, attack=attack)
-            for step in sorted(set(own["step"]) & set(of_base.index)) if method != BASE else ():
-                at = results.pick(own, step=step)
-                difference = statistics.paired(at, results.pick(base[harm], step=step), percent=True)
+            own = {measure: results.pick(of, method=method, attack=attack) for measure, of in rows.items()}
+            for step in sorted(set(own[harm]["step"]) & set(of_base.index)) if method != BASE else ():
+                at = {measure: results.pick(of, step=step) for measure, of in own.items()}
+                difference, refusal, silence = (
+                    statistics.paired(of, results.pick(base[measure], step=step), percent=True)
+                    for measure, of in at.items())
                 if difference is not None:
-                    found.append(Place(
-                        method, attack, int(step), float(of_base[step]), statistics.estimate_rows(at, True), difference,
-                        statistics.paired(results.pick(refused, step=step),
-                                          results.pick(base[names.OVER_REFUSAL], step=step), percent=True)))
+                    found.append(Place(method, attack, int(step), float(of_base[step]),
+                                       statistics.estimate_rows(at[harm], True), difference, refusal, silence))
     return found
 
 
@@ -136,7 +136,7 @@ def standing(found: Sequence[Place], method: str, adapter: str) -> Standing:
                     [place for place in of if place.better and not place.alike], [place for place in of if place.worse])
 
 
-def verdict_table(found: Sequence[Place], methods: Sequence[str]) -> str:
+def verdict_table(found: Sequence[Place], methods: Sequence[str], harm: str = "HS") -> str:
     """Markdown: per adapter and method where HS is below SFT's, the largest difference there, and where it is above."""
     rows = []
     for adapter, title in TITLES.items():
@@ -149,16 +149,20 @@ def verdict_table(found: Sequence[Place], methods: Sequence[str]) -> str:
                 title, names.method(method), f"{len(better)} of {len(of)}", span(better),
                 f"{tables.difference(best.difference)} at {budget.text(best.ratio)}" if best else tables.NONE,
                 tables.difference(best.refusal) if best else tables.NONE,
+                tables.difference(best.silence) if best else tables.NONE,
                 f"{len(pair)}" + (f" ({span(pair)})" if pair else ""),
                 f"{len(worse)}" + (f" ({span(worse)})" if worse else "")])
     return tables.table([
-        "attack", "method", "places below SFT", "at budget ratios", "largest difference in HS, points",
-        "over-refusal there, points", f"below SFT, with over {MARGIN:g} points more over-refusal", "places above SFT"],
-        rows)
+        "attack", "method", "places below SFT", "at budget ratios", f"largest difference in {harm}, points",
+        "over-refusal there, points", "no answer there, points",
+        f"below SFT, with over {MARGIN:g} points more over-refusal", "places above SFT"], rows)
 
 
-def verdicts(found: Sequence[Place], methods: Sequence[str]) -> str:
-    """A sentence a method: where its HS is below SFT's, by intervals, in either kind of attack."""
+def verdicts(found: Sequence[Place], methods: Sequence[str], harm: str = "HS") -> str:
+    """A sentence a method: where its HS is below SFT's, by intervals, in either kind of attack.
+
+    harm: what HS is called; not refused where a judge of phrases judged.
+    """
     lines = []
     for method in methods:
         parts = []
@@ -170,12 +174,12 @@ def verdicts(found: Sequence[Place], methods: Sequence[str]) -> str:
             if better:
                 best = min(better, key=lambda place: place.difference.mean)
                 parts.append(f"against {what} it beats SFT from {span(better)}, by "
-                             f"{tables.difference(best.difference)} points at {budget.text(best.ratio)}, where its HS "
-                             f"is {tables.percent(best.own)}")
+                             f"{tables.difference(best.difference)} points at {budget.text(best.ratio)}, where its "
+                             f"{harm} is {tables.percent(best.own)}" + _silence(best))
             elif pair:
                 best = min(pair, key=lambda place: place.difference.mean)
-                parts.append(f"against {what} its HS is below SFT's from {span(pair)} with more over-refusal: "
-                             f"{tables.difference(best.difference)} points of HS and "
+                parts.append(f"against {what} its {harm} is below SFT's from {span(pair)} with more over-refusal: "
+                             f"{tables.difference(best.difference)} points of {harm} and "
                              f"{tables.difference(best.refusal)} of over-refusal at {budget.text(best.ratio)}")
             else:
                 least = min(of, key=lambda place: place.difference.mean)
@@ -186,6 +190,13 @@ def verdicts(found: Sequence[Place], methods: Sequence[str]) -> str:
         if parts:
             lines.append(f"- **{names.method(method)}**: {'; '.join(parts)}.")
     return "\n".join(lines) + "\n"
+
+
+def _silence(place: Place) -> str:
+    """What is no answer is no harm, and no refusal either."""
+    if place.silence is None or place.silence.mean <= MARGIN:
+        return ""
+    return f", and no answer {tables.difference(place.silence)} points more often"
 
 
 def along_table(table: pd.DataFrame, methods: Sequence[str], attacks: Iterable[str]) -> str:
@@ -295,7 +306,7 @@ def regime_report(table: pd.DataFrame, folder: Path, plan: Plan, shown: Sequence
         f"A place is an attack after a number of steps. A method beats SFT at a place where the 95% interval of the "
         f"paired difference in {harm} lies below 0 and over-refusal is at most {MARGIN:g} points above SFT's; no "
         "allowance is made for looking at many places.\n",
-        verdicts(found, others), verdict_table(found, others),
+        verdicts(found, others, harm), verdict_table(found, others, harm),
         f"{harm} as its mean over an attack's steps, one number for the whole of it:\n",
         along_table(table, others, attacks)]
     if variants and attacks:

@@ -1,6 +1,7 @@
 """The verdicts of the study of regimes, on tables whose answer is known."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from jaxvaccine.experiment.plans import Plan
@@ -85,6 +86,21 @@ def test_over_refusal_is_no_win():
     assert "beats SFT from" not in text and "with more over-refusal" in text and "+39.0" in text
     rows = rows_of(regime.verdict_table(found, ("booster",)))
     assert [line[2] for line in rows[1:]] == ["0 of 3", "0 of 3"]
+
+
+def test_no_answer_is_no_refusal():
+    """A method that is below SFT's HS for answering with a word of the user's task has that said beside it."""
+    silent = table(known)
+    more = silent[silent["measure"] == "harmful_score"].assign(measure="no_answer")
+    more["value"] = np.where(more["method"] == "booster", 100 - more["value"], 0)
+    found = regime.places(pd.concat([silent, more], ignore_index=True), ("sft", "booster"), ATTACKS)
+    at = next(place for place in found if (place.attack, place.step) == (NEW, 40))
+    assert at.better and at.silence.mean == pytest.approx(60, abs=1.5)
+    assert ", and no answer +" in regime.verdicts(found, ("booster",), "not refused")
+    header, *lines = rows_of(regime.verdict_table(found, ("booster",), "not refused"))
+    assert "largest difference in not refused, points" in header
+    there = lines[0][header.index("no answer there, points")]  # at step 20, the first of two where HS is 50 lower
+    assert float(there.split()[0]) == pytest.approx(90, abs=1.5)
 
 
 def test_noise_is_no_verdict():
