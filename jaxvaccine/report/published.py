@@ -1,6 +1,6 @@
 """A paper's figures beside ours: published, ours, the difference, and in what the settings deviate."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,14 +35,27 @@ def same_model(model: str, published: str) -> bool:
     return plain(published) != "" and plain(model).startswith(plain(published))
 
 
-def lookup(published: pd.DataFrame, entry: Entry, measure: str) -> pd.DataFrame:
-    """The published rows of an entry's place and measure, a row for each model and source."""
+def _alike(entries: Sequence[Entry]) -> frozenset[str]:
+    """Which of task and n are the same in the whole table, so that a figure of another deviates as in any setting."""
+    return frozenset(name for name in ("task", "n") if len({getattr(entry, name) for entry in entries}) == 1)
+
+
+def lookup(published: pd.DataFrame, entry: Entry, measure: str, alike: frozenset[str]) -> pd.DataFrame:
+    """The published rows of an entry's place and measure, a row for each model and source.
+
+    alike: as of `_alike`; where there is no figure of the entry's own, one of another n is taken, of HS one of another
+    task too: FA is a task's own.
+    """
     found = published[(published["measure"] == measure) & (published["step"].isna()) & (published["layer"].isna())]
     # A curve's name is the method without the setting that is varied, or the method itself.
     found = found[found["method"].isin({entry.method, entry.curve})]
-    for name, value in (("task", entry.task), ("poison_ratio", entry.p), ("n", entry.n), ("setting", entry.setting)):
-        known = found[name] == value
-        found = found[known | (found[name] == "") if name == "n" else known]
+    for name, value in (("poison_ratio", entry.p), ("setting", entry.setting)):
+        found = found[found[name] == value]
+    for name, own in (("task", {entry.task}), ("n", {entry.n, ""})):
+        same, others = found[found[name].isin(own)], found[found[name] != AVERAGE]
+        if same.empty and name in alike and (name, measure) != ("task", FA):
+            same = others[others[name].isin(others[name].head(1))]
+        found = same
     return found
 
 
@@ -64,14 +77,14 @@ def comparison(table: pd.DataFrame, entries: Sequence[Entry], models: Sequence[s
     attacked = results.attacked(table)
     harm = names.harm(table["measure"].unique())
     by_phrases = [names.NOT_REFUSED] if harm == names.NOT_REFUSED else []
-    rows = []
+    rows, alike = [], _alike(entries)
     for entry in entries:
         model = models[entry.backbone]
         of = results.pick(attacked, method=entry.method, attack=entry.attack, backbone=model)
         task = entry.task if (of["measure"] == entry.task).any() else names.accuracy(of["measure"].unique())
         for measure in (*by_phrases, HS, FA):
             ours = estimate_rows(results.pick(of, measure=task if measure == FA else measure), percent=True)
-            shown = lookup(published, entry, measure)
+            shown = lookup(published, entry, measure, alike)
             # The model's own figure where there is one, else that of the model in most tables.
             own = shown[[same_model(model, name) for name in shown["model"]]] if len(shown) else shown
             figure = (own if len(own) else shown).head(1)
@@ -94,18 +107,20 @@ def _row(entry: Entry, measure: str, ours: Estimate | None, figure: pd.DataFrame
         one = figure.iloc[0]
         row[5] = f"{one['value']:.2f}"
         row[7] = f"{ours.mean - one['value']:+.2f}".replace("-", "−") if ours else ""
-        other = "" if same_model(model, one["model"]) else f"model ({one['model']})"
-        row[9] = "; ".join(filter(None, (other, deviation)))
+        other = [f"model ({one['model']})"] * (not same_model(model, one["model"]))
+        other += [f"task ({one['task']})"] * (one["task"] != entry.task)
+        other += [f"n ({one['n']})"] * (one["n"] not in ("", entry.n))
+        row[9] = "; ".join(filter(None, (*other, deviation)))
         row[10] = f"{one['source']} ({one['confidence']})"
     return row
 
 
-def unmatched(entries: Iterable[Entry], published: pd.DataFrame) -> str:
+def unmatched(entries: Sequence[Entry], published: pd.DataFrame) -> str:
     """Markdown: the published figures that stand beside no entry; "" if there are none."""
-    beside = set()
+    beside, alike = set(), _alike(entries)
     for entry in entries:
         for measure in (HS, FA):
-            beside.update(lookup(published, entry, measure).index)
+            beside.update(lookup(published, entry, measure, alike).index)
     rest = published[~published.index.isin(beside) & published["measure"].isin((HS, FA))
                      & published["step"].isna() & published["layer"].isna()]
     if rest.empty:

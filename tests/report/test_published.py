@@ -56,6 +56,32 @@ def test_side_by_side():
     assert rows["SFT", "", "FA", 0] == ["–", "80.00", "", "71.1–86.7", "", ""]
 
 
+def test_another_n_deviates():
+    """Where n is the same in the whole table; where it varies, a figure has its own place."""
+    other = PUBLISHED.replace({"n": {"1000": "700"}})
+    found = rows_of(published.comparison(table(), ENTRIES, MODELS, other, "2 settings", {}))[1:]
+    assert found[2][5:7] == ["20.00", "25.00"] and found[2][9] == "n (700); 2 settings"
+    assert found[6][9] == "model (Llama-2-7B); n (700); 2 settings"
+    assert [row[4] for row in rows_of(published.unmatched(ENTRIES, other))[1:]] == ["500"]
+    varied = [*ENTRIES, ENTRIES[1]._replace(n="100")]
+    found = rows_of(published.comparison(table(), varied, MODELS, other, "2 settings", {}))[1:]
+    assert {row[5] for row in found} == {"–", "64.00"}
+    assert len(rows_of(published.unmatched(varied, other))[1:]) == 4
+
+
+def test_another_task_deviates():
+    """In HS; another task's FA says nothing of this one's."""
+    other = pd.concat([PUBLISHED.replace({"task": {"sst2": "gsm8k"}}), PUBLISHED.replace({"task": {"sst2": "agnews"}})],
+                      ignore_index=True)
+    found = rows_of(published.comparison(table(), ENTRIES, MODELS, other, "2 settings", {}))[1:]
+    assert found[2][5:7] == ["20.00", "25.00"] and found[2][9] == "task (gsm8k); 2 settings"
+    assert {row[5] for row in found if row[4] == "FA"} == {"–"}
+    assert "agnews" in published.unmatched(ENTRIES, other)
+    varied = [*ENTRIES, ENTRIES[1]._replace(task="gsm8k")]
+    found = rows_of(published.comparison(table(), varied, MODELS, other, "2 settings", {}))[1:]
+    assert {row[5] for row in found[:-2]} == {"–"} and found[-2][5] == "20.00"
+
+
 def test_two_seeds_and_gaps():
     two = comparison(table((0, 1)))
     # 25 and 27: Student's interval 26 ± 12.7, and Wilson's, which go 7.6 down and 9.4 up in the mean.
