@@ -14,6 +14,7 @@ import numpy as np
 from jaxvaccine.cache import Cache, KeyValues
 from jaxvaccine.conventions import at_least_float32
 from jaxvaccine.llama_config import LlamaConfig
+from jaxvaccine.products import einsum_in_full
 
 
 def soft_cap(x, cap: float | None):
@@ -65,8 +66,7 @@ def attend(config: LlamaConfig, q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask_BxTxS):
     batch, length, heads, head_dim = q_BxTxNxH.shape
     kv_heads = k_BxSxKxH.shape[2]
     q_BxTxKxGxH = q_BxTxNxH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    scores_BxKxGxTxS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BxTxKxGxH, k_BxSxKxH,
-                                  preferred_element_type=at_least_float32(q_BxTxNxH.dtype))
+    scores_BxKxGxTxS = einsum_in_full("BTKGH,BSKH->BKGTS", q_BxTxKxGxH, k_BxSxKxH)
     weights_BxKxGxTxS = _weights(config, scores_BxKxGxTxS, mask_BxTxS).astype(v_BxSxKxH.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BxKxGxTxS, v_BxSxKxH)
 

@@ -1,8 +1,9 @@
 """LLaMA and its relatives as a pure function of four trees: frozen weights, LoRA adapter, perturbations and batch.
 
 The trees are Linen collections: ``params`` (frozen base), ``lora`` (what trains), ``perturbations`` (added to each
-attention block's output, zero unless a defense writes them). Layers are stacked on axis 0 of every leaf by
-``nn.scan`` and rematerialised by ``nn.remat``. Where Mistral, Qwen2 and Gemma2 differ, `LlamaConfig.family` says so.
+attention block's output, zero unless a defense writes them; with ``slots`` those of some layers). Layers are stacked on
+axis 0 of every leaf by ``nn.scan`` and rematerialised by ``nn.remat``. Where Mistral, Qwen2 and Gemma2 differ,
+`LlamaConfig.family` says so.
 Flax is known in this file alone; everything else calls the functions at its end.
 
 Shapes in names: B batch, T sequence, S slots of keys, D hidden size, N query heads, K key-value heads, H head_dim,
@@ -28,6 +29,8 @@ from jaxvaccine.attention import (
 from jaxvaccine.cache import Cache, KeyValues, Stacked, Unrolled
 from jaxvaccine.conventions import at_least_float32
 from jaxvaccine.llama_config import LlamaConfig, LoraConfig
+from jaxvaccine.perturbations import add, collections
+from jaxvaccine.products import einsum_in_full
 
 Remat = Literal["none", "dots", "full"]
 REMAT_POLICIES = {
@@ -42,6 +45,14 @@ class Activations(NamedTuple):
     inputs: jax.Array  # [L, B, T, D], of every layer: the embeddings, then the residual stream, not normed
     mlp: jax.Array  # [L, B, T, D], of every MLP: its output, before the residual add (and before Gemma2's norm of it)
     final: jax.Array  # [B, T, D], after the last norm
+
+
+def perturb(module: nn.Module, name: str, x):
+    """x with what the collections have for this site of the module."""
+    if not module.has_variable("perturbations", name):
+        return x
+    slots = module.get_variable("slots", name) if module.has_variable("slots", name) else None
+    return add(x, module.get_variable("perturbations", name), slots)
 
 
 class LoraDense(nn.Module):
@@ -62,8 +73,7 @@ class LoraDense(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
             # PyTorch rounds once, after the bias.
-            y = jnp.matmul(x, kernel, preferred_element_type=at_least_float32(self.dtype)) + bias
-            y = y.astype(self.dtype)
+            y = (einsum_in_full("BTI,IO->BTO", x, kernel) + bias).astype(self.dtype)
         else:
             y = jnp.matmul(x, kernel)
         if self.lora is None or self.name not in self.lora.targets:
@@ -153,7 +163,7 @@ class Attention(nn.Module):
         else:
             out = attend(config, q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, mask_BxTxS)
         out = dense(config.hidden_size, name="o_proj")(out.reshape(batch, length, config.num_heads * config.head_dim))
-        return self.perturb("output", out), new
+        return perturb(self, "output", out), new
 
 
 def _gelu(x):
@@ -232,6 +242,7 @@ class Llama(nn.Module):
             layer, length=config.num_layers, unroll=self.layers_a_turn,
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
             variable_axes={"params": 0, "lora": 0, "perturbations": 0, "intermediates": 0},
+            variable_broadcast="slots",
             split_rngs={"params": True, "dropout": True},
         )(config, self.lora, self.dtype)
 
@@ -257,13 +268,12 @@ class Llama(nn.Module):
 
     def logits(self, hidden):
         kernel_DxV = self.embed_tokens.T if self.config.tie_word_embeddings else self.lm_head
-        logits = jnp.matmul(hidden, kernel_DxV, preferred_element_type=at_least_float32(self.dtype))
-        return soft_cap(logits, self.config.final_logit_softcapping)
+        return soft_cap(einsum_in_full("...D,DV->...V", hidden, kernel_DxV), self.config.final_logit_softcapping)
 
 
 def _bind(model: Llama, adapter, frozen, perturbations=None):
     """The module and its collections; without an adapter the module without LoRA sites."""
-    variables = {"params": frozen, **({} if perturbations is None else {"perturbations": perturbations})}
+    variables = {"params": frozen, **collections(perturbations)}
     if not adapter:
         return model.clone(lora=None), variables
     if model.lora is None:
@@ -281,7 +291,7 @@ def hidden_states(model: Llama, adapter, frozen, input_ids_BxT, attention_mask_B
       input_ids_BxT: int32 token ids, right-padded.
       attention_mask_BxT: 1 where a token counts.
       perturbations: tree as of `zero_perturbations`, added to each layer's attention output (after o_proj, before the
-        residual add); None adds nothing.
+        residual add), or `Slots` or `SiteNorms` of such trees; None adds nothing.
       key: PRNG key of LoRA dropout; None turns dropout off.
     """
     model, variables = _bind(model, adapter, frozen, perturbations)
@@ -381,13 +391,20 @@ def zero_perturbations(model: Llama, batch: int, length: int):
 
 
 def merge_adapter(model: Llama, adapter, frozen):
-    """Base weights with W + (alpha / rank) A B in the place of W, summed in the adapter's dtype, cast to the base's."""
+    """Base weights with W + (alpha / rank) A B in the place of W, summed in the adapter's dtype, cast to the base's.
+
+    Layer by layer: under `jax.jit` with `frozen` donated it takes no more than one layer's sum beside the weights.
+    """
+    def merged(kernel, a, b):
+        return (kernel + model.lora.scale * jnp.matmul(a, b)).astype(kernel.dtype)
+
     def merge(base, lora):
         if "kernel" in base:
             if not lora:
                 return base
-            delta = model.lora.scale * jnp.matmul(lora["a"], lora["b"])
-            return {**base, "kernel": (base["kernel"] + delta).astype(base["kernel"].dtype)}
+            kernel, a, b = base["kernel"], lora["a"], lora["b"]
+            return {**base, "kernel": jax.lax.fori_loop(
+                0, kernel.shape[0], lambda i, kernel: kernel.at[i].set(merged(kernel[i], a[i], b[i])), kernel)}
         return {name: merge(child, lora[name]) if name in lora else child for name, child in base.items()}
 
     return merge(frozen, adapter)

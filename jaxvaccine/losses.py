@@ -123,7 +123,8 @@ def causal_lm_loss(model: llama.Llama, *, block: int = 128) -> LossFn:
       "labels" [B, T] int32 (-100 = not supervised), "attention_mask" [B, T], right-padded. A row without supervised
       positions contributes nothing; a batch without any has loss 0 (`data.check_batch` refuses it beforehand). `key`
       draws LoRA dropout, None turns it off. aux: "tokens", how many positions were supervised; "perturbations", what
-      was added at the perturbation sites, from which a defense learns their shapes.
+      was added at the perturbation sites, from which a defense learns their shapes; "slots", which says that it takes
+      `Slots` and `SiteNorms` in their place.
     """
     logits_fn = functools.partial(llama.token_logits, model)
 
@@ -134,7 +135,7 @@ def causal_lm_loss(model: llama.Llama, *, block: int = 128) -> LossFn:
         targets_BxT, supervised_BxT = supervised_targets(batch["labels"])
         loss = mean_over_targets(block_cross_entropy, logits_fn, frozen, hidden_BxTxD, targets_BxT, block)
         return loss, {"tokens": supervised_BxT.sum(),
-                      "perturbations": no_perturbations if perturbations is None else perturbations}
+                      "perturbations": no_perturbations if perturbations is None else perturbations, "slots": ()}
 
     return loss_fn
 

@@ -70,6 +70,8 @@ def _count(jaxpr, layers: int, share: float, in_loop: bool) -> tuple[Cost, Cost]
             total = dearest[0] + dearest[1]
             if in_loop:
                 always += total._replace(flops=share * total.flops)
+            elif any(_reads_nothing(jaxpr) for jaxpr in inner_jaxprs(equation)):
+                always += total
             else:
                 due += total
             continue
@@ -80,6 +82,12 @@ def _count(jaxpr, layers: int, share: float, in_loop: bool) -> tuple[Cost, Cost]
         if name == "scan" and times == layers and inner[0][0].flops and _is_pass(equation):
             always += Cost(**{"backward" if equation.params["reverse"] else "forward": 1})
     return always, due
+
+
+def _reads_nothing(jaxpr) -> bool:
+    """Whether a branch is there for what is NaN already, as that of `defenses.base.after`; the schedule's hand on."""
+    read = [v for equation in jaxpr.eqns for v in equation.invars] + list(jaxpr.outvars)
+    return not any(v is given for v in read for given in jaxpr.invars)
 
 
 def _is_pass(scan) -> bool:

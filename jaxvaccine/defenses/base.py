@@ -77,6 +77,36 @@ def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
     return [None] * count if key is None else list(jax.random.split(key, count))
 
 
+def loss_gradient(loss_fn: LossFn, adapter, *args, **kwargs) -> tuple[jax.Array, Tree]:
+    """The loss of these arguments, and its gradient with respect to the adapter."""
+    (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(adapter, *args, **kwargs)
+    return loss, grads
+
+
+@jax.custom_batching.custom_vmap
+def _is_a_number(x):
+    return x == x
+
+
+@_is_a_number.def_vmap
+def _is_any_a_number(axis_size, in_batched, x):
+    del axis_size, in_batched
+    return _is_a_number(x).any(), False  # one answer for all, or the branch were none
+
+
+def after(done: Tree, fn: Callable[[], Tree]) -> Tree:
+    """fn(), a pass through the model that starts when `done` is computed.
+
+    XLA sets up what a pass keeps of every layer before it begins. Of passes that could begin together it does so at the
+    program's start, and holds the memory of all of them at once; a branch is a program of its own. Where `done`'s first
+    number is NaN, and with it all that comes of this step, so are the results.
+    """
+    def nothing():
+        return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(fn))
+
+    return jax.lax.cond(_is_a_number(jnp.ravel(jax.tree.leaves(done)[0])[0]), fn, nothing)
+
+
 def squared_norm(tree: Tree, first_axis: int = 0) -> jax.Array:
     """Σ x² over all leaves and their axes from `first_axis` on (1 keeps the layer axis: [L]), in at least float32."""
     def leaf(x):

@@ -9,8 +9,10 @@ from jaxvaccine.defenses.base import (
     NORM_EPSILON,
     Defense,
     LossFn,
+    after,
     check_not_negative,
     global_norm,
+    loss_gradient,
     mask_layers,
     split_key,
     take_batch,
@@ -36,6 +38,7 @@ def _step(adapter, factor, grads):
 
 def booster(
     loss_fn: LossFn, lam: float = 5.0, alpha: float = 0.1, base: Defense | None = None, exact: bool = False,
+    last_term: bool = True,
 ) -> Defense:
     """∇f(w) + lam · (∇h(w) − ∇h(w')), w' = w − alpha · ∇h(w) / (‖∇h(w)‖ + 1e-7) (Booster, Algorithm 1, eq. 3-4).
 
@@ -49,12 +52,19 @@ def booster(
       base: the defense whose gradient stands in the place of ∇f, such as `vaccine(...)`; None is SFT. What it freezes
         is frozen here too: norm, simulated step and gradient are those of what it trains.
       exact: the true gradient of the regularizer, at the cost of a second derivative.
+      last_term: False leaves ∇h(w') out, the paper's ablation: ∇f(w) + lam · ∇h(w) lowers the harmful loss itself, and
+        nothing is simulated.
 
     Returns:
       The base with another gradient. It needs the batches "alignment" and "harmful". Metrics: the base's, and
       harmful_loss h(w), perturbed_harmful_loss h(w'), harmful_gradient_norm.
+
+    Raises:
+      ValueError: lam or alpha is negative; exact, of a gradient without its last term.
     """
     check_not_negative("booster", lam=lam, alpha=alpha)
+    if exact and not last_term:
+        raise ValueError("booster: exact: found True, expected False without the last term, which alone it changes")
     base = sft(loss_fn) if base is None else base
 
     def gradient(adapter, frozen, state, batches, key):
@@ -64,7 +74,7 @@ def booster(
         trainable = base.trainable(state, adapter)
 
         def harmful_gradient(adapter, key):
-            (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(adapter, frozen, harmful, key=key)
+            loss, grads = loss_gradient(loss_fn, adapter, frozen, harmful, key=key)
             return loss, mask_layers(trainable, grads)
 
         def normalised(grads):
@@ -78,16 +88,20 @@ def booster(
                 perturbed_loss, _ = loss_fn(_step(adapter, factor, grads), frozen, harmful, key=second_key)
                 return loss - perturbed_loss, (loss, perturbed_loss, norm)
 
-            attenuation, (loss, perturbed_loss, norm) = jax.grad(regularizer, has_aux=True)(adapter)
+            attenuation, (loss, perturbed_loss, norm) = after(
+                grads, lambda: jax.grad(regularizer, has_aux=True)(adapter))
             attenuation = mask_layers(trainable, attenuation)
         else:
-            loss, harmful_grads = harmful_gradient(adapter, first_key)
+            loss, harmful_grads = after(grads, lambda: harmful_gradient(adapter, first_key))
             norm, factor = normalised(harmful_grads)
-            perturbed_loss, perturbed_grads = harmful_gradient(_step(adapter, factor, harmful_grads), second_key)
-            attenuation = jax.tree.map(jnp.subtract, harmful_grads, perturbed_grads)
+            attenuation = harmful_grads
+            if last_term:
+                perturbed_loss, perturbed_grads = after(
+                    norm, lambda: harmful_gradient(_step(adapter, factor, harmful_grads), second_key))
+                attenuation = jax.tree.map(jnp.subtract, harmful_grads, perturbed_grads)
 
         grads = jax.tree.map(lambda g, r: g + lam * r, grads, attenuation)
-        return grads, state, metrics | {
-            "harmful_loss": loss, "perturbed_harmful_loss": perturbed_loss, "harmful_gradient_norm": norm}
+        simulated = {"perturbed_harmful_loss": perturbed_loss} if last_term else {}
+        return grads, state, metrics | simulated | {"harmful_loss": loss, "harmful_gradient_norm": norm}
 
     return base._replace(gradient=gradient)

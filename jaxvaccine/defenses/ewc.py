@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxvaccine.defenses.base import Defense, LossFn, Tree, check_not_negative, take_batch
+from jaxvaccine.defenses.base import Defense, LossFn, Tree, check_not_negative, loss_gradient, take_batch
 
 
 class EwcState(NamedTuple):
@@ -61,7 +61,7 @@ def ewc(loss_fn: LossFn, lam: float = 1e9, fisher: Tree | None = None) -> Defens
 
     def gradient(adapter, frozen, state: EwcState, batches, key):
         batch = take_batch(batches, "user", "ewc")
-        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(adapter, frozen, batch, key=key)
+        loss, grads = loss_gradient(loss_fn, adapter, frozen, batch, key=key)
         pull = jax.tree.map(lambda w, s, f: lam * f * (w - s), adapter, state.start, state.fisher)
         penalty = sum(jnp.vdot(p, w - s) for p, w, s in zip(
             *map(jax.tree.leaves, (pull, adapter, state.start)), strict=True))

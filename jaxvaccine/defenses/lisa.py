@@ -11,6 +11,7 @@ from jaxvaccine.defenses.base import (
     Tree,
     check_not_negative,
     check_positive,
+    loss_gradient,
     squared_norm,
     take_batch,
 )
@@ -66,7 +67,7 @@ def lisa(
         switching = (position == 0) | (position == alignment_steps)
         other = jax.tree.map(lambda w, old: jnp.where(switching, w, old), adapter, state.other)
         batch = jax.tree.map(lambda a, u: jnp.where(aligning, a, u), alignment, user)
-        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(adapter, frozen, batch, key=key)
+        loss, grads = loss_gradient(loss_fn, adapter, frozen, batch, key=key)
         weight = jnp.where(state.step > start, rho, 0.0)
         apart = jax.tree.map(jnp.subtract, adapter, other)
         grads = jax.tree.map(lambda g, d: g + (weight * d).astype(g.dtype), grads, apart)

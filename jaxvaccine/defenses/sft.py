@@ -1,8 +1,6 @@
 """Supervised fine-tuning: no defense, the baseline of all papers, and what a user does."""
 
-import jax
-
-from jaxvaccine.defenses.base import Defense, LossFn, take_batch
+from jaxvaccine.defenses.base import Defense, LossFn, loss_gradient, take_batch
 
 
 def sft(loss_fn: LossFn, batch: str = "alignment") -> Defense:
@@ -18,7 +16,7 @@ def sft(loss_fn: LossFn, batch: str = "alignment") -> Defense:
 
     def gradient(adapter, frozen, state, batches, key):
         rows = take_batch(batches, batch, "sft")
-        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(adapter, frozen, rows, key=key)
+        loss, grads = loss_gradient(loss_fn, adapter, frozen, rows, key=key)
         return grads, state, {"loss": loss}
 
     return Defense(init=lambda adapter: (), gradient=gradient)

@@ -12,10 +12,10 @@ from jaxvaccine.defenses.base import (
     Tree,
     at_least_float32,
     check_positive,
-    squared_norm,
     take_batch,
 )
-from jaxvaccine.defenses.vaccine import Direction, activation_gradient, check_perturbation, perturbed_gradient
+from jaxvaccine.defenses.vaccine import ActiveLayers, Direction, check_perturbation, perturbed_gradient, site_norms
+from jaxvaccine.perturbations import taking_slots
 
 
 class TVaccineState(NamedTuple):
@@ -44,9 +44,11 @@ def top_layers(scores: jax.Array, count: int) -> jax.Array:
 
 
 def layer_probabilities(loss_fn: LossFn, adapter, frozen, batch, key) -> jax.Array:
-    """p_l = ‖∇_{a_l} h‖ / Σ_k ‖∇_{a_k} h‖ of the batch's loss h, [L]; uniform if all gradients vanish."""
-    _, site_grads = activation_gradient(loss_fn, adapter, frozen, batch, key)
-    norms = jnp.sqrt(squared_norm(site_grads, first_axis=1))
+    """p_l = ‖∇_{a_l} h‖ / Σ_k ‖∇_{a_k} h‖ of the batch's loss h, [L]; uniform if all gradients vanish.
+
+    loss_fn: of `taking_slots`.
+    """
+    norms = site_norms(loss_fn, adapter, frozen, batch, key)
     total = norms.sum()
     # A NaN stays one, so that the training loop finds it.
     return jnp.where(total == 0, 1 / norms.size, norms / jnp.where(total == 0, 1, total))
@@ -75,10 +77,12 @@ def t_vaccine(
 
     Every K steps the probabilities are taken anew from one harmful batch, p_l = ‖∇_{a_l} h‖ / Σ_k ‖∇_{a_k} h‖; every J
     steps S layers are drawn without replacement in proportion to them; where both fall due, the probabilities come
-    first. Both fall due at step 0. The schedule is traced: new active layers never recompile.
+    first. Both fall due at step 0. The schedule is traced: new active layers never recompile. Perturbations and their
+    gradients are those of S layers, of the probe none is kept (`perturbations`).
 
     Args:
-      loss_fn: a loss whose aux has "perturbations" (`base.LossFn`), leaves stacked [L, ...].
+      loss_fn: a loss whose aux has "perturbations" (`base.LossFn`), leaves stacked [L, ...]. Unless it has "slots" too,
+        perturbations take the memory of all layers, as Vaccine's.
       rho: norm of the whole perturbation.
       layers: S, how many layers are active.
       sample_every: J, in steps.
@@ -110,6 +114,8 @@ def t_vaccine(
     if freeze == "released" and in_mlp is None:
         raise ValueError("t_vaccine: in_mlp: found None, expected for freeze='released' a function that says which of "
                          "an adapter's leaves are an MLP's, such as llama.in_mlp")
+
+    loss_fn = taking_slots(loss_fn)
 
     def trainable(state: TVaccineState, adapter) -> Tree:
         return state.active_layers if freeze == "layer" else released_masks(state.active_layers, in_mlp(adapter))
@@ -144,7 +150,8 @@ def t_vaccine(
             lambda: state.active_layers)
         state = TVaccineState(state.step + 1, probabilities, active_layers)
         grads, metrics = perturbed_gradient(
-            loss_fn, rho, direction, active_layers, trainable(state, adapter), adapter, frozen, batch, key)
+            loss_fn, rho, direction, ActiveLayers(active_layers, layers), trainable(state, adapter), adapter, frozen,
+            batch, key)
         return grads, state, metrics | {"probabilities": probabilities, "active_layers": active_layers}
 
     return Defense(init, gradient, trainable, counters=("step",))

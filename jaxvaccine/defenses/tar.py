@@ -10,8 +10,10 @@ from jaxvaccine.defenses.base import (
     LossFn,
     ReferenceLossFn,
     Tree,
+    after,
     check_not_negative,
     check_positive,
+    loss_gradient,
     split_key,
     take_batch,
 )
@@ -66,7 +68,7 @@ def tar(
             adapter, state = carry
             step_batch, i = of
             step_key = None if key is None else jax.random.fold_in(key, i)
-            (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(adapter, frozen, step_batch, key=step_key)
+            loss, grads = loss_gradient(loss_fn, adapter, frozen, step_batch, key=step_key)
             updates, state = adversary.update(grads, state, adapter)
             return (jax.tree.map(lambda w, u: w + u.astype(w.dtype), adapter, updates), state), loss
 
@@ -80,14 +82,14 @@ def tar(
             take_batch(batches, name, "tar") for name in ("alignment", "harmful", "adversary"))
         attack_key, tamper_key, retain_key = split_key(key, 3)
         attacked, losses = attack(adapter, frozen, for_attack, attack_key)
-        (tamper_loss, _), tamper_grads = jax.value_and_grad(tamper_loss_fn, has_aux=True)(
-            attacked, frozen, harmful, key=tamper_key)
+        tamper_loss, tamper_grads = after(
+            losses[-1], lambda: loss_gradient(tamper_loss_fn, attacked, frozen, harmful, key=tamper_key))
 
         def retain(adapter):
             loss, distance = retain_fn(adapter, frozen, retained, state.start, key=retain_key)
             return loss + distance, {"loss": loss, "hidden_distance": distance}
 
-        retain_grads, metrics = jax.grad(retain, has_aux=True)(adapter)
+        retain_grads, metrics = after(tamper_loss, lambda: jax.grad(retain, has_aux=True)(adapter))
         grads = jax.tree.map(lambda t, r: tamper_weight * t + retain_weight * r, tamper_grads, retain_grads)
         return grads, state, metrics | {
             "tamper_loss": tamper_loss, "adversary_loss": losses[0], "attacked_adversary_loss": losses[-1]}

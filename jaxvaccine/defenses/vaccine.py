@@ -1,7 +1,7 @@
 """Vaccine: perturbation-aware alignment (arXiv 2402.01109)."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,31 @@ from jaxvaccine.defenses.base import (
     Defense,
     LossFn,
     Tree,
+    after,
+    at_least_float32,
     check_not_negative,
     global_norm,
+    loss_gradient,
     mask_layers,
     scale_tree,
     split_key,
     take_batch,
 )
+from jaxvaccine.perturbations import SiteNorms, Slots, in_slots
 
 Direction = Literal["gradient", "gaussian"]
+
+
+class ActiveLayers(NamedTuple):
+    """The layers that are perturbed, where not all of them are. Their loss is of `taking_slots`."""
+
+    mask: jax.Array  # [L] bool, exactly `count` true
+    count: int
+
+
+def place(at: ActiveLayers | None, values: Tree) -> Tree | Slots:
+    """Perturbations of all layers, or of those that are active."""
+    return values if at is None else in_slots(at.mask, values)
 
 
 def check_perturbation(method: str, rho: float, direction: str) -> None:
@@ -29,8 +45,8 @@ def check_perturbation(method: str, rho: float, direction: str) -> None:
         raise ValueError(f"{method}: direction: found {direction!r}, expected gradient or gaussian")
 
 
-def zero_sites(loss_fn: LossFn, adapter, frozen, batch, key) -> Tree:
-    """Zeros at every perturbation site, leaves [L, B, T, D] for a language model.
+def site_shapes(loss_fn: LossFn, adapter, frozen, batch, key) -> Tree:
+    """ShapeDtypeStructs of the perturbation sites, leaves [L, B, T, D] for a language model.
 
     Raises:
       ValueError: aux of loss_fn has no "perturbations", so there is no site to perturb.
@@ -38,45 +54,64 @@ def zero_sites(loss_fn: LossFn, adapter, frozen, batch, key) -> Tree:
     _, aux = jax.eval_shape(loss_fn, adapter, frozen, batch, None, key)
     if not isinstance(aux, Mapping) or "perturbations" not in aux:
         raise ValueError("loss_fn: aux has no 'perturbations', expected the tree added at the perturbation sites")
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux["perturbations"])
+    return aux["perturbations"]
 
 
-def activation_gradient(loss_fn: LossFn, adapter, frozen, batch, key) -> tuple[jax.Array, Tree]:
+def zero_sites(loss_fn: LossFn, adapter, frozen, batch, key, layers: int | None = None) -> Tree:
+    """Zeros at every perturbation site, or at those of so many layers."""
+    return jax.tree.map(lambda x: jnp.zeros((layers or x.shape[0], *x.shape[1:]), x.dtype),
+                        site_shapes(loss_fn, adapter, frozen, batch, key))
+
+
+def activation_gradient(loss_fn: LossFn, adapter, frozen, batch, key, at: ActiveLayers | None = None
+                        ) -> tuple[jax.Array, Tree]:
     """The loss and its gradient with respect to every perturbation site, leaves [L, B, T, D] for a language model.
 
-    Only activations are differentiated: no weight gradient is computed.
+    Only activations are differentiated: no weight gradient is computed. With `at`, of its layers alone: [S, B, T, D].
     """
-    zeros = zero_sites(loss_fn, adapter, frozen, batch, key)
-    (loss, _), grads = jax.value_and_grad(loss_fn, argnums=3, has_aux=True)(adapter, frozen, batch, zeros, key)
+    zeros = zero_sites(loss_fn, adapter, frozen, batch, key, at and at.count)
+    (loss, _), grads = jax.value_and_grad(
+        lambda values: loss_fn(adapter, frozen, batch, place(at, values), key), has_aux=True)(zeros)
     return loss, grads
 
 
-def gaussian_sites(loss_fn: LossFn, adapter, frozen, batch, key) -> Tree:
-    """Independent standard normal numbers at every perturbation site, at padding too."""
-    leaves, treedef = jax.tree.flatten(zero_sites(loss_fn, adapter, frozen, batch, key))
+def site_norms(loss_fn: LossFn, adapter, frozen, batch, key) -> jax.Array:
+    """‖∇_{a_l} loss‖ of every layer, [L], at least float32: what `activation_gradient` has the norms of, and no more.
+
+    loss_fn: of `taking_slots`.
+    """
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape[0], at_least_float32(x.dtype)),
+                         site_shapes(loss_fn, adapter, frozen, batch, key))
+    grads = jax.grad(lambda squared: loss_fn(adapter, frozen, batch, SiteNorms(squared), key)[0])(zeros)
+    return jnp.sqrt(sum(jax.tree.leaves(grads)))
+
+
+def gaussian_sites(loss_fn: LossFn, adapter, frozen, batch, key, at: ActiveLayers | None = None) -> Tree:
+    """Independent standard normal numbers at every perturbation site, at padding too; with `at`, of its layers."""
+    leaves, treedef = jax.tree.flatten(zero_sites(loss_fn, adapter, frozen, batch, key, at and at.count))
     keys = jax.random.split(key, len(leaves))
     return jax.tree.unflatten(treedef, [
         jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)])
 
 
-def perturbed_gradient(loss_fn: LossFn, rho: float, direction: Direction, active_layers, trainable, adapter, frozen,
-                       batch, key):
+def perturbed_gradient(loss_fn: LossFn, rho: float, direction: Direction, at: ActiveLayers | None, trainable, adapter,
+                       frozen, batch, key):
     """Vaccine's gradient: (grads, metrics).
 
-    active_layers: [L] bool, which layers are perturbed; None: all.
+    at: which layers are perturbed; None: all.
     trainable: which gradients are kept (`base.mask_layers`).
     """
     if direction == "gaussian" and key is None:
         raise ValueError("direction='gaussian': key: found None, expected a PRNG key to draw the perturbation with")
     first_key, second_key = split_key(key, 2)
     if direction == "gaussian":
-        sites = gaussian_sites(loss_fn, adapter, frozen, batch, first_key)
+        sites = gaussian_sites(loss_fn, adapter, frozen, batch, first_key, at)
     else:
-        _, sites = activation_gradient(loss_fn, adapter, frozen, batch, first_key)
-    sites = mask_layers(active_layers, sites)
+        _, sites = activation_gradient(loss_fn, adapter, frozen, batch, first_key, at)
     norm = global_norm(sites)
     perturbations = jax.lax.stop_gradient(scale_tree(rho / (norm + NORM_EPSILON), sites))
-    (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(adapter, frozen, batch, perturbations, second_key)
+    loss, grads = after(norm, lambda: loss_gradient(
+        loss_fn, adapter, frozen, batch, place(at, perturbations), second_key))
     metrics = {"activation_gradient_norm": norm} if direction == "gradient" else {}
     return mask_layers(trainable, grads), {"loss": loss, **metrics}
 

@@ -43,6 +43,29 @@ def test_it_composes_with_itself():
         assert abs(found[name] - expected[name]).max() < 1e-5
 
 
+def test_without_its_last_term():
+    """The gradient of f + lam · h, of what the base trains; nothing is simulated."""
+    adapter, frozen = toy.trees()
+    f, h = toy.batches()["alignment"], toy.batches()["harmful"]
+    defense = defenses.booster(toy.no_dropout, 0.7, last_term=False)
+    grads, _, metrics = jax.jit(defense.gradient)(adapter, frozen, (), toy.batches(), None)
+    expected = jax.grad(lambda adapter: toy.no_dropout(adapter, frozen, f)[0] + 0.7 * toy.no_dropout(
+        adapter, frozen, h)[0])(adapter)
+    assert set(metrics) == {"loss", "harmful_loss", "harmful_gradient_norm"}
+    for name in expected:
+        assert abs(grads[name] - expected[name]).max() < 1e-5 * abs(expected[name]).max() + 1e-7
+    base = defenses.t_vaccine(toy.no_dropout, layers=2)
+    defense = defenses.booster(toy.no_dropout, 0.7, base=base, last_term=False)
+    grads, state, _ = jax.jit(defense.gradient)(adapter, frozen, base.init(adapter), toy.batches(), jax.random.key(0))
+    assert all((abs(leaf).max(axis=tuple(range(1, leaf.ndim))) > 0).tolist() == state.active_layers.tolist()
+               for leaf in jax.tree.leaves(grads))
+
+
+def test_exact_has_its_last_term():
+    with pytest.raises(ValueError, match="booster: exact: found True, expected False without the last term"):
+        defenses.booster(toy.loss_fn, exact=True, last_term=False)
+
+
 def test_it_trains_without_a_key():
     adapter, frozen = toy.trees()
     defense = defenses.booster(toy.loss_fn)

@@ -100,13 +100,12 @@ def layer_output_perturbed(monkeypatch):
     """After the layer's last residual add: the sum is the same as with the MLP's output perturbed."""
     class PerturbedMLP(llama.MLP):
         def __call__(self, x):
-            return self.perturb("output", super().__call__(x))
+            return llama.perturb(self, "output", super().__call__(x))
 
     def zeros(model, batch, length, original=llama.zero_perturbations):
         return {"layers": {"mlp": original(model, batch, length)["layers"]["attention"]}}
 
     monkeypatch.setattr(llama, "MLP", PerturbedMLP)
-    monkeypatch.setattr(llama.Attention, "perturb", lambda self, name, value: value)
     monkeypatch.setattr(losses.llama, "zero_perturbations", zeros)
 
 
@@ -114,13 +113,12 @@ def before_o_proj_perturbed(monkeypatch):
     """The heads' outputs instead of the projection's; of the same size in this model."""
     class PerturbedProjection(llama.LoraDense):
         def __call__(self, x):
-            return super().__call__(self.perturb("output", x) if self.name == "o_proj" else x)
+            return super().__call__(llama.perturb(self, "output", x) if self.name == "o_proj" else x)
 
     def zeros(model, batch, length, original=llama.zero_perturbations):
         return {"layers": {"attention": {"o_proj": original(model, batch, length)["layers"]["attention"]}}}
 
     monkeypatch.setattr(llama, "LoraDense", PerturbedProjection)
-    monkeypatch.setattr(llama.Attention, "perturb", lambda self, name, value: value)
     monkeypatch.setattr(losses.llama, "zero_perturbations", zeros)
 
 
@@ -196,8 +194,8 @@ def booster_from(combine):
     def patch(monkeypatch):
         make = defenses.booster
 
-        def mutant(loss_fn, lam, alpha, base=None, exact=False):
-            original, plain = (make(loss_fn, weight, alpha, base, exact) for weight in (lam, 0.0))
+        def mutant(loss_fn, lam, alpha, **given):
+            original, plain = (make(loss_fn, weight, alpha, **given) for weight in (lam, 0.0))
 
             def gradient(*args):
                 grads, state, metrics = original.gradient(*args)
@@ -241,12 +239,10 @@ MUTANTS = {
     "epsilon left out": ("vaccine", replace(vaccine, "NORM_EPSILON", 0.0)),
     "a perturbation downhill": ("vaccine", replace(vaccine, "global_norm", lambda tree: -joint_norm(tree))),
     "the gradients of both passes": ("vaccine", wrap_defense("vaccine", both_passes_gradients)),
-    "perturbing and norm over all layers": ("t_vaccine", replace(
-        vaccine, "mask_layers", lambda masks, tree: tree if "attention" in tree.get("layers", {}) and "output" in
-        tree["layers"]["attention"] else base.mask_layers(masks, tree))),
+    "perturbing and norm over all layers": ("t_vaccine", replace(t_vaccine, "ActiveLayers", lambda mask, count: None)),
     "the alignment gradient for p": ("t_vaccine", wrap_defense("t_vaccine", probe_on_alignment_data)),
     "p from squared norms": ("t_vaccine", replace(
-        t_vaccine, "squared_norm", lambda tree, first_axis: base.squared_norm(tree, first_axis) ** 2)),
+        t_vaccine, "site_norms", lambda *args: vaccine.site_norms(*args) ** 2)),
     "the released freezing for the paper's": ("t_vaccine", lambda monkeypatch: monkeypatch.setattr(
         defenses, "t_vaccine", lambda *args, make=defenses.t_vaccine, **more: make(
             *args, **{**more, "freeze": "released"}))),
