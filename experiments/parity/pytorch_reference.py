@@ -194,7 +194,7 @@ def vaccine_gradient(model: TorchModel, batches: Mapping[str, Batch], rho: float
 
 
 def booster_gradient(model: TorchModel, batches: Mapping[str, Batch], lam: float, alpha: float,
-                     base: Gradient) -> float:
+                     base: Gradient, last_term: bool = True) -> float:
     """base: leaves ∇f, or what stands in its place. Parameters that it gave no gradient take no part."""
     loss = base(model, batches)
     parameters = [p for p in model.parameters() if p.grad is not None]
@@ -215,7 +215,7 @@ def booster_gradient(model: TorchModel, batches: Mapping[str, Batch], lam: float
         for p, w, f, h, h_perturbed in zip(
                 parameters, start, base_grads, harmful_grads, perturbed_grads, strict=True):
             p.copy_(w)
-            p.grad = f + lam * h - lam * h_perturbed
+            p.grad = f + lam * h - lam * h_perturbed if last_term else f + lam * h
     return loss
 
 

@@ -151,7 +151,7 @@ def torch_steps(problem: Problem, drawn: Sequence[np.ndarray | None], gradient=N
             case Booster():
                 base = gradient_of(method.base)
                 return lambda model, batches: reference.booster_gradient(
-                    model, batches, method.lam, method.alpha, base)
+                    model, batches, method.lam, method.alpha, base, method.last_term)
             case Vaccine():
                 return lambda model, batches: reference.vaccine_gradient(model, batches, method.rho)
             case TVaccine():

@@ -119,7 +119,7 @@ def system(config: Any, settings: Settings, setting: paper_tables.Setting, folde
         aligned: AlignConfig = cell_configs(settings, folder, cell)[0]
         run_dir = align_folder(folder, cell)
         seconds = step_seconds(run_dir) if (run_dir / "metrics.jsonl").is_file() else float("nan")
-        found[method] = seconds, sum(step_memory(aligned, "float32", architecture))
+        found[method] = seconds, step_memory(aligned, "float32", architecture).total
     own = figures[figures["reported_by"] == REPORTED_BY[config.paper]]
 
     def stated(method: str, measure: str, unit: str) -> str:

@@ -265,9 +265,9 @@ def booster(of: Setting) -> dict[str, Table]:
         "lisa_combination": Table("Booster + Lisa", "p", both, ("ratios_gsm8k",) if gsm8k else ()),
         "ablation": _named(of, "Ablation", {
             "Booster": of.method("booster"), "no regularizer": _with(of.method("booster"), lam="0"),
-            "exact gradient": _with(of.method("booster"), exact="true")}, ("ablation",),
-            "The paper's variant without the last term of its equation 3, by which the harmful loss itself is lowered, "
-            "is not built."),
+            "exact gradient": _with(of.method("booster"), exact="true"),
+            "no last term": _with(of.method("booster"), last_term="false")}, ("ablation",),
+            "No last term: of the paper's equation 3, so that the harmful loss itself is lowered."),
     }
 
 

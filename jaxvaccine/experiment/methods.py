@@ -138,6 +138,7 @@ class Booster(AlignmentMethod):
     lam: float = field(5.0, "Weight of the regularizer.")
     alpha: float = field(0.1, "Length of the simulated harmful step.")
     exact: bool = field(False, "The exact gradient of the regularizer, by a second derivative.")
+    last_term: bool = field(True, "The gradient's last term, −∇h(w'); without, harmful loss is lowered: an ablation.")
     base: AlignmentMethod = choice(
         "base_defense", BASES, "sft", "Whose gradient stands in the place of the alignment loss's.")
 
@@ -147,7 +148,8 @@ class Booster(AlignmentMethod):
 
     def make(self, model):
         return defenses.booster(
-            causal_lm_loss(model), self.lam, self.alpha, base=self.base.make(model), exact=self.exact)
+            causal_lm_loss(model), self.lam, self.alpha, base=self.base.make(model), exact=self.exact,
+            last_term=self.last_term)
 
 
 ALIGNMENT: dict[str, type[AlignmentMethod]] = {

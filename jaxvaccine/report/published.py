@@ -47,8 +47,8 @@ def lookup(published: pd.DataFrame, entry: Entry, measure: str, alike: frozenset
     task too: FA is a task's own.
     """
     found = published[(published["measure"] == measure) & (published["step"].isna()) & (published["layer"].isna())]
-    # A curve's name is the method without the setting that is varied, or the method itself.
-    found = found[found["method"].isin({entry.method, entry.curve})]
+    # Where a setting is varied, figures have it beside the method's name; a curve's name is the method without it.
+    found = found[found["method"].isin({entry.method, *([entry.curve] if entry.setting else [])})]
     for name, value in (("poison_ratio", entry.p), ("setting", entry.setting)):
         found = found[found[name] == value]
     for name, own in (("task", {entry.task}), ("n", {entry.n, ""})):

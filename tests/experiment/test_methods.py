@@ -16,7 +16,7 @@ from tests import tiny
 T_VACCINE = {"rho", "layers", "sample_every", "probe_every", "freeze", "importance", "draw", "direction"}
 REPNOISE = {"ascent_weight", "noise_weight"}
 TAR = {"inner_steps", "inner_learning_rate", "adversary", "tamper_weight", "retain_weight"}
-BOOSTER = {"lam", "alpha", "exact", "base_defense"}
+BOOSTER = {"lam", "alpha", "exact", "last_term", "base_defense"}
 # Every method with the flat names that it reads.
 ALIGNMENT = {
     methods.Sft(): set(), methods.Vaccine(): {"rho", "direction"}, methods.TVaccine(): T_VACCINE,
@@ -107,8 +107,9 @@ def test_settings_reach_the_library(monkeypatch):
     expected = ("t_vaccine", (loss, 0.3, 2, 3, 4), {"freeze": "released", "importance": "uniform", "draw": "top",
                                                      "direction": "gaussian", "in_mlp": in_mlp})
     assert called(lambda: t_vaccine.make("M")) == expected
-    booster = methods.Booster(2.0, 0.3, True, t_vaccine)
-    assert called(lambda: booster.make("M")) == ("booster", (loss, 2.0, 0.3), {"base": "t_vaccine", "exact": True})
+    booster = methods.Booster(2.0, 0.3, True, False, t_vaccine)
+    assert called(lambda: booster.make("M")) == (
+        "booster", (loss, 2.0, 0.3), {"base": "t_vaccine", "exact": True, "last_term": False})
     assert calls[-2] == expected, "the base's own settings"
     tar = methods.Tar(2, 0.1, "sgd", 3.0, 0.5)
     for make, expected in [

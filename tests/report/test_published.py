@@ -56,6 +56,15 @@ def test_side_by_side():
     assert rows["SFT", "", "FA", 0] == ["–", "80.00", "", "71.1–86.7", "", ""]
 
 
+def test_another_variant_is_another_method():
+    """Variants by name share a curve; the curve's figure is not theirs, unless the setting says which."""
+    variant = Entry("booster:exact=true", P1, "booster", "exact", "sst2", "0.1", "1000")
+    for measure in (published.HS, published.FA):
+        assert published.lookup(PUBLISHED, variant, measure, frozenset()).empty
+    own = figures(("booster:exact=true", "Llama-2-7B", "1000", "", "harmful_score", 7.0))
+    assert published.lookup(own, variant, published.HS, frozenset())["value"].tolist() == [7.0]
+
+
 def test_another_n_deviates():
     """Where n is the same in the whole table; where it varies, a figure has its own place."""
     other = PUBLISHED.replace({"n": {"1000": "700"}})
