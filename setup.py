@@ -20,7 +20,7 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["jaxvaccine", "jaxvaccine.*"]),
     # The small world's base.
-    package_data={"jaxvaccine.world": ["*.json", "*.safetensors"]},
+    package_data={"jaxvaccine": ["cards/*.textproto"], "jaxvaccine.world": ["*.json", "*.safetensors"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.5",
