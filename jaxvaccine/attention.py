@@ -54,6 +54,33 @@ def attention_masks(config: LlamaConfig, attention_mask_BxT, cache: Sequence[Cac
     return (near_BxTxS,) if all(config.local_layers) else (mask_BxTxS, near_BxTxS)
 
 
+def rope_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Angular frequencies [H / 2] in radians per position, with Llama-3's scaling where the config asks for it."""
+    frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    # Long wavelengths are slowed down by `factor`, short ones kept, those between interpolated.
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return frequencies * (smooth + (1 - smooth) / scaling.factor)
+
+
+def rope_table(config: LlamaConfig, positions_BxT, dtype):
+    """Cosines and sines [B, T, 1, H / 2] of the angles at these positions, in at least float32."""
+    angles = positions_BxT[:, :, None, None] * jnp.asarray(rope_frequencies(config), at_least_float32(dtype))
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BxTxNxH, rope):
+    """Queries or keys turned by `rope_table`'s angles, in their own dtype."""
+    cos, sin = rope
+    first, second = jnp.split(x_BxTxNxH.astype(cos.dtype), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BxTxNxH.dtype)
+
+
 def _weights(config: LlamaConfig, scores_BxKxGxTxS, mask_BxTxS):
     scores_BxKxGxTxS = soft_cap(scores_BxKxGxTxS * config.attention_scale, config.attn_logit_softcapping)
     # Not -inf: a padded query that sees nothing would give NaN.

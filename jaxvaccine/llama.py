@@ -23,6 +23,8 @@ from jaxvaccine.attention import (
     attend,
     attend_to_cache,
     attention_masks,
+    rope_table,
+    rotate,
     slot_positions,
     soft_cap,
 )
@@ -114,31 +116,6 @@ def _norm_of(config: LlamaConfig, dtype):
     return functools.partial(RMSNorm, config.rms_norm_eps, dtype, config.family.offset_norms)
 
 
-def rope_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Angular frequencies [H / 2] in radians per position, with Llama-3's scaling where the config asks for it."""
-    frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    # Long wavelengths are slowed down by `factor`, short ones kept, those between interpolated.
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
-    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = np.clip(smooth, 0.0, 1.0)
-    return frequencies * (smooth + (1 - smooth) / scaling.factor)
-
-
-def _rope_table(config: LlamaConfig, positions_BxT, dtype):
-    angles = positions_BxT[:, :, None, None] * jnp.asarray(rope_frequencies(config), at_least_float32(dtype))
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def _rotate(x_BxTxNxH, rope):
-    cos, sin = rope
-    first, second = jnp.split(x_BxTxNxH.astype(cos.dtype), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BxTxNxH.dtype)
-
-
 class Attention(nn.Module):
     config: LlamaConfig
     lora: LoraConfig | None
@@ -154,8 +131,8 @@ class Attention(nn.Module):
             projected = dense(count * config.head_dim, use_bias=config.family.qkv_biases, name=name)(x_BxTxD)
             return projected.reshape(batch, length, count, config.head_dim)
 
-        q_BxTxNxH = _rotate(heads("q_proj", config.num_heads), rope)
-        k_BxTxKxH = _rotate(heads("k_proj", config.num_kv_heads), rope)
+        q_BxTxNxH = rotate(heads("q_proj", config.num_heads), rope)
+        k_BxTxKxH = rotate(heads("k_proj", config.num_kv_heads), rope)
         v_BxTxKxH = heads("v_proj", config.num_kv_heads)
         new = KeyValues(k_BxTxKxH.transpose(0, 2, 3, 1), v_BxTxKxH.transpose(0, 2, 1, 3))
         if cached:
@@ -249,7 +226,7 @@ class Llama(nn.Module):
     def __call__(self, input_ids_BxT, attention_mask_BxT, cache: Sequence[Cache] = ()):
         """Final hidden states [B, T, D], after the last norm, and the new keys and values of all layers."""
         positions = slot_positions(cache, *input_ids_BxT.shape)
-        rope = _rope_table(self.config, positions[-1], self.dtype)
+        rope = rope_table(self.config, positions[-1], self.dtype)
         masks = attention_masks(self.config, attention_mask_BxT, cache, positions)
         x_BxTxD = self.embed_tokens[input_ids_BxT]
         if self.config.family.scaled_embeddings:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.parity import steps as parity
-from jaxvaccine import activation_losses, llama, losses
+from jaxvaccine import activation_losses, attention, llama, losses
 from jaxvaccine.llama_config import LlamaConfig
 from tests import jaxprs, tiny
 
@@ -51,7 +51,7 @@ def layer_by_layer(adapter, frozen, batch):
 def unnormed(module, ids, mask):
     """The residual stream after the last layer."""
     length = ids.shape[1]
-    rope = llama._rope_table(module.config, jnp.zeros((len(ids), 1), int) + jnp.arange(length), module.dtype)
+    rope = attention.rope_table(module.config, jnp.zeros((len(ids), 1), int) + jnp.arange(length), module.dtype)
     causal = jnp.tril(jnp.ones((length, length), bool)) & mask[:, None].astype(bool)
     return module.layers(module.embed_tokens[ids], rope, (causal,), (), None, None)
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxvaccine.attention import rope_frequencies
 from jaxvaccine.checkpoints import files, gguf_tokenizer
 from jaxvaccine.checkpoints.content_hash import content_hash
 from jaxvaccine.checkpoints.tensor_names import tensor_sites
 from jaxvaccine.json_files import write_json
-from jaxvaccine.llama import rope_frequencies
 from jaxvaccine.llama_config import Llama3RopeScaling, LlamaConfig
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxvaccine.attention import rope_frequencies
 from jaxvaccine.checkpoints import files
 from jaxvaccine.checkpoints.gguf import convert_gguf
 from jaxvaccine.checkpoints.hugging_face import load_model, resolve_model
 from jaxvaccine.data import eos_ids, load_tokenizer
-from jaxvaccine.llama import rope_frequencies
 from jaxvaccine.llama_config import Llama3RopeScaling
 from tests.checkpoints.tiny import assert_trees_equal, random_model
 

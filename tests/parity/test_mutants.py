@@ -128,7 +128,7 @@ def interleaved_rope(monkeypatch):
         first, second = x[..., ::2], x[..., 1::2]
         return jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1).reshape(x.shape)
 
-    monkeypatch.setattr(llama, "_rotate", rotate)
+    monkeypatch.setattr(llama, "rotate", rotate)
 
 
 def wrap_layer_masked(update):
