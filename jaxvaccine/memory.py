@@ -14,7 +14,8 @@ import jax
 from jax.experimental import topologies
 
 GIB = 2**30
-CARDS = ("rtx_3090", "rtx_4090", "a100_40gb", "h100_80gb")
+FOLDER = resources.files("jaxvaccine") / "cards"
+CARDS = tuple(sorted(file.name.removesuffix(".textproto") for file in FOLDER.iterdir()))
 # Autotuning and Triton's products need a card that runs: without them products are cuBLAS's.
 OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
@@ -34,7 +35,7 @@ def card_memory(card: str) -> int:
 
 
 def _description(card: str) -> str:
-    return (resources.files("jaxvaccine") / "cards" / f"{card}.textproto").read_text()
+    return (FOLDER / f"{card}.textproto").read_text()
 
 
 def card_device(card: str) -> jax.Device:

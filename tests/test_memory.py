@@ -25,7 +25,7 @@ def test_cards(card, gib):
 
 
 def test_no_such_card():
-    with pytest.raises(ValueError, match="card: found 'rtx_9090', expected one of rtx_3090, "):
+    with pytest.raises(ValueError, match="card: found 'rtx_9090', expected one of a100_40gb, "):
         memory.card_device("rtx_9090")
 
 

@@ -24,11 +24,10 @@ from jaxvaccine import cli, llama, optim, training
 from jaxvaccine.evaluation import decoding
 from jaxvaccine.evaluation.generate import BLOCK
 from jaxvaccine.evaluation.sampling import Sampling
-from jaxvaccine.experiment import recipes
+from jaxvaccine.experiment import recipes, stage
 from jaxvaccine.experiment.align import AlignConfig
 from jaxvaccine.experiment.config import Part, field, make
 from jaxvaccine.experiment.methods import Tar, uses
-from jaxvaccine.json_files import read_json_object
 from jaxvaccine.llama_config import Llama3RopeScaling, LlamaConfig, LoraConfig
 from jaxvaccine.memory import CARDS, GIB, Memory, card_device, card_memory, program_memory, tree_bytes
 from jaxvaccine.report.tables import table
@@ -135,16 +134,16 @@ def alignments(pairs: tuple[str, ...], remat: str) -> dict[AlignConfig, str]:
 
 
 def read_folder(model: str) -> LlamaConfig:
-    """The architecture in a folder's config.json; the hub's would come with all of its weights.
+    """The architecture of a local folder; the hub's would come with all of its weights.
 
     Raises:
-      ValueError: there is none, or it is of no supported family.
+      ValueError: there is no config.json in it, or one of no supported family.
     """
     path = Path(model) / "config.json"
     if not path.is_file():
         raise ValueError(f"--model={model}: found no {path}, expected a folder with a config.json, or one of "
                          f"{', '.join(SIZES)}")
-    return LlamaConfig.from_hugging_face(read_json_object(path), str(path))
+    return stage.read_architecture(model)
 
 
 def lines(config: MemoryConfig) -> Iterator[list[str]]:
