@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxvaccine import llama
 from jaxvaccine.conventions import IGNORED, at_least_float32
 from jaxvaccine.losses import Batch, block_cross_entropy, mean_over_targets, supervised_targets
+from jaxvaccine.microbatches import means_in_microbatches, supervised_count
 
 # RepNoise's kernels: exp(−‖x − y‖² / b), b the mean squared distance times these.
 BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -30,7 +31,7 @@ def loss_and_hidden_distance(model: llama.Llama, *, block: int = 128) -> Callabl
         # The derivative at distance 0, where training starts, is 0 and not NaN.
         return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)
 
-    def loss_fn(adapter, frozen, batch: Batch, reference, key=None):
+    def means_fn(adapter, frozen, batch: Batch, reference, key=None):
         inputs = batch["input_ids"], batch["attention_mask"]
         found = llama.layer_activations(model, adapter, frozen, *inputs, key=key)
         expected = jax.lax.stop_gradient(llama.layer_activations(model, reference, frozen, *inputs))
@@ -40,6 +41,13 @@ def loss_and_hidden_distance(model: llama.Llama, *, block: int = 128) -> Callabl
         targets_BxT, _ = supervised_targets(batch["labels"])
         return (mean_over_targets(block_cross_entropy, logits_fn, frozen, found.final, targets_BxT, block),
                 (by_token * counts).sum() / (states * jnp.maximum(counts.sum(), 1)))
+
+    def counts_fn(batch: Batch):
+        return supervised_count(batch), batch["attention_mask"].sum()
+
+    def loss_fn(adapter, frozen, batch: Batch, reference, key=None):
+        return means_in_microbatches(
+            means_fn, counts_fn, model.microbatch_size, adapter, frozen, batch, reference, key)
 
     return loss_fn
 
@@ -85,7 +93,8 @@ def noise_and_ascent(model: llama.Llama, *, block: int = 128) -> Callable[..., t
       ascent: the mean cross-entropy of the harmful tokens, and of it the mean over the L + 1 hidden states, each read
         through the last norm (that of the final one, which is normed already, once) and the output head.
 
-    A layer's noise, kernels and logits exist while it is their turn, and logits of `block` tokens at a time.
+    A layer's noise, kernels and logits exist while it is their turn, and logits of `block` tokens at a time. Kernels
+    compare every row with every other: the model's `microbatch_size` does not divide this pass.
     """
     def terms(adapter, frozen, harmful: Batch, harmless: Batch, noise_key, key=None):
         mask_BxT = differing_tokens(harmful, harmless)

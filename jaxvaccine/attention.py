@@ -98,6 +98,30 @@ def attend(config: LlamaConfig, q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask_BxTxS):
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BxKxGxTxS, v_BxSxKxH)
 
 
+def cudnn_lacks(config: LlamaConfig, dtype) -> str | None:
+    """What in this model cuDNN's kernel does not compute; None if it computes all."""
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"{jnp.dtype(dtype).name}; bfloat16 is what it reads"
+    if config.attn_logit_softcapping is not None:
+        return "attn_logit_softcapping"
+    if len(set(config.local_layers)) == 2:
+        return "a sliding window in some layers and not in others"
+    if config.head_dim % 8 or config.head_dim > 128:
+        return f"head_dim {config.head_dim}; multiples of 8 up to 128 are what it reads"
+    return None
+
+
+def attend_by_cudnn(config: LlamaConfig, q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, lengths_B):
+    """`attend` by cuDNN's kernel on a GPU, which holds no scores [T, T]; for models of which it lacks nothing.
+
+    lengths_B: int32, at least 1: how many tokens of each row count, the first ones.
+    """
+    window = (config.sliding_window - 1, 0) if any(config.local_layers) else None
+    return jax.nn.dot_product_attention(
+        q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, scale=config.attention_scale, is_causal=True,
+        key_value_seq_lengths=lengths_B, local_window_size=window, implementation="cudnn")
+
+
 def attend_to_cache(config: LlamaConfig, q_BxTxNxH, new: KeyValues, cached: Sequence[KeyValues], mask_BxTxS):
     """`attend` to what is cached, of B rows or of one that all share, then to the new keys and values.
 

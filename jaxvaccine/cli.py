@@ -17,6 +17,7 @@ from jaxvaccine.experiment.align import AlignConfig, align
 from jaxvaccine.experiment.attack import AttackConfig, attack, goes_on, split_new_adapter
 from jaxvaccine.experiment.config import FieldError, Setting, make, require, settings
 from jaxvaccine.experiment.evaluate import EvaluateConfig, evaluate
+from jaxvaccine.experiment.parts import COMPUTED
 from jaxvaccine.experiment.run import PlanConfig, run
 
 PRESET = ("A paper's recipe of a method; booster and t_vaccine are short for booster/booster and t_vaccine/t_vaccine. "
@@ -170,7 +171,7 @@ def _evaluate(values: flags.FlagValues) -> None:
 # What an attack and an evaluation have from the alignment, or from the plan's cells.
 ATTACK = Section(AttackConfig, "attack_", (
     "run_dir", "aligned", "poison_ratio", "defense", "seed", "overwrite", "test_data", "dtype",
-    "remat", "bucket", "prompt", "data_protocol", "save_every", "progress"), "Attack: ")
+    *COMPUTED, "bucket", "prompt", "data_protocol", "save_every", "progress"), "Attack: ")
 EVALUATION = Section(EvaluateConfig, "", (
     "run_dir", "model", "revision", "trained", "seed", "overwrite", "dtype", "progress", "max_length", "prompt",
     "data_protocol"),

@@ -21,8 +21,10 @@ import numpy as np
 
 from jaxvaccine.attention import (
     attend,
+    attend_by_cudnn,
     attend_to_cache,
     attention_masks,
+    cudnn_lacks,
     rope_table,
     rotate,
     slot_positions,
@@ -120,6 +122,7 @@ class Attention(nn.Module):
     config: LlamaConfig
     lora: LoraConfig | None
     dtype: Any
+    by_cudnn: bool = False  # in the mask's place are then the rows' lengths
 
     @nn.compact
     def __call__(self, x_BxTxD, rope, mask_BxTxS, cached: Sequence[KeyValues]):
@@ -137,6 +140,8 @@ class Attention(nn.Module):
         new = KeyValues(k_BxTxKxH.transpose(0, 2, 3, 1), v_BxTxKxH.transpose(0, 2, 1, 3))
         if cached:
             out = attend_to_cache(config, q_BxTxNxH, new, cached, mask_BxTxS)
+        elif self.by_cudnn:
+            out = attend_by_cudnn(config, q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, mask_BxTxS)
         else:
             out = attend(config, q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, mask_BxTxS)
         out = dense(config.hidden_size, name="o_proj")(out.reshape(batch, length, config.num_heads * config.head_dim))
@@ -171,6 +176,7 @@ class Layer(nn.Module):
     config: LlamaConfig
     lora: LoraConfig | None
     dtype: Any
+    by_cudnn: bool = False
 
     @nn.compact
     def __call__(self, x, rope, masks, cache, layer, local):
@@ -181,7 +187,7 @@ class Layer(nn.Module):
             return norm(name=name)(y) if self.config.family.post_norms else y
 
         mask = jnp.where(local, masks[1], masks[0]) if len(masks) == 2 else masks[0]
-        attention, new = Attention(self.config, self.lora, self.dtype, name="attention")(
+        attention, new = Attention(self.config, self.lora, self.dtype, self.by_cudnn, name="attention")(
             norm(name="attention_norm")(x), rope, mask, [part.read(layer) for part in cache])
         x = x + post_norm("attention_post_norm", attention)
         mlp = MLP(self.config, self.lora, self.dtype, name="mlp")(norm(name="mlp_norm")(x))
@@ -193,7 +199,9 @@ class Llama(nn.Module):
 
     ``unroll`` takes trees of `unroll_layers` and compiles every layer by itself: for generation on a CPU, where a loop
     over stacked layers copies each layer's weights for every token. ``layers_a_turn`` of the loop over layers: more of
-    them compile longer, and take a small model less time where nothing is rematerialised.
+    them compile longer, and take a small model less time where nothing is rematerialised. ``microbatch_size``: how many
+    rows the losses compute at a time (`microbatches`), 0 is all. ``attention``: by XLA's products or, on a GPU, by
+    cuDNN's kernel, whose memory does not grow with the square of T.
     """
 
     config: LlamaConfig
@@ -202,6 +210,8 @@ class Llama(nn.Module):
     remat: Remat = "full"
     unroll: bool = False
     layers_a_turn: int = 1
+    microbatch_size: int = 0
+    attention: Literal["xla", "cudnn"] = "xla"
 
     def setup(self):
         config, normal = self.config, nn.initializers.normal(0.02)
@@ -209,8 +219,11 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = self.param("lm_head", normal, (config.hidden_size, config.vocab_size), self.dtype)
         self.norm = _norm_of(config, self.dtype)()
+        by_cudnn = self.attention == "cudnn"
+        if by_cudnn and (lacking := cudnn_lacks(config, self.dtype)):
+            raise ValueError(f"attention: found cudnn, expected xla: it has no {lacking}")
         if self.unroll:
-            self.layers = [Layer(config, self.lora, self.dtype) for _ in range(config.num_layers)]
+            self.layers = [Layer(config, self.lora, self.dtype, by_cudnn) for _ in range(config.num_layers)]
             return
         # prevent_cse is for unrolled code; inside a scan it only costs time.
         layer = Layer if self.remat == "none" else nn.remat(
@@ -221,13 +234,16 @@ class Llama(nn.Module):
             variable_axes={"params": 0, "lora": 0, "perturbations": 0, "intermediates": 0},
             variable_broadcast="slots",
             split_rngs={"params": True, "dropout": True},
-        )(config, self.lora, self.dtype)
+        )(config, self.lora, self.dtype, by_cudnn)
 
     def __call__(self, input_ids_BxT, attention_mask_BxT, cache: Sequence[Cache] = ()):
         """Final hidden states [B, T, D], after the last norm, and the new keys and values of all layers."""
         positions = slot_positions(cache, *input_ids_BxT.shape)
         rope = rope_table(self.config, positions[-1], self.dtype)
-        masks = attention_masks(self.config, attention_mask_BxT, cache, positions)
+        if self.attention == "cudnn" and not cache:
+            masks = (jnp.maximum(attention_mask_BxT.sum(axis=-1, dtype=jnp.int32), 1),)
+        else:
+            masks = attention_masks(self.config, attention_mask_BxT, cache, positions)
         x_BxTxD = self.embed_tokens[input_ids_BxT]
         if self.config.family.scaled_embeddings:
             x_BxTxD = x_BxTxD * jnp.asarray(self.config.hidden_size**0.5, self.dtype)

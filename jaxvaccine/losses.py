@@ -10,6 +10,7 @@ import optax
 
 from jaxvaccine import llama
 from jaxvaccine.conventions import IGNORED
+from jaxvaccine.microbatches import in_microbatches, means_in_microbatches, supervised_count
 
 Batch = Mapping[str, Any]
 LossFn = Callable[..., tuple[jax.Array, dict[str, Any]]]
@@ -111,6 +112,16 @@ def mean_over_targets(block_sum: Callable, logits_fn: Callable, frozen, hidden_B
     return total / jnp.maximum((targets_BxT != IGNORED).sum(), 1)
 
 
+def _mean_over_supervised(model: llama.Llama, block_sum: Callable, block: int, adapter, frozen, batch: Batch,
+                          perturbations=None, key=None):
+    """The mean of one of the `block_…` over the supervised positions of a batch."""
+    hidden_BxTxD = llama.hidden_states(
+        model, adapter, frozen, batch["input_ids"], batch["attention_mask"], perturbations=perturbations, key=key)
+    targets_BxT, _ = supervised_targets(batch["labels"])
+    return mean_over_targets(
+        block_sum, functools.partial(llama.token_logits, model), frozen, hidden_BxTxD, targets_BxT, block)
+
+
 def causal_lm_loss(model: llama.Llama, *, block: int = 128) -> LossFn:
     """The mean cross-entropy over the supervised positions of the whole batch.
 
@@ -126,15 +137,12 @@ def causal_lm_loss(model: llama.Llama, *, block: int = 128) -> LossFn:
       was added at the perturbation sites, from which a defense learns their shapes; "slots", which says that it takes
       `Slots` and `SiteNorms` in their place.
     """
-    logits_fn = functools.partial(llama.token_logits, model)
+    mean_fn = functools.partial(_mean_over_supervised, model, block_cross_entropy, block)
 
     def loss_fn(adapter, frozen, batch: Batch, perturbations=None, key=None):
         no_perturbations = llama.zero_perturbations(model, *batch["input_ids"].shape)
-        hidden_BxTxD = llama.hidden_states(
-            model, adapter, frozen, batch["input_ids"], batch["attention_mask"], perturbations=perturbations, key=key)
-        targets_BxT, supervised_BxT = supervised_targets(batch["labels"])
-        loss = mean_over_targets(block_cross_entropy, logits_fn, frozen, hidden_BxTxD, targets_BxT, block)
-        return loss, {"tokens": supervised_BxT.sum(),
+        loss = in_microbatches(mean_fn, model.microbatch_size, adapter, frozen, batch, perturbations, key)
+        return loss, {"tokens": supervised_count(batch),
                       "perturbations": no_perturbations if perturbations is None else perturbations, "slots": ()}
 
     return loss_fn
@@ -145,13 +153,10 @@ def negative_entropy(model: llama.Llama, *, block: int = 128) -> LossFn:
 
     `negative_entropy(model)(adapter, frozen, batch, key=None) -> (−H, {})`, batch and key as of `causal_lm_loss`.
     """
-    logits_fn = functools.partial(llama.token_logits, model)
+    mean_fn = functools.partial(_mean_over_supervised, model, block_negative_entropy, block)
 
     def loss_fn(adapter, frozen, batch: Batch, key=None):
-        hidden_BxTxD = llama.hidden_states(
-            model, adapter, frozen, batch["input_ids"], batch["attention_mask"], key=key)
-        targets_BxT, _ = supervised_targets(batch["labels"])
-        return mean_over_targets(block_negative_entropy, logits_fn, frozen, hidden_BxTxD, targets_BxT, block), {}
+        return in_microbatches(mean_fn, model.microbatch_size, adapter, frozen, batch, None, key), {}
 
     return loss_fn
 
@@ -164,7 +169,7 @@ def loss_and_kl(model: llama.Llama, *, block: int = 128) -> Callable[..., tuple[
     """
     logits_fn = functools.partial(llama.token_logits, model)
 
-    def loss_fn(adapter, frozen, batch: Batch, reference, key=None):
+    def means_fn(adapter, frozen, batch: Batch, reference, key=None):
         inputs = batch["input_ids"], batch["attention_mask"]
         hidden_BxTxD = llama.hidden_states(model, adapter, frozen, *inputs, key=key)
         reference_BxTxD = jax.lax.stop_gradient(llama.hidden_states(model, reference, frozen, *inputs))
@@ -172,5 +177,10 @@ def loss_and_kl(model: llama.Llama, *, block: int = 128) -> Callable[..., tuple[
         both_BxTx2D = jnp.concatenate([hidden_BxTxD, reference_BxTxD], axis=-1)
         return (mean_over_targets(block_cross_entropy, logits_fn, frozen, hidden_BxTxD, targets_BxT, block),
                 mean_over_targets(block_kl, logits_fn, frozen, both_BxTx2D, targets_BxT, block))
+
+    def loss_fn(adapter, frozen, batch: Batch, reference, key=None):
+        return means_in_microbatches(
+            means_fn, lambda part: (supervised_count(part),) * 2, model.microbatch_size, adapter, frozen, batch,
+            reference, key)
 
     return loss_fn

@@ -106,7 +106,7 @@ def measure(model: llama.Llama, frozen, tokenizer, test_size: int, seed: int = 0
 
     def trained(config, name, lora, source, rows):
         tokenized = data.tokenize_examples(tokenizer, data.load_examples(source)[:rows], config.data.max_length)
-        found, _ = lanes.train(lanes.fresh(base, lora, "none", [seed]), config.method, config.training,
+        found, _ = lanes.train(lanes.fresh(base, lora, config.model, [seed]), config.method, config.training,
                                config.data.bucket, [{name: (tokenized, config.training.batch_size)}], [seed])
         return {"adapter": found.lane(0)[0], "model": found.model}
 

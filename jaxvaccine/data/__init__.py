@@ -1,7 +1,15 @@
 """Data: prompts, tokenising and batching; one small module per data set."""
 
 from jaxvaccine.data.accounts import Account, accounts_of, describe, record, tally
-from jaxvaccine.data.batching import batch_indices, bucket_length, check_batch, collate, steps_for, training_batches
+from jaxvaccine.data.batching import (
+    batch_indices,
+    batch_lengths,
+    bucket_length,
+    check_batch,
+    collate,
+    steps_for,
+    training_batches,
+)
 from jaxvaccine.data.files import file_sha256, read_rows
 from jaxvaccine.data.kinds import DATASETS, EMBEDDED
 from jaxvaccine.data.loading import load, load_categories, load_examples
@@ -32,6 +40,7 @@ __all__ = [
     "TokenizedExamples",
     "accounts_of",
     "batch_indices",
+    "batch_lengths",
     "bucket_length",
     "check_batch",
     "check_disjoint",

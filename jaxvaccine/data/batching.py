@@ -16,7 +16,8 @@ from jaxvaccine.data.tokenizing import TokenizedExamples
 Batch = dict[str, np.ndarray]
 KEYS = ("input_ids", "labels", "attention_mask")
 # Streams that are drawn in the order of another: harmless answers go with the harmful ones to the same prompts, and the
-# user's data keeps the order of the runs in which it was still called "alignment", with and without a defense.
+# user's data keeps the order of the runs in which it was still called "alignment", with and without a defense. Their
+# batches have one length too: answers are compared position by position, and Lisa takes either batch.
 SAME_ORDER = {"harmless": "harmful", "user": "alignment"}
 
 
@@ -84,7 +85,10 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     for name, value, least in (("n", n, 1), ("batch_size", batch_size, 1), ("step", step, 0), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"{name}: found {value}, expected at least {least}")
-    first, last = step * batch_size, (step + 1) * batch_size
+    return _stream(n, seed, step * batch_size, (step + 1) * batch_size)
+
+
+def _stream(n: int, seed: int, first: int, last: int) -> np.ndarray:
     epochs = range(first // n, (last - 1) // n + 1)
     stream = np.concatenate([np.random.default_rng([seed, e]).permutation(n) for e in epochs])
     return stream[first - epochs[0] * n : last - epochs[0] * n]
@@ -105,15 +109,89 @@ def stream_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big")
 
 
+def batch_lengths(sources: Sequence[Mapping[str, tuple[TokenizedExamples, int]]], seeds: Sequence[int], bucket: int,
+                  steps: int) -> dict[str, np.ndarray]:
+    """{name: [steps] int64}: to which length the batch of each step is padded.
+
+    A common length of a step's batches would cost whatever reads the shorter one, so that each has its own. A step is
+    compiled for every combination of lengths: there are no more of them here than there would be common lengths.
+
+    Args:
+      sources: of `training_batches`, of all runs that are trained at once; they have the same names and sizes.
+      seeds: of these runs.
+      bucket: lengths are multiples of it.
+      steps: how many steps the runs make.
+    """
+    groups = sorted({_order(name) for name in sources[0]})
+    needed, rows = np.full((steps, len(groups)), bucket), np.zeros(len(groups), int)
+    for name, (_, size) in sources[0].items():
+        rows[groups.index(_order(name))] += size
+    for of, seed in zip(sources, seeds, strict=True):
+        for name, (examples, size) in of.items():
+            column = needed[:, groups.index(_order(name))]
+            lengths = np.array([len(ids) for ids in examples.input_ids])
+            stream = _stream(len(lengths), stream_seed(seed, _order(name)), 0, steps * size).reshape(steps, size)
+            np.maximum(column, -(-lengths[stream].max(axis=1) // bucket) * bucket, out=column)
+    chosen = _fewer_shapes(needed, rows)
+    return {name: chosen[:, groups.index(_order(name))] for name in sources[0]}
+
+
+def _order(name: str) -> str:
+    return SAME_ORDER.get(name, name)
+
+
+# Of more combinations than these, as with --bucket=1, not every two are tried.
+MOST_SHAPES = 256
+
+
+def _fewer_shapes(needed: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """needed [steps, G] raised until it has no more different rows than its rows have different maxima.
+
+    Args:
+      needed: what each step needs of each column.
+      rows: [G] int, the cost of 1 in each column.
+    """
+    longest = needed.max(axis=1)
+    classes = np.unique(longest)
+    by_longest = needed.copy()
+    for length in classes:
+        by_longest[longest == length] = needed[longest == length].max(axis=0)
+    shapes, of_step, counts = np.unique(needed, axis=0, return_inverse=True, return_counts=True)
+    if len(shapes) > MOST_SHAPES:
+        return by_longest
+    # Again and again the two shapes become one that together cost least.
+    clusters = [(shape, count, [i]) for i, (shape, count) in enumerate(zip(shapes, counts, strict=True))]
+    while len(clusters) > len(classes):
+        of, times = np.array([shape for shape, *_ in clusters]), np.array([count for _, count, _ in clusters])
+        joint = np.maximum(of[:, None], of[None]) @ rows
+        added = (joint - (of @ rows)[:, None]) * times[:, None]
+        added = (added + added.T).astype(float)
+        np.fill_diagonal(added, np.inf)
+        i, j = np.unravel_index(added.argmin(), added.shape)
+        (a, m, first), (b, n, second) = clusters[i], clusters[j]
+        clusters = [cluster for k, cluster in enumerate(clusters) if k not in (i, j)]
+        clusters.append((np.maximum(a, b), m + n, first + second))
+    merged = shapes.copy()
+    for shape, _, members in clusters:
+        merged[members] = shape
+    merged = merged[of_step.reshape(-1)]
+    return min(merged, by_longest, key=lambda found: (found @ rows).sum())
+
+
 def training_batches(
-    sources: Mapping[str, tuple[TokenizedExamples, int]], seed: int, bucket: int = 64
+    sources: Mapping[str, tuple[TokenizedExamples, int]], seed: int, bucket: int = 64,
+    lengths: Mapping[str, np.ndarray] | None = None,
 ) -> Callable[[int], dict[str, Batch]]:
     """Maps a step number (from 0) to {name: batch} for sources {name: (examples, batch size)}.
 
     Every source is a stream of its own (see batch_indices), its seed made from `seed` and its name, so that leaving one
-    out does not change the others; those in SAME_ORDER take another's. All batches of a step are padded to one common
-    length, the bucket of the longest row in any of them: a step then compiles once per bucket, and not once per
-    combination of buckets.
+    out does not change the others; those in SAME_ORDER take another's.
+
+    Args:
+      sources: what is drawn from.
+      seed: of the run.
+      bucket: lengths are multiples of it.
+      lengths: as of `batch_lengths`. Without them all batches of a step have one, the bucket of the longest row in any.
     """
     if not sources:
         raise ValueError("sources: found none, expected at least one")
@@ -123,15 +201,16 @@ def training_batches(
                 f"sources[{name!r}]: found {len(data.input_ids)} examples, batch size {batch_size}, "
                 "expected at least 1 of both"
             )
-    seeds = {name: stream_seed(seed, SAME_ORDER.get(name, name)) for name in sources}
+    seeds = {name: stream_seed(seed, _order(name)) for name in sources}
 
     def batches(step: int) -> dict[str, Batch]:
         rows = {
             name: batch_indices(len(data.input_ids), batch_size, step, seeds[name])
             for name, (data, batch_size) in sources.items()
         }
-        length = bucket_length(max(longest(sources[name][0], i) for name, i in rows.items()), bucket)
-        return {name: collate(sources[name][0], i, length) for name, i in rows.items()}
+        common = bucket_length(max(longest(sources[name][0], i) for name, i in rows.items()), bucket)
+        return {name: collate(sources[name][0], i, common if lengths is None else int(lengths[name][step]))
+                for name, i in rows.items()}
 
     return batches
 

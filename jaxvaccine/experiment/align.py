@@ -127,10 +127,12 @@ def align(config: AlignConfig, look: Callable[[Examples], None] = lambda example
     model, method = config.model, config.method
     examples = load_data(config.data, method)
     look(examples)
-    check_layers(method, stage.read_architecture(model.model, model.revision))
+    architecture = stage.read_architecture(model.model, model.revision)
+    check_layers(method, architecture)
     tokenizer = stage.load_tokenizer(model.model, model.revision)
     tokenized = tokenize(tokenizer, examples, config.data)
     dtype = stage.loaded_dtype(model.model, model.dtype, model.revision)
+    model.check_attention(architecture, dtype)
     run_dir = stage.open_run(
         config, config.run, "align", examples, {"model": inputs.of_model(model.model, model.revision)},
         {**stage.training_record(examples, tokenized), "dtype": dtype})
@@ -140,6 +142,6 @@ def align(config: AlignConfig, look: Callable[[Examples], None] = lambda example
     base = stage.load_base(model.model, model.dtype, revision=model.revision)
     adapter = init_adapter(base.model.clone(lora=lora), stage.fresh_key(config.run.seed))
     sources = batch_sources(method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
-    stage.train(run_dir, base, base.model.clone(lora=lora, remat=model.remat), adapter, method.make, sources,
+    stage.train(run_dir, base, model.on(base.model.clone(lora=lora)), adapter, method.make, sources,
                 config.training, config.run, config.data.bucket, stage.Origin(model.model, model.revision))
     return run_dir

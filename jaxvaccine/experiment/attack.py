@@ -272,7 +272,10 @@ def attack(config: AttackConfig, look: Callable[[Examples], None] = lambda examp
     config = dataclasses.replace(config, adapter=config.adapter.resolve(aligned["flags"], method),
                                  data=config.data.resolve(aligned["flags"], config.model.aligned))
     model_path, revision = aligned["flags"]["model"], aligned["flags"]["revision"]
-    layers = config.adapter.layer_mask(stage.read_architecture(model_path, revision).num_layers)
+    architecture = stage.read_architecture(model_path, revision)
+    layers = config.adapter.layer_mask(architecture.num_layers)
+    dtype = stage.loaded_dtype(model_path, config.model.dtype, revision)
+    config.model.check_attention(architecture, dtype)
     tokenizer = stage.load_tokenizer(model_path, revision)
     read, poisoned = read_data(config, config.run.seed, aligned_prompts(aligned["data"]["prompts"]), tokenizer)
     look(read)
@@ -283,13 +286,13 @@ def attack(config: AttackConfig, look: Callable[[Examples], None] = lambda examp
         {"model": inputs.of_model(model_path, revision), "aligned": inputs.of_run(config.model.aligned)},
         {**stage.training_record(examples, tokenized, poisoned.accounts, poisoned.shared),
          "poison_ratio": poisoned.poison_ratio, "n": len(tokenized["user"].input_ids),
-         "dtype": stage.loaded_dtype(model_path, config.model.dtype, revision)},
+         "dtype": dtype},
         {"model": model_path, "revision": revision})
     if inputs.is_finished(run_dir):
         return run_dir
     lora, new = config.adapter.sites().lora(), config.adapter.adapter == "new"
     base = stage.load_base(model_path, config.model.dtype, config.model.aligned, merge=new, revision=revision)
-    model = base.model.clone(lora=lora, remat=config.model.remat)
+    model = config.model.on(base.model.clone(lora=lora))
     adapter = init_adapter(model, stage.fresh_key(config.run.seed)) if base.adapter is None else base.adapter
     sources = {name: (rows, config.training.batch_size) for name, rows in tokenized.items()
                if not (name == "alignment" and isinstance(method, Ewc))}

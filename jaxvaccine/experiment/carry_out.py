@@ -283,7 +283,7 @@ def _align_lanes(context: Context, config: AlignConfig, base: stage.Base, tokeni
                  method: str, seeds: Sequence[int]) -> lanes.Lanes:
     """Aligned lanes: those of an earlier call, and new ones, which are measured, scored and saved."""
     cells = [Cell(backbone, method, "", seed) for seed in seeds]
-    start = lanes.fresh(base, config.adapter.lora(), config.model.remat, seeds)
+    start = lanes.fresh(base, config.adapter.lora(), config.model, seeds)
     new = [i for i, cell in enumerate(cells) if not result_path(context.root, cell).exists()]
     shared = split_method(method)[0]
     if new and method != shared:  # what the provider does comes after the alignment

@@ -20,7 +20,7 @@ from jaxvaccine.experiment import stage
 from jaxvaccine.experiment.attack import masked
 from jaxvaccine.experiment.config import FieldError
 from jaxvaccine.experiment.methods import AlignmentMethod, Ewc, TuningMethod
-from jaxvaccine.experiment.parts import TrainingPart
+from jaxvaccine.experiment.parts import ComputationPart, TrainingPart
 from jaxvaccine.llama import Llama, init_adapter, merge_adapter
 from jaxvaccine.llama_config import LoraConfig
 
@@ -156,7 +156,8 @@ def train(lanes: Lanes, method: Method, part: TrainingPart, bucket: int, sources
         raise FieldError("defense", "found 'ewc', expected another where many seeds are trained at once")
     steps = stage.count_steps(part, sources[0])
     init, step_fn = _compiled(lanes.model, method, part.optimizer(), steps, lanes.own_base)
-    streams = [data.training_batches(of, seed, bucket) for of, seed in zip(sources, seeds, strict=True)]
+    lengths = data.batch_lengths(sources, seeds, bucket, steps)
+    streams = [data.training_batches(of, seed, bucket, lengths) for of, seed in zip(sources, seeds, strict=True)]
     keys = jnp.stack([stage.training_key(seed) for seed in seeds])
     state, log = init(lanes.adapters), []
     for step in tqdm(range(steps), desc=description, unit="step", disable=not progress, dynamic_ncols=True):
@@ -175,10 +176,12 @@ def train(lanes: Lanes, method: Method, part: TrainingPart, bucket: int, sources
     return lanes, metrics
 
 
-def fresh(base: stage.Base, lora: LoraConfig, remat: str, seeds: Sequence[int]) -> Lanes:
+def fresh(base: stage.Base, lora: LoraConfig, part: ComputationPart, seeds: Sequence[int]) -> Lanes:
     """Lanes with new adapters, as `align` makes them for these seeds."""
-    model = base.model.clone(lora=lora, remat=remat)
-    if remat == "none" and model.config.num_layers <= MOST_LAYERS_A_TURN:
+    model = part.on(base.model.clone(lora=lora))
+    if not take_turns() and jax.__version_info__ < (0, 12):
+        model = model.clone(attention="xla")  # cuDNN's has no backward pass under vmap there
+    if model.remat == "none" and model.config.num_layers <= MOST_LAYERS_A_TURN:
         model = model.clone(layers_a_turn=model.config.num_layers)
     return Lanes(model, new_adapters(model, seeds), base.frozen)
 

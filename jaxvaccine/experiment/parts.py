@@ -4,9 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
+import jax
+
 from jaxvaccine import data, optim
+from jaxvaccine.attention import cudnn_lacks
 from jaxvaccine.experiment.config import FieldError, Part, field, library_errors, require
-from jaxvaccine.llama_config import TARGETS, LoraConfig
+from jaxvaccine.llama import Llama
+from jaxvaccine.llama_config import TARGETS, LlamaConfig, LoraConfig
 
 Dtype = Literal["checkpoint", "float32", "bfloat16", "float16"]
 # Nothing scales the loss: in float16 the gradient of a small one is zero.
@@ -15,6 +19,8 @@ TrainedDtype = Literal["checkpoint", "float32", "bfloat16"]
 AS_ALIGNED = "aligned"
 LaterPrompt = Literal["aligned", "alpaca", "plain"]
 LaterProtocol = Literal["aligned", "distinct", "rows"]
+# Flat names of how something is computed, and not what: a run may change them when it is continued.
+COMPUTED = ("remat", "microbatch_size", "attention")
 SOURCE = "kind:path-or-hub-id@split[start:stop], several separated by commas; hub-id#revision has one"
 
 
@@ -27,6 +33,23 @@ class ComputationPart(Part):
         "float16 files as bfloat16, since nothing scales the loss.")
     remat: Literal["none", "dots", "full"] = field(
         "full", "What is recomputed in the backward pass: nothing, all but matrix products, or everything in a layer.")
+    microbatch_size: int = field(
+        0, "Rows that are computed at a time; 0 is all. Gradients and norms are those of the whole batch. RepNoise "
+        "compares its harmful rows with each other, and takes them whole.", at_least=0)
+    attention: Literal["xla", "cudnn"] = field(
+        "xla", "By XLA's products; or by cuDNN's kernel, on a GPU and in bfloat16, with less memory for long rows.")
+
+    def check_attention(self, architecture: LlamaConfig, dtype: str) -> None:
+        """Raises FieldError if cuDNN is to compute what it can't: on this machine, or of this model in this type."""
+        if self.attention == "cudnn":
+            require(jax.default_backend() == "gpu", "attention", self.attention,
+                    f"xla on a {jax.default_backend()}: cuDNN's kernel needs an NVIDIA GPU")
+            lacking = cudnn_lacks(architecture, dtype)
+            require(lacking is None, "attention", self.attention, f"xla: cuDNN's kernel has no {lacking}")
+
+    def on(self, model: Llama) -> Llama:
+        """The model, computed so."""
+        return model.clone(**{name: getattr(self, name) for name in COMPUTED})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +147,8 @@ class TrainingRunPart(RunPart):
 
 # Flat names that do not change a run's result: recorded, and free to change when it is continued.
 OPERATIONAL = frozenset((
-    "run_dir", "overwrite", "save_every", "progress", "remat", "judge_key_variable", "judge_timeout", "judge_attempts",
-    "judge_workers", "judge_cache"))
+    *COMPUTED, "run_dir", "overwrite", "save_every", "progress", "judge_key_variable", "judge_timeout",
+    "judge_attempts", "judge_workers", "judge_cache"))
 
 
 def split_operational(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -21,6 +21,7 @@ from jaxvaccine.experiment.attack import AttackConfig, goes_on
 from jaxvaccine.experiment.config import FieldError, flat, make, parse, require
 from jaxvaccine.experiment.evaluate import EvaluateConfig
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING
+from jaxvaccine.experiment.parts import COMPUTED
 from jaxvaccine.experiment.recipes import METHODS as METHODS_OF_PAPERS
 from jaxvaccine.experiment.recipes import WORLD_ALIGN, WORLD_ATTACK
 from jaxvaccine.experiment.results import Cell
@@ -208,7 +209,7 @@ def cell_configs(settings: Settings, root: Path, cell: Cell) -> tuple[AlignConfi
             "aligned": str(folder), "run_dir": str(attack_folder(root, cell)),
             "test_data": settings.scores.tests.harmful_test, "save_every": aligned.run.save_every,
             "alignment_data": asked.get("alignment_data") or aligned.data.alignment_data if tuned else "",
-            **{name: getattr(aligned.model, name) for name in ("dtype", "remat")},
+            **{name: getattr(aligned.model, name) for name in ("dtype", *COMPUTED)},
             **{name: getattr(aligned.data, name) for name in ("bucket", "prompt", "data_protocol")}})
         # A table's p is what was trained.
         data.check_whole(attacked.data.n, attacked.data.poison_ratio)

@@ -216,12 +216,13 @@ def train(run_dir: Path, base: Base, model: Llama, adapter: Any, defense: Callab
     steps, estimator = count_steps(part, sources), defense(model)
     optimizer = optim.layer_masked_adamw(part.optimizer(), steps)
     state = training.init_train_state(adapter, estimator, optimizer)
+    lengths = data.batch_lengths([sources], [run.seed], bucket, steps)
     with open_checkpoints(run_dir / "checkpoints") as checkpoints:
         if checkpoints.latest_step() is not None:
             state = checkpoints.restore(state)
         state = training.fit(
             training.make_train_step(estimator, optimizer), state, base.frozen,
-            data.training_batches(sources, run.seed, bucket), steps=steps, key=training_key(run.seed),
+            data.training_batches(sources, run.seed, bucket, lengths), steps=steps, key=training_key(run.seed),
             metrics_path=run_dir / "metrics.jsonl", save=checkpoints.save, save_every=run.save_every,
             vocab_size=model.config.vocab_size, progress=run.progress, description=str(run_dir))
     leave_adapter(run_dir, state.adapter, model, of, steps)

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxvaccine.data.batching import (
+    MOST_SHAPES,
     batch_indices,
+    batch_lengths,
     bucket_length,
     check_batch,
     collate,
@@ -115,6 +117,64 @@ def test_sources_share_one_length_per_step():
         assert alignment["input_ids"].shape[1] == bucket_length(longest)
         seen.add(alignment["input_ids"].shape[1])
     assert seen == {192}, "a batch of all three harmful rows always has the longest"
+
+
+ROWS = st.lists(st.integers(2, 40), min_size=1, max_size=12)
+
+
+@given(alignment=ROWS, harmful=ROWS, sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)), bucket=st.integers(1, 16),
+       steps=st.integers(1, 12), seeds=st.lists(st.integers(0, 9), min_size=1, max_size=3))
+@settings(max_examples=100, deadline=None)
+def test_batches_of_their_own_lengths(alignment, harmful, sizes, bucket, steps, seeds):
+    """Every batch has room, none more than it needs for less compilation, and no sum is larger than with one length."""
+    of = {"alignment": (tokenized(alignment), sizes[0]), "harmful": (tokenized(harmful), sizes[1])}
+    lengths = batch_lengths([of] * len(seeds), seeds, bucket, steps)
+    common = np.zeros(steps, int)
+    for seed in seeds:
+        found = training_batches(of, seed, bucket, lengths)
+        plain = training_batches(of, seed, bucket)
+        for step in range(steps):
+            one, other = found(step), plain(step)
+            common[step] = max(common[step], other["alignment"]["input_ids"].shape[1])
+            for name in of:
+                check_batch(one[name])
+                assert one[name]["input_ids"].shape == (of[name][1], lengths[name][step])
+                kept = one[name]["attention_mask"].sum()
+                assert kept == other[name]["attention_mask"].sum()
+    assert all((found % bucket == 0).all() and found.max() <= common.max() for found in lengths.values())
+    shapes = set(zip(*(found.tolist() for found in lengths.values()), strict=True))
+    assert len(shapes) <= len(set(common.tolist()))
+    tokens = sum((lengths[name] * of[name][1]).sum() for name in of)
+    assert tokens <= common.sum() * sum(sizes)
+
+
+def test_lengths_of_short_refusals():
+    """The case for which lengths are their own: one source is short, the other long."""
+    of = {"alignment": (tokenized([5, 6, 7]), 2), "harmful": (tokenized([100, 60, 30, 20]), 2)}
+    lengths = batch_lengths([of], [0], 16, 50)
+    assert set(lengths["alignment"]) == {16}
+    assert set(lengths["harmful"]) == {32, 64, 112}
+
+
+def test_lengths_of_batches_that_go_together():
+    """Harmless answers are compared with harmful ones position by position; Lisa takes either of two batches."""
+    of = {"harmful": (tokenized([30, 3]), 1), "harmless": (tokenized([3, 50]), 1), "alignment": (tokenized([9]), 1)}
+    lengths = batch_lengths([of], [0], 8, 6)
+    np.testing.assert_array_equal(lengths["harmful"], lengths["harmless"])
+    assert set(lengths["alignment"]) == {16}
+    of = {"user": (tokenized([30, 3]), 1), "alignment": (tokenized([9, 70]), 1)}
+    lengths = batch_lengths([of], [0], 8, 6)
+    np.testing.assert_array_equal(lengths["user"], lengths["alignment"])
+
+
+def test_many_lengths(monkeypatch):
+    """Where combinations are too many to be compared, those of one longest length are one."""
+    rng = np.random.default_rng(0)
+    of = {name: (tokenized(rng.integers(2, 300, 400).tolist()), 1) for name in ("alignment", "harmful")}
+    lengths = batch_lengths([of], [0], 1, 400)
+    longest = np.maximum(*lengths.values())
+    shapes = set(zip(*(found.tolist() for found in lengths.values()), strict=True))
+    assert MOST_SHAPES > len(shapes) == len(set(longest.tolist()))
 
 
 def test_sources_are_independent_streams():

@@ -1,7 +1,9 @@
 """Alignments of a tiny model: what they write, how they go on, and what is said to bad input."""
 
+import json
 import shutil
 
+import numpy as np
 import pytest
 
 import jaxvaccine.training as training
@@ -11,7 +13,7 @@ from jaxvaccine.experiment.config import FieldError, change, flat, make
 from jaxvaccine.experiment.methods import Sft
 from jaxvaccine.experiment.parts import OPERATIONAL, TokensPart
 from jaxvaccine.json_files import read_json, write_json
-from tests.experiment.small_world import align_config, metrics, recorded, weights
+from tests.experiment.small_world import align_config, metrics, recorded, text_model, weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
 
@@ -45,6 +47,44 @@ def test_alignment_with_more_data(aligned, tmp_path, defense):
     assert weights(config.run.run_dir) != weights(aligned.run.run_dir)
     other = recorded(aligned.run.run_dir)["flags"]
     assert not {"ascent_weight", "inner_steps", "rho", "lam", "alpha", "layers", "base_defense", "freeze"} & set(other)
+
+
+def test_a_few_rows_at_a_time(aligned, tmp_path):
+    """The same run, and one that may go on with other microbatches."""
+    config = align_config(aligned.model.model, tmp_path / "run", microbatch_size=3)
+    align(config)
+    np.testing.assert_allclose([step["loss"] for step in metrics(tmp_path / "run")],
+                               [step["loss"] for step in metrics(aligned.run.run_dir)], rtol=1e-4)
+    assert weights(tmp_path / "run") != weights(aligned.run.run_dir), "sums in another order"
+    assert align(change(config, microbatch_size=2)) == tmp_path / "run"
+
+
+def test_cudnn_on_a_cpu(aligned, tmp_path):
+    with pytest.raises(FieldError, match="found 'cudnn', expected xla on a cpu") as error:
+        align(align_config(aligned.model.model, tmp_path / "run", attention="cudnn"))
+    assert error.value.name == "attention" and not (tmp_path / "run").exists()
+
+
+def test_a_step_is_compiled_once_per_bucket(tmp_path, monkeypatch):
+    """Of a run whose batches have all combinations of lengths."""
+    model, made, found = text_model(tmp_path), training.make_train_step, []
+    rng = np.random.default_rng(0)
+    for name in ("alignment", "harmful"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(
+            {"instruction": f"{name[0]} {i}", "output": "a" * int(rng.integers(1, 20))}) + "\n" for i in range(40)))
+
+    def counted(*arguments):
+        found.append(made(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(training, "make_train_step", counted)
+    align(align_config(
+        model, tmp_path / "run", prompt="plain", alignment_data=f"instructions:{tmp_path}/alignment.jsonl",
+        harmful_data=f"instructions:{tmp_path}/harmful.jsonl", defense="booster", steps=20, batch_size=1,
+        harmful_batch_size=1, max_length=32, bucket=16))
+    lengths = {step["tokens"] for step in metrics(tmp_path / "run")}
+    assert len(lengths) > 10
+    assert found[0]._cache_size() == 2, "three combinations of two lengths"
 
 
 def test_interrupted_run_continues(aligned, tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ def aligned_lanes(config, method=None, **bar):
     model = config.model.model
     tokenized = tokenize(data.load_tokenizer(model), load_data(config.data, config.method), config.data)
     sources = batch_sources(config.method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
-    start = lanes.fresh(stage.load_base(model, "checkpoint"), config.adapter.lora(), config.model.remat, SEEDS)
+    start = lanes.fresh(stage.load_base(model, "checkpoint"), config.adapter.lora(), config.model, SEEDS)
     return lanes.train(start, method or config.method, config.training, config.data.bucket, [sources] * len(SEEDS),
                        SEEDS, **bar)
 
@@ -128,7 +128,8 @@ def test_lanes_as_a_batch(model_dir, request):
 
 def first_step(config, method):
     """The lanes' state before the first step, and how many branches the step has that all lanes take together."""
-    start = lanes.fresh(stage.load_base(config.model.model, "checkpoint"), config.adapter.lora(), "none", SEEDS)
+    start = lanes.fresh(stage.load_base(config.model.model, "checkpoint"), config.adapter.lora(),
+                        dataclasses.replace(config.model, remat="none"), SEEDS)
     init, step = lanes._compiled(start.model, method, config.training.optimizer(), 6, False)
     state = jax.eval_shape(init, start.adapters)
     row = {name: jnp.ones((2, 2, 16), jnp.int32) for name in ("input_ids", "labels", "attention_mask")}

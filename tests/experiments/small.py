@@ -33,7 +33,7 @@ def attack_config(**changes):
 def moved_lanes(model, config):
     """(tokenizer, base, lanes of SEEDS), each with an adapter that does something."""
     base = stage.load_base(model, "checkpoint")
-    of = lanes.fresh(base, config.adapter.lora(), config.model.remat, SEEDS)
+    of = lanes.fresh(base, config.adapter.lora(), config.model, SEEDS)
     return data.load_tokenizer(model), base, of._replace(adapters=jax.tree.map(lambda x: x + 0.05, of.adapters))
 
 
