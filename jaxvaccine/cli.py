@@ -15,6 +15,7 @@ from absl import flags, logging
 from jaxvaccine.experiment import compare_judges, recipes
 from jaxvaccine.experiment.align import AlignConfig, align
 from jaxvaccine.experiment.attack import AttackConfig, attack, goes_on, split_new_adapter
+from jaxvaccine.experiment.compilation import keep_programs
 from jaxvaccine.experiment.config import FieldError, Setting, make, require, settings
 from jaxvaccine.experiment.evaluate import EvaluateConfig, evaluate
 from jaxvaccine.experiment.parts import COMPUTED
@@ -276,6 +277,7 @@ def call(name: str, verb: Verb, arguments: Sequence[str] | None = None) -> None:
             return
         if rest:
             raise ValueError(f"found arguments {rest}, expected flags only")
+        keep_programs()
         verb.call(values)
 
 

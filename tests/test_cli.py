@@ -17,7 +17,7 @@ from jaxvaccine.experiment.config import settings
 from jaxvaccine.report import plots
 from tests.experiment.small_world import world_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 ROOT = Path(__file__).parents[1]
 PARTS = {"align": [""], "finetune": [""], "evaluate": [""], "run": ["", "Alignment: ", "Attack: ", "Evaluation: "],
