@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -113,6 +114,36 @@ def tokenize(tokenizer, examples: Mapping[str, Sequence[data.Example]], part: To
     return tokenized
 
 
+class Prepared(NamedTuple):
+    """A run before its first step."""
+
+    run_dir: Path
+    sources: stage.Sources  # of its batches
+    architecture: LlamaConfig
+    dtype: str  # of the frozen weights
+
+
+def prepare(config: AlignConfig, look: Callable[[Examples], None] = lambda examples: None, write: bool = True
+            ) -> Prepared:
+    """Reads and checks all that the run needs but the weights, and opens its folder.
+
+    look and errors: as of `align`. write: as of `runs.open_run`.
+    """
+    model, method = config.model, config.method
+    examples = load_data(config.data, method)
+    look(examples)
+    architecture = stage.read_architecture(model.model, model.revision)
+    check_layers(method, architecture)
+    tokenizer = stage.load_tokenizer(model.model, model.revision)
+    tokenized = tokenize(tokenizer, examples, config.data)
+    dtype = stage.loaded_dtype(model.model, model.dtype, model.revision)
+    run_dir = stage.open_run(
+        config, config.run, "align", examples, {"model": inputs.of_model(model.model, model.revision)},
+        {**stage.training_record(examples, tokenized), "dtype": dtype}, write=write)
+    sources = batch_sources(method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
+    return Prepared(run_dir, sources, architecture, dtype)
+
+
 def align(config: AlignConfig, look: Callable[[Examples], None] = lambda examples: None) -> Path:
     """Carries out the run, or goes on with it; returns its folder at once if it has finished.
 
@@ -124,22 +155,12 @@ def align(config: AlignConfig, look: Callable[[Examples], None] = lambda example
       FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
       FileExistsError: the folder holds another run.
     """
-    model, method = config.model, config.method
-    examples = load_data(config.data, method)
-    look(examples)
-    check_layers(method, stage.read_architecture(model.model, model.revision))
-    tokenizer = stage.load_tokenizer(model.model, model.revision)
-    tokenized = tokenize(tokenizer, examples, config.data)
-    dtype = stage.loaded_dtype(model.model, model.dtype, model.revision)
-    run_dir = stage.open_run(
-        config, config.run, "align", examples, {"model": inputs.of_model(model.model, model.revision)},
-        {**stage.training_record(examples, tokenized), "dtype": dtype})
+    model, (run_dir, sources, _, _) = config.model, prepare(config, look)
     if inputs.is_finished(run_dir):
         return run_dir
     lora = config.adapter.lora()
     base = stage.load_base(model.model, model.dtype, revision=model.revision)
     adapter = init_adapter(base.model.clone(lora=lora), stage.fresh_key(config.run.seed))
-    sources = batch_sources(method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
-    stage.train(run_dir, base, base.model.clone(lora=lora, remat=model.remat), adapter, method.make, sources,
+    stage.train(run_dir, base, base.model.clone(lora=lora, remat=model.remat), adapter, config.method.make, sources,
                 config.training, config.run, config.data.bucket, stage.Origin(model.model, model.revision))
     return run_dir
