@@ -28,7 +28,7 @@ class Pass(NamedTuple):
     rows: int
     sites: float = 0  # layers whose [B, T, D] is held beside the layers' inputs: perturbations, their gradients, …
     trees: float = 1  # trees like the adapter, beside the state: gradients
-    rows_kept: float = 0  # [B, T, D] held once: final hidden states, …
+    waiting: int = 0  # rows of a pass before it that goes back after it, and keeps what it needs till then
 
 
 class Memory(NamedTuple):
@@ -143,8 +143,8 @@ def step(model: llama.Llama, passes: Sequence[Pass], length: int, state_bytes: i
     def of_pass(one: Pass) -> Memory:
         of = _sizes(model, one.rows, length)
         return Memory(
-            base, adapter, state_bytes - adapter, _kept(model, one.rows, length),
-            int((one.sites + one.rows_kept) * of.x), int(one.trees * adapter), _layer_work(model, one.rows, length),
+            base, adapter, state_bytes - adapter, _kept(model, one.rows + one.waiting, length),
+            int(one.sites * of.x), int(one.trees * adapter), _layer_work(model, one.rows, length),
             _logits(model, min(LOGITS_BLOCK, one.rows * length)))
 
     return max(map(of_pass, passes), key=lambda memory: memory.peak)
@@ -182,9 +182,14 @@ def decode(model: llama.Llama, rows: int, positions: int, prompt: int, *, block:
     kernels = 2 * of.up if grouped else 3 * of.up + 4 * of.out + WORKSPACE
     a_layer = cache // (2 * config.num_layers) if grouped else 0
     scores = 4 * rows * config.num_heads * (positions + block) * max(4, jnp.dtype(model.dtype).itemsize)
-    decoding = kernels + rows * block * a_slot + max(3 * a_layer + scores, _logits(model, rows))
+    # For a single row the output head is copied to float32, unless that is what it is.
+    head = 4 * config.vocab_size * config.hidden_size if jnp.dtype(model.dtype).itemsize < 4 else 0
+    recent, new = rows * block * a_slot, joining * prompt * a_slot
+    decoding = max(kernels + recent + max(3 * a_layer + scores, _logits(model, rows)),
+                   recent + head if rows == 1 else 0)
     # The keys and values of a single prompt are turned around before they are written.
-    new = joining * prompt * a_slot * (3 if joining == 1 else 1)
-    reading = kernels + new + max(3 * of.scores + of.seen + 3 * of.x, _logits(model, joining))
+    reading = max(kernels + (3 if joining == 1 else 1) * new
+                  + max(3 * of.scores + of.seen + 3 * of.x, _logits(model, joining)),
+                  new + head if joining == 1 else 0)
     dropping = cache * kept_rows(rows, smallest) // rows
     return Memory(*weights(model), cache=cache, layer=max(decoding, reading, dropping))

@@ -19,10 +19,11 @@ from jaxvaccine.experiment import align, attack, evaluate, inputs, memory, runs,
 from jaxvaccine.experiment.align import AlignConfig, Examples
 from jaxvaccine.experiment.attack import AttackConfig
 from jaxvaccine.experiment.config import Part, field, require
-from jaxvaccine.experiment.evaluate import DEFAULT_ROWS, LOSS, EvaluateConfig
+from jaxvaccine.experiment.evaluate import LOSS, EvaluateConfig
 from jaxvaccine.experiment.memory import GIB, Step, Target
 from jaxvaccine.experiment.parts import TrainingPart
 from jaxvaccine.llama import Llama
+from jaxvaccine.llama_config import LlamaConfig
 from jaxvaccine.memory import CARDS, card_device
 
 Look = Callable[[Examples], None]
@@ -50,12 +51,16 @@ class DryRun(Part):
         return [here] if here else [memory.card(name) for name in CARDS]
 
 
+def alignment_step(config: AlignConfig, architecture: LlamaConfig, dtype: str, length: int) -> Step:
+    """A step of an alignment; its model's name and its data are not read."""
+    model = Llama(architecture, config.adapter.lora(), jnp.dtype(dtype).type, remat=config.model.remat)
+    return Step(model, config.method, config.training.batch_size, config.data.harmful_batch_size, length)
+
+
 def of_alignment(config: AlignConfig, dry: DryRun, look: Look = lambda examples: None) -> str:
     """What `align` would do. Raises as it does."""
     _, sources, architecture, dtype = align.prepare(config, look, write=False)
-    model = Llama(architecture, config.adapter.lora(), jnp.dtype(dtype).type, remat=config.model.remat)
-    step = Step(model, config.method, config.training.batch_size, config.data.harmful_batch_size,
-                _length(sources, config.data.bucket))
+    step = alignment_step(config, architecture, dtype, _length(sources, config.data.bucket))
     return _training(step, sources, config.training, config.data.bucket, dry)
 
 
@@ -76,25 +81,26 @@ def of_evaluation(config: EvaluateConfig, dry: DryRun) -> str:
     architecture, tokenizer = stage.read_architecture(path, revision), stage.load_tokenizer(path, revision)
     lora = None if config.model.merge_adapter or not config.model.trained else _trained_lora(config.model.trained)
     model, generation = Llama(architecture, lora, jnp.dtype(dtype).type), config.generation
-    said = []
+    said, targets = [], dry.targets()
     for task, rows in examples.items():
         if task == LOSS:
             continue
         check_examples(task, rows)
         prompts = data.encode_prompts(tokenizer, rows, prompt=config.tests.form)
-        asked = memory.decoding(model, prompts, generation.longest(task), generation.eval_bucket,
-                                generation.eval_batch_size or DEFAULT_ROWS)
-        said.append(f"{task}: {len(rows)} prompts, {asked.positions} positions each, prompt and answer")
-        for target in dry.targets():
-            room = target.largest - sum(memory_model.weights(model))
-            most = memory.largest_decoding(asked, int((1 - memory.MARGIN) * room)) if room > 0 else 0
-            of = asked if generation.eval_batch_size else dataclasses.replace(
-                asked, rows=max(1, min(most, len(rows))))
-            found = of.estimate()
-            said += [f"  {of.rows} rows together, GiB: {memory.parts(found)}",
-                     f"  peak {found.peak / GIB:.2f} GiB by the formula",
-                     f"  {memory.verdict(found.peak, target)}; largest --eval_batch_size {most}"]
+        of = memory.decoding(model, prompts, generation.longest(task), generation.eval_bucket, generation.rows)
+        if len(targets) == 1 and not generation.eval_batch_size:
+            of = dataclasses.replace(of, rows=max(1, min(_rows(of, targets[0].reserved), len(rows))))
+        found = of.estimate()
+        said += [f"{task}: {len(rows)} prompts, {of.rows} together, {of.positions} positions each",
+                 f"GiB: {memory.parts(found)}", f"peak {found.peak / GIB:.2f} GiB by the formula"]
+        said += [f"{memory.verdict(found.peak, target)}; largest --eval_batch_size {_rows(of, target.largest)}"
+                 for target in targets]
     return "\n".join(said)
+
+
+def _rows(of: memory.Decoding, room: int) -> int:
+    """How many rows `evaluate` would decode together if JAX has so many bytes."""
+    return memory.largest_decoding(of, int((1 - memory.MARGIN) * (room - sum(memory_model.weights(of.model)))))
 
 
 def _trained_lora(run_dir: str):
@@ -121,7 +127,7 @@ def _training(step: Step, sources: stage.Sources, part: TrainingPart, bucket: in
         said.append(f"peak {peak / GIB:.2f} GiB by XLA's compiler for {dry.card}")
     for target in dry.targets():
         most = memory.largest_batch(step, target.largest)
-        said.append(f"{memory.verdict(peak, target)}; largest --batch_size {most}")
+        said.append(f"{memory.verdict(peak, target)}; largest batches {most}")
         helpful = memory.helpful_flag(step, target.largest, bucket) if peak > target.largest else None
         if helpful:
             flag, less, enough = helpful

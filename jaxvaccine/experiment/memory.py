@@ -22,8 +22,9 @@ from jaxvaccine.memory_model import Memory, Pass
 
 CONTEXT = GIB // 2  # what CUDA itself takes of a card, which no program gets
 FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # of the card, that JAX takes when it starts; 0.75 unless given
+MOST = 2**14  # rows: where a search for more ends
 MARGIN = 0.1  # of what is free, which decoding leaves to what no formula knows, such as fragmentation
-REPNOISE_SITES = 4.7  # of all layers, beside their inputs: XLA's schedules take 4.2 to 5.2, by card and model
+REPNOISE_SITES = 3.7  # of all layers: XLA's schedules take 3.2 to 4.2, by card and model
 
 
 class Target(NamedTuple):
@@ -74,7 +75,7 @@ def passes(method: AlignmentMethod | TuningMethod, layers: int, rows: int, harmf
         case methods.TVaccine():  # the same of S layers; the probe keeps no gradient
             return [Pass(rows, sites=method.layers), Pass(harmful_rows)]
         case methods.RepNoise():  # the inputs and MLP outputs of all layers, and their gradients
-            return [Pass(harmful_rows, sites=REPNOISE_SITES * layers), Pass(rows)]
+            return [Pass(harmful_rows, sites=REPNOISE_SITES * layers, waiting=rows), Pass(rows)]
         case methods.Tar():  # the hidden states' gradients; the attack's adapter, optimizer and gradients
             return [Pass(rows, sites=layers, trees=2), Pass(harmful_rows, trees=5)]
         case methods.Booster():  # three gradients; the exact one keeps what the first pass did
@@ -193,13 +194,14 @@ def _largest(values: list[int], fits: Callable[[int], bool]) -> int | None:
 
 
 def largest_batch(step: Step, room: int) -> int:
-    """The most rows of the alignment's or the user's batch, the others as they are, that take at most `room` bytes; 0
-    if none."""
-    def fits(rows: int) -> bool:
-        return dataclasses.replace(step, rows=rows).estimate().peak <= room
+    """The most rows, of all batches alike, that take at most `room` bytes; 0 if not even one does."""
+    return _most(lambda rows: dataclasses.replace(step, rows=rows, harmful_rows=rows).estimate().peak <= room)
 
+
+def _most(fits: Callable[[int], bool]) -> int:
+    """The largest number of rows that fits, at most MOST; 0 if none does."""
     top = 1
-    while fits(top) and top < 2**16:
+    while top < MOST and fits(top):
         top *= 2
     return _largest(list(range(top, 0, -1)), fits) or 0
 
@@ -246,15 +248,13 @@ def decoding(model: Llama, prompts: Sequence[np.ndarray], max_new_tokens: int, b
 
 
 def largest_decoding(of: Decoding, room: int) -> int:
-    """The most rows, in eights if there are eight, that take at most `room` bytes beside weights and adapter."""
+    """The most rows, in eights if there are eight, that take at most `room` bytes beside weights and adapter; 0
+    if not even one does."""
     def fits(rows: int) -> bool:
         found = dataclasses.replace(of, rows=rows).estimate()
         return found.peak - found.weights - found.adapter <= room
 
-    top = 1
-    while fits(top) and top < 2**16:
-        top *= 2
-    rows = _largest(list(range(top, 0, -1)), fits) or 1
+    rows = _most(fits)
     return rows if rows < 8 else rows // 8 * 8
 
 
@@ -270,14 +270,16 @@ def free_memory() -> int | None:
 def rows_that_fit(model: Llama, prompts: Sequence[np.ndarray], max_new_tokens: int, bucket: int) -> int | None:
     """How many rows this machine's GPU has room to decode beside what lies there; None without a GPU."""
     room = free_memory()
-    return room and largest_decoding(decoding(model, prompts, max_new_tokens, bucket, 1), room)
+    if room is None:
+        return None
+    return max(1, largest_decoding(decoding(model, prompts, max_new_tokens, bucket, 1), room))
 
 
 def parts(of: Memory) -> str:
     """Where the bytes go, in GiB."""
     named = {"weights": of.weights, "adapter": of.adapter, "optimizer and defense": of.optimizer,
              "kept of all layers": of.boundaries, "perturbations": of.perturbations, "gradients": of.gradients,
-             "cache": of.cache}
+             "keys and values": of.cache}
     worst = ("one layer", of.layer) if of.layer >= of.logits else ("logits", of.logits)
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in (*named.items(), worst) if size)
 
