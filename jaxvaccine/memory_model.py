@@ -29,6 +29,7 @@ class Pass(NamedTuple):
     sites: float = 0  # layers whose [B, T, D] is held beside the layers' inputs: perturbations, their gradients, …
     trees: float = 1  # trees like the adapter, beside the state: gradients
     waiting: int = 0  # rows of a pass before it that goes back after it, and keeps what it needs till then
+    everything: bool = False  # is kept of the layers: a second derivative undoes rematerialisation
 
 
 class Memory(NamedTuple):
@@ -97,14 +98,26 @@ def _layer_work(model: llama.Llama, rows: int, length: int) -> int:
     masks = of.scores + of.seen
     # The scores and their softmax.
     forward = masks + 2 * of.scores + 3 * of.x + of.out + kernels
+    # Gemma2: the capped scores beside the others, GELU in float32.
+    capped = of.scores if model.config.attn_logit_softcapping else 0
+    in_full = of.mlp if model.config.family.activation != "silu" else 0
     # Of the softmax: weights, their gradient and that of the scores.
-    attention = 2 * of.scores + of.weights + 3 * of.mlp + 5 * of.x + 2 * of.q + 2 * of.kv + 2 * of.out
+    attention = 2 * (of.scores + capped) + of.weights + 3 * of.mlp + 5 * of.x + 2 * of.q + 2 * of.kv + 2 * of.out
     # Of the gate: both products, their gradients, and what the last product reads.
-    mlp = (of.scores + (0 if grouped else of.weights) + (6 if grouped else 5) * of.mlp + 3 * of.x + 2 * of.q
-           + 2 * of.kv + kernels + of.out)
+    mlp = (of.scores + capped + in_full + (0 if grouped else of.weights) + (6 if grouped else 5) * of.mlp
+           + 3 * of.x + 2 * of.q + 2 * of.kv + kernels + of.out)
     # In a small model, a product's workspace.
     product = masks + of.scores + 2 * of.mlp + 3 * of.x + kernels + WORKSPACE
-    return max(forward, attention, mlp, product)
+    return max(forward, attention, mlp, product) + sum(_dropped(model, of))
+
+
+def _dropped(model: llama.Llama, of: _Layer) -> tuple[int, int]:
+    """With dropout: the adapters' inputs in a layer, which are no longer those of the kernels, and the random bits of
+    the widest."""
+    targets = model.lora.targets if model.lora and model.lora.dropout else ()
+    widths = {"o_proj": of.q, "down_proj": of.mlp}
+    inputs = [widths.get(name, of.x) for name in targets]
+    return sum(inputs), max(inputs, default=0) * 4 // jnp.dtype(model.dtype).itemsize
 
 
 def _kept(model: llama.Llama, rows: int, length: int) -> int:
@@ -120,7 +133,7 @@ def _kept(model: llama.Llama, rows: int, length: int) -> int:
         return config.num_layers * (of.x + products)
     # Nothing is computed anew: what is multiplied, normed, and every step of softmax and gate.
     float32 = 2 * of.x * max(1, 4 // jnp.dtype(model.dtype).itemsize)
-    inputs = 2 * of.x + (of.q if "o_proj" in targets else 0)
+    inputs = 2 * of.x + (of.q if "o_proj" in targets else 0) + _dropped(model, of)[0]
     return config.num_layers * (float32 + inputs + of.q + 2 * of.kv + 5 * of.mlp + 2 * of.scores + of.weights)
 
 
@@ -141,9 +154,9 @@ def step(model: llama.Llama, passes: Sequence[Pass], length: int, state_bytes: i
     base, adapter = weights(model)
 
     def of_pass(one: Pass) -> Memory:
-        of = _sizes(model, one.rows, length)
+        of, keeping = _sizes(model, one.rows, length), model.clone(remat="none") if one.everything else model
         return Memory(
-            base, adapter, state_bytes - adapter, _kept(model, one.rows + one.waiting, length),
+            base, adapter, state_bytes - adapter, _kept(keeping, one.rows + one.waiting, length),
             int(one.sites * of.x), int(one.trees * adapter), _layer_work(model, one.rows, length),
             _logits(model, min(LOGITS_BLOCK, one.rows * length)))
 
@@ -158,8 +171,9 @@ def merge(model: llama.Llama) -> Memory:
 
 def kept_rows(rows: int, smallest: int) -> int:
     """The most rows that go on in a smaller batch, beside which the cache of all is there for a moment."""
-    half = 1 << max(rows // 2 - 1, 0).bit_length()
-    return max(rows // 2, *(size for size in (half, smallest) if size < rows), 1)
+    size = max(smallest, 1 << max(rows // 2 - 1, 0).bit_length())
+    # Or all of them, with half of the positions.
+    return max(rows // 2, size if size < rows else 1)
 
 
 def decode(model: llama.Llama, rows: int, positions: int, prompt: int, *, block: int, joining: int, smallest: int

@@ -24,7 +24,7 @@ CONTEXT = GIB // 2  # what CUDA itself takes of a card, which no program gets
 FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # of the card, that JAX takes when it starts; 0.75 unless given
 MOST = 2**14  # rows: where a search for more ends
 MARGIN = 0.1  # of what is free, which decoding leaves to what no formula knows, such as fragmentation
-REPNOISE_SITES = 3.7  # of all layers: XLA's schedules take 3.2 to 4.2, by card and model
+REPNOISE_SITES = 3.6  # of all layers: XLA's schedules take 3.2 to 4.2, by card and model
 
 
 class Target(NamedTuple):
@@ -74,12 +74,14 @@ def passes(method: AlignmentMethod | TuningMethod, layers: int, rows: int, harmf
             return [Pass(rows, sites=layers)]
         case methods.TVaccine():  # the same of S layers; the probe keeps no gradient
             return [Pass(rows, sites=method.layers), Pass(harmful_rows)]
-        case methods.RepNoise():  # the inputs and MLP outputs of all layers, and their gradients
-            return [Pass(harmful_rows, sites=REPNOISE_SITES * layers, waiting=rows), Pass(rows)]
+        case methods.RepNoise():  # of the harmful rows the inputs and MLP outputs of all layers, and their gradients
+            sites = REPNOISE_SITES * layers
+            return [Pass(rows, sites=sites * harmful_rows / rows, waiting=harmful_rows),
+                    Pass(harmful_rows, sites=sites)]
         case methods.Tar():  # the hidden states' gradients; the attack's adapter, optimizer and gradients
             return [Pass(rows, sites=layers, trees=2), Pass(harmful_rows, trees=5)]
-        case methods.Booster():  # three gradients; the exact one keeps what the first pass did
-            harmful = Pass(harmful_rows, sites=2 * layers if method.exact else 0, trees=4)
+        case methods.Booster():  # three gradients
+            harmful = Pass(harmful_rows, sites=3 * layers if method.exact else 0, trees=4, everything=method.exact)
             return [*passes(method.base, layers, rows, harmful_rows), harmful]
         case _:
             return [Pass(rows)]
