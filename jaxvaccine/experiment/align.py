@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -113,16 +114,20 @@ def tokenize(tokenizer, examples: Mapping[str, Sequence[data.Example]], part: To
     return tokenized
 
 
-def align(config: AlignConfig, look: Callable[[Examples], None] = lambda examples: None) -> Path:
-    """Carries out the run, or goes on with it; returns its folder at once if it has finished.
+class Prepared(NamedTuple):
+    """A run before its first step."""
 
-    Args:
-      config: of the run.
-      look: is shown the examples that were read, before anything is trained.
+    run_dir: Path
+    sources: stage.Sources  # of its batches
+    architecture: LlamaConfig
+    dtype: str  # of the frozen weights
 
-    Raises:
-      FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
-      FileExistsError: the folder holds another run.
+
+def prepare(config: AlignConfig, look: Callable[[Examples], None] = lambda examples: None, write: bool = True
+            ) -> Prepared:
+    """Reads and checks all that the run needs but the weights, and opens its folder.
+
+    look and errors: as of `align`. write: as of `runs.open_run`.
     """
     model, method = config.model, config.method
     examples = load_data(config.data, method)
@@ -135,13 +140,28 @@ def align(config: AlignConfig, look: Callable[[Examples], None] = lambda example
     model.check_attention(architecture, dtype)
     run_dir = stage.open_run(
         config, config.run, "align", examples, {"model": inputs.of_model(model.model, model.revision)},
-        {**stage.training_record(examples, tokenized), "dtype": dtype})
+        {**stage.training_record(examples, tokenized), "dtype": dtype}, write=write)
+    sources = batch_sources(method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
+    return Prepared(run_dir, sources, architecture, dtype)
+
+
+def align(config: AlignConfig, look: Callable[[Examples], None] = lambda examples: None) -> Path:
+    """Carries out the run, or goes on with it; returns its folder at once if it has finished.
+
+    Args:
+      config: of the run.
+      look: is shown the examples that were read, before anything is trained.
+
+    Raises:
+      FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
+      FileExistsError: the folder holds another run.
+    """
+    model, (run_dir, sources, _, _) = config.model, prepare(config, look)
     if inputs.is_finished(run_dir):
         return run_dir
     lora = config.adapter.lora()
     base = stage.load_base(model.model, model.dtype, revision=model.revision)
     adapter = init_adapter(base.model.clone(lora=lora), stage.fresh_key(config.run.seed))
-    sources = batch_sources(method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
-    stage.train(run_dir, base, model.on(base.model.clone(lora=lora)), adapter, method.make, sources,
+    stage.train(run_dir, base, model.on(base.model.clone(lora=lora)), adapter, config.method.make, sources,
                 config.training, config.run, config.data.bucket, stage.Origin(model.model, model.revision))
     return run_dir

@@ -121,16 +121,17 @@ def prompts_of(examples: Sequence[data.Example]) -> list[str]:
 
 def open_run(config: Any, run: RunPart, script: str, examples: Mapping[str, Sequence[data.Example]],
              made_of: Mapping[str, Any], more: Mapping[str, Any] = MappingProxyType({}),
-             flags: Mapping[str, Any] = MappingProxyType({}), changeable: Collection[str] = ()) -> Path:
+             flags: Mapping[str, Any] = MappingProxyType({}), changeable: Collection[str] = (), write: bool = True
+             ) -> Path:
     """`runs.open_run` of a config, of the examples that it reads and of its other inputs.
 
     made_of: `inputs.of_model` and the like, by what it is of. more: of the data, beside that and the examples' hashes.
-    flags: beside the config's own. changeable: as of `runs.open_run`.
+    flags: beside the config's own. changeable, write: as of `runs.open_run`.
     """
     result, operational = split_operational(flat(config))
     return runs.open_run(run.run_dir, script, {**flags, **result}, {
         "hashes": {name: runs.examples_hash(rows) for name, rows in examples.items()}, "inputs": made_of, **more},
-        operational, run.overwrite, changeable)
+        operational, run.overwrite, changeable, write)
 
 
 def training_record(examples: Mapping[str, Sequence[data.Example]], tokenized: Mapping[str, data.TokenizedExamples],
