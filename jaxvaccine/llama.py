@@ -335,7 +335,7 @@ def read_out(model: Llama, frozen, hidden):
 
 def _init(model: Llama, key):
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return model.init(key, tokens, jnp.ones_like(tokens))
+    return model.clone(attention="xla").init(key, tokens, jnp.ones_like(tokens))  # here cuDNN need not be
 
 
 def init_frozen(model: Llama, key):

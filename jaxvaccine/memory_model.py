@@ -29,6 +29,8 @@ class Pass(NamedTuple):
     sites: float = 0  # layers whose [B, T, D] is held beside the layers' inputs: perturbations, their gradients, …
     trees: float = 1  # trees like the adapter, beside the state: gradients
     waiting: int = 0  # rows of a pass before it that goes back after it, and keeps what it needs till then
+    perturbs: bool = False  # whether the sites are perturbations, of all rows however few are computed at a time
+    divides: bool = True  # whether a few rows can be computed at a time
     everything: bool = False  # is kept of the layers: a second derivative undoes rematerialisation
 
 
@@ -78,7 +80,9 @@ def weights(model: llama.Llama) -> tuple[int, int]:
 
 def _sizes(model: llama.Llama, rows: int, length: int) -> _Layer:
     c, size = model.config, jnp.dtype(model.dtype).itemsize
-    tokens, squares = rows * length, rows * c.num_heads * length * length
+    tokens = rows * length
+    # cuDNN's kernel holds no scores.
+    squares = 0 if model.attention == "cudnn" else tokens * c.num_heads * length
     return _Layer(
         *(size * tokens * width for width in (
             c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size)),

@@ -62,6 +62,6 @@ def test_a_step(name):
         size = math.prod(shape)
         assert not (CONFIG.vocab_size in shape and size >= ROWS * LENGTH * CONFIG.vocab_size), line
         # Layers' weights, stacked, are parameters and are passed on; nothing makes others of them.
-        if operation in ("fusion", "copy", "transpose", "convert") and len(shape) == 3 and shape[0] == CONFIG.num_layers:
-            assert size < CONFIG.num_layers * CONFIG.hidden_size * 2 * CONFIG.head_dim or dtype != "bf16" or (
-                ROWS * LENGTH in shape), line
+        stacked = dtype == "bf16" and len(shape) == 3 and shape[0] == CONFIG.num_layers and ROWS * LENGTH not in shape
+        if stacked and operation in ("fusion", "copy", "transpose", "convert"):
+            assert size < CONFIG.num_layers * CONFIG.hidden_size * 2 * CONFIG.head_dim, line

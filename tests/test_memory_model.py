@@ -31,7 +31,7 @@ def test_of_every_kind_there_are_cases():
     assert {of.num_heads > of.num_kv_heads for of in models} == {True, False}
     assert {of.tie_word_embeddings for of in models} == {True, False}
     assert min(case.length for case in steps) == 64 and max(case.length for case in steps) == 2048
-    assert min(case.rows for case in steps) == 1 and max(case.rows for case in steps) == 32
+    assert min(case.rows for case in steps) == 1 and max(case.rows for case in steps) >= 32
 
 
 @pytest.mark.parametrize("model", sorted({case.model for case in CASES}))
@@ -76,8 +76,8 @@ def test_what_is_kept_follows_remat_and_the_method():
 def test_rows_at_a_time():
     """What is computed of a batch at a time is all that is kept; the sum of gradients is one tree more."""
     model = llama.Llama(SIZES["llama-2-7b"], LoraConfig(8), jnp.bfloat16)
-    some, all_of_five = (Step(model, methods.Sft(), rows, rows, 256, microbatch).estimate()
-                         for rows, microbatch in ((10, 5), (5, 0)))
+    some, all_of_five = (Step(model.clone(microbatch_size=size), methods.Sft(), rows, rows, 256).estimate()
+                         for rows, size in ((10, 5), (5, 0)))
     assert some.boundaries == all_of_five.boundaries and some.layer == all_of_five.layer
     assert some.gradients == all_of_five.gradients + some.adapter
 

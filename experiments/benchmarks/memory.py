@@ -27,10 +27,9 @@ from jaxvaccine.evaluation import decoding
 from jaxvaccine.evaluation.generate import BLOCK, SMALLEST, joining
 from jaxvaccine.evaluation.sampling import Sampling
 from jaxvaccine.experiment import memory, recipes, stage
-from jaxvaccine.experiment.align import AlignConfig
+from jaxvaccine.experiment.align import AlignConfig, step_of
 from jaxvaccine.experiment.attack import AttackConfig
 from jaxvaccine.experiment.config import FieldError, Part, field, make, parse
-from jaxvaccine.experiment.dry_run import alignment_step
 from jaxvaccine.experiment.memory import Decoding, Step, Target
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING, AlignmentMethod, TuningMethod
 from jaxvaccine.llama_config import Llama3RopeScaling, LlamaConfig, LoraConfig
@@ -80,7 +79,7 @@ def step_memory(config: AlignConfig, dtype: str, architecture: LlamaConfig, devi
       architecture: the model.
       device: which it is compiled for, as of `memory.card_device`; None is this machine's.
     """
-    step = alignment_step(config, architecture, dtype, config.data.max_length)
+    step = step_of(config, llama.Llama(architecture, dtype=jnp.dtype(dtype).type), config.data.max_length)
     of, (weights, _) = step.compiled(device), memory_model.weights(step.model)
     return StepMemory(*(size / GIB for size in (weights, tree_bytes(step.state()), of.temporary, of.peak)))
 
@@ -220,8 +219,8 @@ def lines(config: MemoryConfig, compile_for: jax.Device | None, compiles: bool) 
                                                 config.max_length), 64)
         else:
             for of, pair in alignments(config.recipes, config.remat).items():
-                yield of_step(model, pair, alignment_step(of, architecture, config.dtype, of.data.max_length),
-                              of.data.bucket)
+                base = llama.Llama(architecture, dtype=jnp.dtype(config.dtype).type)
+                yield of_step(model, pair, step_of(of, base, of.data.max_length), of.data.bucket)
         yield line(model, "merging", "", memory_model.merge(_with_adapter(architecture, config.dtype)),
                    merge_memory(architecture, config.dtype, compile_for) if compiles else None)
         of = Decoding(llama.Llama(architecture, None, jnp.dtype(config.dtype).type), config.rows, config.positions,

@@ -44,6 +44,8 @@ class Case(NamedTuple):
     rank: int
     dropout: float
     targets: str
+    microbatch_size: int
+    attention: str
     arguments: int
     temporary: int
     peak: int
@@ -51,7 +53,8 @@ class Case(NamedTuple):
     def program(self) -> Step | Decoding:
         """What has this memory."""
         lora = LoraConfig(self.rank, dropout=self.dropout, targets=tuple(self.targets.split()) or TARGETS)
-        model = llama.Llama(architecture(self.model), lora, jnp.dtype(self.dtype).type, remat=self.remat)
+        model = llama.Llama(architecture(self.model), lora, jnp.dtype(self.dtype).type, remat=self.remat,
+                            microbatch_size=self.microbatch_size, attention=self.attention)
         if self.method == DECODING:
             return Decoding(model, self.rows, self.length, self.harmful_rows)
         return Step(model, method_of(self.method), self.rows, self.harmful_rows, self.length)
@@ -104,10 +107,12 @@ def benchmark(cases: Sequence[Case]) -> str:
     lines = []
     for case in cases:
         temporary, peak = errors(case)
-        lines.append([case.card, case.model, case.method, f"{case.rows} × {case.length}", case.dtype, case.remat,
+        size = f"{case.rows} × {case.length}" + (f" by {case.microbatch_size}" if case.microbatch_size else "")
+        lines.append([case.card, case.model, case.method, size, case.dtype, case.remat, case.attention,
                       f"{case.temporary / GIB:.2f}", f"{temporary:+.1%}", f"{case.peak / GIB:.2f}", f"{peak:+.1%}"])
     worst = [max(abs(of) for of in column) for column in zip(*map(errors, cases), strict=True)]
-    header = ["card", "model", "method", "batch", "dtype", "remat", "temporary", "formula", "peak", "formula"]
+    header = ["card", "model", "method", "batch", "dtype", "remat", "attention", "temporary", "formula", "peak",
+              "formula"]
     return table(header, lines) + (f"\n\n{len(cases)} cases; the formula is at most {worst[0]:.1%} from the compiler's "
                                    f"temporary memory and {worst[1]:.1%} from its peak")
 

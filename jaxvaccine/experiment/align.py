@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxvaccine import data
-from jaxvaccine.experiment import inputs, stage
+from jaxvaccine.experiment import inputs, memory, stage
 from jaxvaccine.experiment.config import choice, field, flat, require
 from jaxvaccine.experiment.methods import ALIGNMENT, AlignmentMethod, Tar, TVaccine, uses
 from jaxvaccine.experiment.parts import (
@@ -21,7 +21,7 @@ from jaxvaccine.experiment.parts import (
     TrainingRunPart,
     check_sources,
 )
-from jaxvaccine.llama import init_adapter
+from jaxvaccine.llama import Llama, init_adapter
 from jaxvaccine.llama_config import LlamaConfig
 
 Examples = dict[str, list[data.Example]]
@@ -145,6 +145,13 @@ def prepare(config: AlignConfig, look: Callable[[Examples], None] = lambda examp
     return Prepared(run_dir, sources, architecture, dtype)
 
 
+def step_of(config: AlignConfig, model: Llama, length: int) -> memory.Step:
+    """What a step's memory depends on; config's own model and data are not read. length: the longest batch's."""
+    model = config.model.on(model.clone(lora=config.adapter.lora()))
+    step = memory.Step(model, config.method, config.training.batch_size, config.data.harmful_batch_size, length)
+    return dataclasses.replace(step, model=memory.with_remat(config.model.remat, step))
+
+
 def align(config: AlignConfig, look: Callable[[Examples], None] = lambda examples: None) -> Path:
     """Carries out the run, or goes on with it; returns its folder at once if it has finished.
 
@@ -159,9 +166,9 @@ def align(config: AlignConfig, look: Callable[[Examples], None] = lambda example
     model, (run_dir, sources, _, _) = config.model, prepare(config, look)
     if inputs.is_finished(run_dir):
         return run_dir
-    lora = config.adapter.lora()
     base = stage.load_base(model.model, model.dtype, revision=model.revision)
-    adapter = init_adapter(base.model.clone(lora=lora), stage.fresh_key(config.run.seed))
-    stage.train(run_dir, base, model.on(base.model.clone(lora=lora)), adapter, config.method.make, sources,
-                config.training, config.run, config.data.bucket, stage.Origin(model.model, model.revision))
+    adapted = step_of(config, base.model, stage.longest_batch(sources, config.data.bucket)).model
+    adapter = init_adapter(adapted, stage.fresh_key(config.run.seed))
+    stage.train(run_dir, base, adapted, adapter, config.method.make, sources, config.training, config.run,
+                config.data.bucket, stage.Origin(model.model, model.revision))
     return run_dir

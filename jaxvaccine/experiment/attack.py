@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxvaccine import data, defenses
-from jaxvaccine.experiment import inputs, stage
+from jaxvaccine.experiment import inputs, memory, stage
 from jaxvaccine.experiment.align import Examples, tokenize
 from jaxvaccine.experiment.config import FieldError, Part, choice, field, flat, require
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING, Ewc, TuningMethod
@@ -301,6 +301,13 @@ def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda exam
     return Prepared(config, run_dir, sources, fisher, architecture, layers, origin, dtype)
 
 
+def step_of(config: AttackConfig, model: Llama, length: int) -> memory.Step:
+    """`align.step_of` of an attack with nothing left open."""
+    rows, model = config.training.batch_size, config.model.on(model.clone(lora=config.adapter.sites().lora()))
+    step = memory.Step(model, config.method, rows, rows, length)
+    return dataclasses.replace(step, model=memory.with_remat(config.model.remat, step))
+
+
 def attack(config: AttackConfig, look: Callable[[Examples], None] = lambda examples: None) -> Path:
     """Carries out the run, or goes on with it; returns its folder at once if it has finished.
 
@@ -317,7 +324,7 @@ def attack(config: AttackConfig, look: Callable[[Examples], None] = lambda examp
         return run_dir
     base = stage.load_base(origin.model, config.model.dtype, config.model.aligned, merge=bool(origin.aligned),
                            revision=origin.revision)
-    model = config.model.on(base.model.clone(lora=config.adapter.sites().lora()))
+    model = step_of(config, base.model, stage.longest_batch(sources, config.data.bucket)).model
     adapter = init_adapter(model, stage.fresh_key(config.run.seed)) if base.adapter is None else base.adapter
     fisher = for_fisher and alignment_fisher(model, adapter, base.frozen, for_fisher, config.training.batch_size,
                                              config.data.bucket, config.run.seed)

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from jaxvaccine import data, memory_model
 from jaxvaccine.checkpoints.peft import read_lora_config
-from jaxvaccine.data.batching import bucket_length, longest
 from jaxvaccine.evaluation.tasks import check_examples
 from jaxvaccine.experiment import align, attack, evaluate, inputs, memory, runs, stage
 from jaxvaccine.experiment.align import AlignConfig, Examples
@@ -23,7 +22,6 @@ from jaxvaccine.experiment.evaluate import LOSS, EvaluateConfig
 from jaxvaccine.experiment.memory import GIB, Step, Target
 from jaxvaccine.experiment.parts import TrainingPart
 from jaxvaccine.llama import Llama
-from jaxvaccine.llama_config import LlamaConfig
 from jaxvaccine.memory import CARDS, card_device
 
 Look = Callable[[Examples], None]
@@ -51,16 +49,11 @@ class DryRun(Part):
         return [here] if here else [memory.card(name) for name in CARDS]
 
 
-def alignment_step(config: AlignConfig, architecture: LlamaConfig, dtype: str, length: int) -> Step:
-    """A step of an alignment; its model's name and its data are not read."""
-    model = Llama(architecture, config.adapter.lora(), jnp.dtype(dtype).type, remat=config.model.remat)
-    return Step(model, config.method, config.training.batch_size, config.data.harmful_batch_size, length)
-
-
 def of_alignment(config: AlignConfig, dry: DryRun, look: Look = lambda examples: None) -> str:
     """What `align` would do. Raises as it does."""
     _, sources, architecture, dtype = align.prepare(config, look, write=False)
-    step = alignment_step(config, architecture, dtype, _length(sources, config.data.bucket))
+    step = align.step_of(config, Llama(architecture, dtype=jnp.dtype(dtype).type),
+                         stage.longest_batch(sources, config.data.bucket))
     return _training(step, sources, config.training, config.data.bucket, dry)
 
 
@@ -68,10 +61,8 @@ def of_attack(config: AttackConfig, dry: DryRun, look: Look = lambda examples: N
     """What `attack` would do. Raises as it does."""
     prepared = attack.prepare(config, look, write=False)
     config, sources = prepared.config, prepared.sources
-    model = Llama(prepared.architecture, config.adapter.sites().lora(), jnp.dtype(prepared.dtype).type,
-                  remat=config.model.remat)
-    rows = config.training.batch_size
-    step = Step(model, config.method, rows, rows, _length(sources, config.data.bucket))
+    step = attack.step_of(config, Llama(prepared.architecture, dtype=jnp.dtype(prepared.dtype).type),
+                          stage.longest_batch(sources, config.data.bucket))
     return _training(step, sources, config.training, config.data.bucket, dry)
 
 
@@ -108,11 +99,6 @@ def _trained_lora(run_dir: str):
     folder = inputs.adapter_dir(run_dir)
     new = runs.read_config(run_dir)["flags"].get("adapter") == "new"
     return read_lora_config(folder.with_name(inputs.TRAINED) if new else folder)
-
-
-def _length(sources: stage.Sources, bucket: int) -> int:
-    """The longest that a batch is padded to."""
-    return bucket_length(max(longest(rows, range(len(rows.input_ids))) for rows, _ in sources.values()), bucket)
 
 
 def _training(step: Step, sources: stage.Sources, part: TrainingPart, bucket: int, dry: DryRun) -> str:

@@ -16,6 +16,7 @@ from jaxvaccine.data.batching import bucket_length
 from jaxvaccine.evaluation.generate import BLOCK, SMALLEST, joining
 from jaxvaccine.experiment import methods
 from jaxvaccine.experiment.methods import AlignmentMethod, TuningMethod
+from jaxvaccine.experiment.parts import AUTO
 from jaxvaccine.llama import Llama, tree_shapes
 from jaxvaccine.memory import GIB
 from jaxvaccine.memory_model import Memory, Pass
@@ -71,13 +72,13 @@ def passes(method: AlignmentMethod | TuningMethod, layers: int, rows: int, harmf
     """
     match method:
         case methods.Vaccine():  # the gradient at every site while it is taken, then the perturbations
-            return [Pass(rows, sites=layers)]
+            return [Pass(rows, sites=layers, perturbs=True)]
         case methods.TVaccine():  # the same of S layers; the probe keeps no gradient
-            return [Pass(rows, sites=method.layers), Pass(harmful_rows)]
+            return [Pass(rows, sites=method.layers, perturbs=True), Pass(harmful_rows)]
         case methods.RepNoise():  # of the harmful rows the inputs and MLP outputs of all layers, and their gradients
             sites = REPNOISE_SITES * layers
             return [Pass(rows, sites=sites * harmful_rows / rows, waiting=harmful_rows),
-                    Pass(harmful_rows, sites=sites)]
+                    Pass(harmful_rows, sites=sites, divides=False)]
         case methods.Tar():  # the hidden states' gradients; the attack's adapter, optimizer and gradients
             return [Pass(rows, sites=layers, trees=2), Pass(harmful_rows, trees=5)]
         case methods.Booster():  # three gradients
@@ -92,12 +93,11 @@ class Step:
     """All that a training step's memory depends on.
 
     Attributes:
-      model: with the adapter's sites; its dtype and remat count.
+      model: with the adapter's sites; its dtype, and how it is computed, count.
       method: of either stage.
       rows: of the alignment's or the user's batch.
       harmful_rows: of the other batches.
-      length: to which all batches are padded.
-      microbatch: rows computed at a time; 0: all.
+      length: the longest to which a batch is padded.
     """
 
     model: Llama
@@ -105,7 +105,6 @@ class Step:
     rows: int
     harmful_rows: int
     length: int
-    microbatch: int = 0
 
     def defense(self, model: Llama | None = None) -> training.Defense:
         model = model or self.model
@@ -121,12 +120,10 @@ class Step:
 
     def estimate(self) -> Memory:
         """By the formula."""
-        at_a_time = self.microbatch or max(self.rows, self.harmful_rows)
-        rows, harmful_rows = min(self.rows, at_a_time), min(self.harmful_rows, at_a_time)
-        found = passes(self.method, self.model.config.num_layers, rows, harmful_rows)
-        if (rows, harmful_rows) != (self.rows, self.harmful_rows):  # a gradient is summed over what is computed apart
-            found = [one._replace(trees=one.trees + 1) for one in found]
-        state = _state_bytes(dataclasses.replace(self, rows=1, harmful_rows=1, length=1, microbatch=0))
+        found = passes(self.method, self.model.config.num_layers, self.rows, self.harmful_rows)
+        if self.model.microbatch_size:
+            found = [_in_microbatches(one, self.model.microbatch_size) for one in found]
+        state = _state_bytes(dataclasses.replace(self, rows=1, harmful_rows=1, length=1))
         return memory_model.step(self.model, found, self.length, state)
 
     def compiled(self, device: jax.Device | None = None) -> memory.Memory:
@@ -159,6 +156,9 @@ class Step:
             yield "--dtype=bfloat16", lambda _: of_model(dtype=jnp.bfloat16), [0]
         t_vaccine = methods.uses(self.method, methods.TVaccine)
         largest = max(self.rows, self.harmful_rows)
+        at_a_time = min(self.model.microbatch_size or largest, largest)
+        yield ("--microbatch_size={0}", lambda rows: of_model(microbatch_size=rows),
+               list(range(at_a_time - 1, 0, -1)))
         harmful = " --harmful_batch_size={0}" if len(self.method.batches) > 1 and not isinstance(
             self.method, TuningMethod) else ""
         yield ("--batch_size={0}" + harmful,
@@ -171,6 +171,35 @@ class Step:
         rank = self.model.lora.rank
         yield ("--rank={0}", lambda rank: of_model(lora=dataclasses.replace(self.model.lora, rank=rank)),
                [rank >> i for i in range(1, rank.bit_length())])
+
+
+def with_remat(asked: str, step: Step) -> Llama:
+    """The step's model, with as little computed anew as this machine has memory for if that is left open.
+
+    On a CPU products are kept and nothing else: keeping all of it takes longer, by what is written.
+    """
+    if asked != AUTO:
+        return step.model
+    if target := this_machine():
+        choices, room = ("none", "dots"), int((1 - MARGIN) * target.reserved)
+    elif jax.default_backend() == "cpu":
+        choices, room = ("dots",), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    else:
+        return step.model.clone(remat="full")
+    models = [step.model.clone(remat=remat) for remat in choices]
+    fits = (model for model in models if dataclasses.replace(step, model=model).estimate().peak <= room)
+    return next(fits, step.model.clone(remat="full"))
+
+
+def _in_microbatches(one: Pass, size: int) -> Pass:
+    """The pass of a few rows at a time: gradients are summed, and perturbations of all rows are there beside those of
+    the few and their gradient."""
+    if size >= one.rows or not one.divides:
+        return one
+    sites = one.sites * (one.rows / size + 2) if one.perturbs else one.sites
+    if one.waiting:  # they are of the pass that waits
+        sites = one.sites * one.rows / size
+    return one._replace(rows=size, sites=sites, trees=one.trees + 1)
 
 
 @functools.lru_cache(maxsize=64)

@@ -180,6 +180,11 @@ def count_steps(training: TrainingPart, sources: Sources) -> int:
     return training.count_steps(len(tokenized.input_ids))
 
 
+def longest_batch(sources: Sources, bucket: int) -> int:
+    """The longest that a batch is padded to, in tokens."""
+    return data.bucket_length(max(len(ids) for rows, _ in sources.values() for ids in rows.input_ids), bucket)
+
+
 def fresh_key(seed: int) -> jax.Array:
     """The key of a new adapter's initialisation."""
     return jax.random.key(stream_seed(seed, "adapter") % 2**32)

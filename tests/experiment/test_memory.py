@@ -17,8 +17,8 @@ from tests import tiny
 
 def step(size="llama-2-7b", method=None, rows=10, harmful_rows=10, length=256, dtype=jnp.bfloat16, remat="full",
          microbatch=0):
-    model = Llama(SIZES[size], LoraConfig(8), dtype, remat=remat)
-    return Step(model, method or methods.Booster(), rows, harmful_rows, length, microbatch)
+    model = Llama(SIZES[size], LoraConfig(8), dtype, remat=remat, microbatch_size=microbatch)
+    return Step(model, method or methods.Booster(), rows, harmful_rows, length)
 
 
 @pytest.mark.parametrize("method", [methods.Sft(), methods.Vaccine(), methods.RepNoise(), methods.Tar(), methods.Kl()])
@@ -35,8 +35,10 @@ def test_the_largest_batch(method):
 @pytest.mark.parametrize("given, less, flag, more", [
     ({"remat": "none"}, 8, "--remat=full", None),
     ({"dtype": jnp.float32}, 8, "--dtype=bfloat16", None),
-    ({"rows": 60, "harmful_rows": 8}, 2, "--batch_size={0} --harmful_batch_size={1}", 1),
-    ({"rows": 60, "harmful_rows": 60, "method": methods.Lisa()}, 2, "--batch_size={0}", 1),
+    ({"rows": 60, "harmful_rows": 8}, 2, "--microbatch_size={0}", 1),
+    ({"rows": 60, "harmful_rows": 60, "method": methods.Vaccine()}, 8, "--batch_size={0}", 1),
+    ({"rows": 60, "harmful_rows": 60, "method": methods.Booster(base=methods.Vaccine())}, 8,
+     "--batch_size={0} --harmful_batch_size={1}", 1),
     ({"rows": 1, "harmful_rows": 1, "length": 2048}, 1, "--max_length={0}", 64),
     ({"rows": 1, "harmful_rows": 1, "length": 64, "method": methods.TVaccine(layers=32)}, 0.004, "--layers={0}", 1),
 ])
@@ -62,10 +64,12 @@ def test_where_no_flag_is_enough():
 
 
 def test_rows_computed_at_a_time():
-    """Of two batches of other sizes each has its own share; the gradients' sum is one tree more."""
-    apart = step(rows=20, harmful_rows=4, microbatch=5).estimate()
-    alike = step(rows=5, harmful_rows=4).estimate()
+    """The memory of these rows, and of the gradients' sum a tree more; perturbations are there of all rows."""
+    apart, alike = step(rows=20, harmful_rows=8, microbatch=5).estimate(), step(rows=5, harmful_rows=5).estimate()
     assert apart.boundaries == alike.boundaries and apart.gradients == alike.gradients + alike.adapter
+    assert step(rows=20, harmful_rows=5, microbatch=5).estimate().gradients == alike.gradients
+    apart, alike = (step(rows=rows, microbatch=5, method=methods.Vaccine()).estimate() for rows in (20, 5))
+    assert apart.perturbations == (4 + 2) * alike.perturbations
 
 
 def device(platform="gpu", **stats):
@@ -111,3 +115,23 @@ def test_rows_follow_from_the_memory(monkeypatch):
 def test_the_verdict(peak, said):
     target = Target("some card", 24 * GIB, 18 * GIB)
     assert memory.verdict(peak * GIB, target) == f"some card: of 23.5 GiB beside CUDA's own, {said}"
+
+
+@pytest.mark.parametrize("gib, remat", [(80, "none"), (30, "dots"), (24, "full"), (1, "full")])
+def test_as_little_is_computed_anew_as_there_is_memory_for(monkeypatch, gib, remat):
+    """Of a GPU; what was asked for is what there is, on any."""
+    monkeypatch.setattr(memory, "this_machine", lambda: Target("A GPU", gib * GIB, gib * GIB))
+    of = step(method=methods.Sft())
+    assert memory.with_remat("auto", of) == of.model.clone(remat=remat)
+    assert memory.with_remat("full", of) == of.model
+    if remat != "full":
+        assert dataclasses.replace(of, model=of.model.clone(remat=remat)).estimate().peak < 0.9 * gib * GIB
+
+
+@pytest.mark.parametrize("pages, remat", [(2**23, "dots"), (2**10, "full")])
+def test_a_cpu_keeps_products(monkeypatch, pages, remat):
+    monkeypatch.setattr(memory.jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(memory, "this_machine", lambda: None)
+    monkeypatch.setattr(memory.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": pages}.get)
+    of = step("llama-3.2-1b", method=methods.Sft(), rows=2, harmful_rows=2, dtype=jnp.float32)
+    assert memory.with_remat("auto", of).remat == remat
