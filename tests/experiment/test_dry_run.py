@@ -77,7 +77,7 @@ def test_a_folder_of_another_run(model_dir, aligned):
     """It is compared, with --overwrite it is not, and stays as it is in either case."""
     before = files(aligned)
     other = align_config(model_dir, aligned, learning_rate=0.5)
-    with pytest.raises(FileExistsError, match="learning_rate: found 0.01, expected 0.5"):
+    with pytest.raises(FileExistsError, match=r"learning_rate: found 0\.01, expected 0\.5"):
         dry_run.of_alignment(other, DRY)
     dry_run.of_alignment(change(other, overwrite=True), DRY)
     dry_run.of_alignment(align_config(model_dir, aligned), DRY)
