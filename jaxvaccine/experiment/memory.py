@@ -311,7 +311,8 @@ def parts(of: Memory) -> str:
     named = {"weights": of.weights, "adapter": of.adapter, "optimizer and defense": of.optimizer,
              "kept of all layers": of.boundaries, "perturbations": of.perturbations, "gradients": of.gradients,
              "keys and values": of.cache}
-    worst = ("one layer", of.layer) if of.layer >= of.logits else ("logits", of.logits)
+    # Of decoding it is mostly a second, smaller cache.
+    worst = ("logits", of.logits) if of.logits > of.layer else ("work" if of.cache else "one layer", of.layer)
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in (*named.items(), worst) if size)
 
 
