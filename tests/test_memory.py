@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.benchmarks import memory as benchmark
-from jaxvaccine import llama, memory
+from jaxvaccine import llama, memory, merging
 from jaxvaccine.products import einsum_in_full
 from tests import tiny
 
@@ -53,7 +53,7 @@ def test_merging_takes_a_layer_at_a_time():
     config = dataclasses.replace(tiny.CONFIG, num_layers=16, hidden_size=64, intermediate_size=256)
     model = tiny.model(config=config)
     shapes = llama.tree_shapes(model)
-    merge = jax.jit(llama.merge_adapter, static_argnums=0, donate_argnums=2)
+    merge = jax.jit(merging.merge_adapter, static_argnums=0, donate_argnums=2)
     of = merge.lower(model, shapes["lora"], shapes["params"]).compile().memory_analysis()
     assert of.alias_size_in_bytes >= memory.tree_bytes(shapes["params"]["layers"])
     assert of.temp_size_in_bytes < 16 * 64 * 256 * 4 / 4

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from jaxvaccine import cli, llama, optim, training
+from jaxvaccine import cli, llama, merging, optim, training
 from jaxvaccine.evaluation import decoding
 from jaxvaccine.evaluation.generate import BLOCK
 from jaxvaccine.evaluation.sampling import Sampling
@@ -30,6 +30,7 @@ from jaxvaccine.experiment.config import Part, field, make
 from jaxvaccine.experiment.methods import Tar, uses
 from jaxvaccine.llama_config import Llama3RopeScaling, LlamaConfig, LoraConfig
 from jaxvaccine.memory import CARDS, GIB, Memory, card_device, card_memory, program_memory, tree_bytes
+from jaxvaccine.quantisation import Kind, quantise_kernels
 from jaxvaccine.report.tables import table
 
 # As in the config.json of their first publication.
@@ -60,8 +61,8 @@ class StepMemory(NamedTuple):
         return self.frozen + self.state + self.temporary
 
 
-def step_memory(config: AlignConfig, dtype: str, architecture: LlamaConfig, device: jax.Device | None = None
-                ) -> StepMemory:
+def step_memory(config: AlignConfig, dtype: str, architecture: LlamaConfig, device: jax.Device | None = None,
+                quantisation: Kind = "none") -> StepMemory:
     """Memory of one step of an alignment.
 
     Args:
@@ -69,9 +70,11 @@ def step_memory(config: AlignConfig, dtype: str, architecture: LlamaConfig, devi
       dtype: of the frozen weights.
       architecture: the model.
       device: which it is compiled for, as of `memory.card_device`; None is this machine's.
+      quantisation: of the frozen weights.
     """
     model = llama.Llama(architecture, config.adapter.lora(), jnp.dtype(dtype).type, remat=config.model.remat)
     shapes, defense = llama.tree_shapes(model), config.method.make(model)
+    shapes["params"] = jax.eval_shape(functools.partial(quantise_kernels, kind=quantisation), shapes["params"])
     optimizer = optim.layer_masked_adamw(config.training.optimizer(), steps=1000)
     state = jax.eval_shape(lambda adapter: training.init_train_state(adapter, defense, optimizer), shapes["lora"])
 
@@ -93,7 +96,7 @@ def merge_memory(architecture: LlamaConfig, dtype: str, device: jax.Device | Non
     """Memory of merging an adapter of rank 32 on all projections."""
     model = llama.Llama(architecture, LoraConfig(rank=32), jnp.dtype(dtype).type)
     shapes = llama.tree_shapes(model)
-    merge = jax.jit(functools.partial(llama.merge_adapter, model), donate_argnums=1)
+    merge = jax.jit(functools.partial(merging.merge_adapter, model), donate_argnums=1)
     return program_memory(merge, shapes["lora"], shapes["params"], device=device)
 
 

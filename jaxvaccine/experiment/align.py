@@ -137,7 +137,7 @@ def align(config: AlignConfig, look: Callable[[Examples], None] = lambda example
     if inputs.is_finished(run_dir):
         return run_dir
     lora = config.adapter.lora()
-    base = stage.load_base(model.model, model.dtype, revision=model.revision)
+    base = stage.load_base(model.model, model.dtype, revision=model.revision, quantisation=model.quantisation)
     adapter = init_adapter(base.model.clone(lora=lora), stage.fresh_key(config.run.seed))
     sources = batch_sources(method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
     stage.train(run_dir, base, base.model.clone(lora=lora, remat=model.remat), adapter, method.make, sources,

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxvaccine import data, defenses
-from jaxvaccine.experiment import inputs, stage
+from jaxvaccine.experiment import inputs, runs, stage
 from jaxvaccine.experiment.align import Examples, tokenize
 from jaxvaccine.experiment.config import FieldError, Part, choice, field, flat, require
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING, Ewc, TuningMethod
@@ -64,8 +64,9 @@ class AttackAdapter(Part):
     """Adapter."""
 
     adapter: Literal["auto", "continue", "new"] = field(
-        "auto", "Train the aligned adapter on, or a new one on the merged weights; auto continues Booster's and TAR's, "
-        "whose simulated steps are that adapter's, and what EWC holds; presets leave it to auto.")
+        "auto", "Train the aligned adapter on, or a new one on the merged weights (beside quantised ones, the aligned "
+        "adapter is frozen); auto continues Booster's and TAR's, whose simulated steps are that adapter's, and what "
+        "EWC holds; presets leave it to auto.")
     rank: int | None = field(None, "LoRA rank of a new adapter; as aligned unless given.")
     lora_alpha: float | None = field(None, "LoRA alpha of a new adapter; as aligned unless given.")
     dropout: float | None = field(None, "LoRA dropout; as aligned unless given.")
@@ -272,6 +273,7 @@ def attack(config: AttackConfig, look: Callable[[Examples], None] = lambda examp
     config = dataclasses.replace(config, adapter=config.adapter.resolve(aligned["flags"], method),
                                  data=config.data.resolve(aligned["flags"], config.model.aligned))
     model_path, revision = aligned["flags"]["model"], aligned["flags"]["revision"]
+    quantisation = runs.flag(aligned, "quantisation")
     layers = config.adapter.layer_mask(stage.read_architecture(model_path, revision).num_layers)
     tokenizer = stage.load_tokenizer(model_path, revision)
     read, poisoned = read_data(config, config.run.seed, aligned_prompts(aligned["data"]["prompts"]), tokenizer)
@@ -284,11 +286,11 @@ def attack(config: AttackConfig, look: Callable[[Examples], None] = lambda examp
         {**stage.training_record(examples, tokenized, poisoned.accounts, poisoned.shared),
          "poison_ratio": poisoned.poison_ratio, "n": len(tokenized["user"].input_ids),
          "dtype": stage.loaded_dtype(model_path, config.model.dtype, revision)},
-        {"model": model_path, "revision": revision})
+        {"model": model_path, "revision": revision, "quantisation": quantisation})
     if inputs.is_finished(run_dir):
         return run_dir
     lora, new = config.adapter.sites().lora(), config.adapter.adapter == "new"
-    base = stage.load_base(model_path, config.model.dtype, config.model.aligned, merge=new, revision=revision)
+    base = stage.load_base(model_path, config.model.dtype, config.model.aligned, new, revision, quantisation)
     model = base.model.clone(lora=lora, remat=config.model.remat)
     adapter = init_adapter(model, stage.fresh_key(config.run.seed)) if base.adapter is None else base.adapter
     sources = {name: (rows, config.training.batch_size) for name, rows in tokenized.items()

@@ -18,6 +18,8 @@ from jaxvaccine.data.prompts import Example
 from jaxvaccine.json_files import read_json, write_json
 
 CONFIG = "config.json"
+# Flags that earlier versions did not have: what their runs were made with.
+BEFORE = {"quantisation": "none"}
 PACKAGES = ("jaxvaccine", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
 
@@ -35,6 +37,11 @@ def read_config(run_dir: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path}: found a JSON {type(config).__name__}, expected an object")
     return config
+
+
+def flag(config: Mapping[str, Any], name: str) -> Any:
+    """A flag of a run; of one from before there was such a flag, what it was made with."""
+    return config["flags"].get(name, BEFORE.get(name))
 
 
 def examples_hash(examples: Sequence[Example]) -> str:
@@ -95,7 +102,9 @@ def open_run(
 def _compare(run_dir: Path, found: Mapping[str, Any], expected: Mapping[str, Any], changeable: Collection[str]) -> None:
     def compared(config):
         flags, data = _leaves(config.get("flags"), ""), _leaves(config.get("data"), "data")
-        flags = {name: value for name, value in flags.items() if name not in changeable}
+        # As if they were not there where they say what was so before.
+        flags = {name: value for name, value in flags.items() if name not in changeable
+                 and not (value is not None and BEFORE.get(name.rpartition(".")[2]) == value)}
         return {"script": config.get("script"), **flags, **data}
 
     if found_differences := differences(compared(found), compared(expected), "found", "expected"):
