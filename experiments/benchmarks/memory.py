@@ -100,15 +100,16 @@ def merge_memory(architecture: LlamaConfig, dtype: str, device: jax.Device | Non
     return program_memory(merge, shapes["lora"], shapes["params"], device=device)
 
 
-def decode_memory(architecture: LlamaConfig, dtype: str, rows: int, positions: int, device: jax.Device | None
-                  ) -> Memory:
+def decode_memory(architecture: LlamaConfig, dtype: str, rows: int, positions: int, device: jax.Device | None,
+                  quantisation: Kind = "none") -> Memory:
     """Memory of a block of decoding, with room for so many positions, prompt and answer, in each row."""
     model = llama.Llama(architecture, None, jnp.dtype(dtype).type)
     given = jax.eval_shape(functools.partial(
         decoding.empty, model, batch=rows, capacity=positions, max_new_tokens=positions))
     decode = jax.jit(lambda frozen, eos, rows, cache: decoding.decode(
         model, None, frozen, (), eos, rows, cache, steps=BLOCK, sampling=Sampling()), donate_argnums=(2, 3))
-    return program_memory(decode, llama.tree_shapes(model)["params"], jax.ShapeDtypeStruct((1,), jnp.int32), *given,
+    frozen = jax.eval_shape(functools.partial(quantise_kernels, kind=quantisation), llama.tree_shapes(model)["params"])
+    return program_memory(decode, frozen, jax.ShapeDtypeStruct((1,), jnp.int32), *given,
                           device=device)
 
 
@@ -120,6 +121,7 @@ class MemoryConfig(Part):
         ("llama-2-7b",), f"Models: {', '.join(SIZES)}, or folders with a config.json.")
     recipes: tuple[str, ...] = field((), "(paper, method) pairs, such as booster/vaccine; by default all.")
     dtype: Literal["bfloat16", "float16", "float32"] = field("bfloat16", "Type of the frozen weights.")
+    quantisation: Kind = field("none", "In what the layers' frozen matrices are kept.")
     remat: Literal["none", "dots", "full"] = field("full", "What is computed anew for the backward pass.")
     rows: int = field(32, "Rows that are decoded together.", at_least=1)
     positions: int = field(288, "Positions of a row, prompt and answer.", at_least=1)
@@ -162,14 +164,16 @@ def lines(config: MemoryConfig) -> Iterator[list[str]]:
 
     for model in config.model:
         architecture = SIZES.get(model) or read_folder(model)
-        frozen = tree_bytes(llama.tree_shapes(llama.Llama(architecture, None, jnp.dtype(config.dtype).type))["params"])
+        shapes = llama.tree_shapes(llama.Llama(architecture, None, jnp.dtype(config.dtype).type))["params"]
+        frozen = tree_bytes(jax.eval_shape(functools.partial(quantise_kernels, kind=config.quantisation), shapes))
         for of, pair in alignments(config.recipes, config.remat).items():
-            step = step_memory(of, config.dtype, architecture, device)
+            step = step_memory(of, config.dtype, architecture, device, config.quantisation)
             yield line(model, pair, f"{of.training.batch_size} × {of.data.max_length}", step[:3], step.peak)
+        merging = [("merging", "", merge_memory(architecture, config.dtype, device))] * (config.quantisation == "none")
         for program, batch, of in (
-                ("merging", "", merge_memory(architecture, config.dtype, device)),
-                ("decoding", f"{config.rows} × {config.positions}",
-                 decode_memory(architecture, config.dtype, config.rows, config.positions, device))):
+                *merging,
+                ("decoding", f"{config.rows} × {config.positions}", decode_memory(
+                    architecture, config.dtype, config.rows, config.positions, device, config.quantisation))):
             yield line(model, program, batch, (frozen / GIB, None, of.temporary / GIB), of.peak / GIB)
 
 
@@ -180,7 +184,8 @@ def benchmark(config: MemoryConfig) -> str:
     if config.card:
         header += ["peak", "below the card's memory"]
         target = f"{config.card} ({card_memory(config.card) / GIB:.1f} GiB)"
-    return f"{config.dtype}, remat={config.remat}, compiled for {target}; GiB\n\n" + table(header, list(lines(config)))
+    quantised = "" if config.quantisation == "none" else f", {config.quantisation}"
+    return f"{config.dtype}{quantised}, remat={config.remat}, compiled for {target}; GiB\n\n" + table(header, list(lines(config)))
 
 
 def call(values: flags.FlagValues) -> None:

@@ -43,7 +43,7 @@ def test_the_table(monkeypatch):
     """A line for every recipe, as its method and batches are."""
     seen = []
 
-    def step_memory(config, dtype, architecture, device):
+    def step_memory(config, dtype, architecture, device, quantisation):
         seen.append(config.method)
         return memory.StepMemory(12.55, 0.1, float(len(seen)), 23.0 + len(seen) / 4)
 
