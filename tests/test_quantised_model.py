@@ -117,7 +117,7 @@ def test_nothing_is_merged_into_quantised_weights(tmp_path):
     model, adapter, quantised, _ = problem("int8")
     with pytest.raises(ValueError, match="merge_adapter: found a quantised base, expected float weights"):
         merge_adapter(model, adapter, quantised)
-    with pytest.raises(ValueError, match="save_model: weight .*kernel.*: missing"):
+    with pytest.raises(ValueError, match=r"save_model: weight .*kernel.*: missing"):
         save_model(model, quantised, tmp_path / "model")
 
 

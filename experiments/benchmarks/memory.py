@@ -185,7 +185,8 @@ def benchmark(config: MemoryConfig) -> str:
         header += ["peak", "below the card's memory"]
         target = f"{config.card} ({card_memory(config.card) / GIB:.1f} GiB)"
     quantised = "" if config.quantisation == "none" else f", {config.quantisation}"
-    return f"{config.dtype}{quantised}, remat={config.remat}, compiled for {target}; GiB\n\n" + table(header, list(lines(config)))
+    return (f"{config.dtype}{quantised}, remat={config.remat}, compiled for {target}; GiB\n\n"
+            + table(header, list(lines(config))))
 
 
 def call(values: flags.FlagValues) -> None:

@@ -18,7 +18,7 @@ from jaxvaccine.data.prompts import Example
 from jaxvaccine.json_files import read_json, write_json
 
 CONFIG = "config.json"
-# Flags that earlier versions did not have: what their runs were made with.
+# Flags that earlier versions did not have, and what their runs were made with.
 BEFORE = {"quantisation": "none"}
 PACKAGES = ("jaxvaccine", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
@@ -102,12 +102,12 @@ def open_run(
 def _compare(run_dir: Path, found: Mapping[str, Any], expected: Mapping[str, Any], changeable: Collection[str]) -> None:
     def compared(config):
         flags, data = _leaves(config.get("flags"), ""), _leaves(config.get("data"), "data")
-        # As if they were not there where they say what was so before.
-        flags = {name: value for name, value in flags.items() if name not in changeable
-                 and not (value is not None and BEFORE.get(name.rpartition(".")[2]) == value)}
+        flags = {name: value for name, value in flags.items() if name not in changeable}
         return {"script": config.get("script"), **flags, **data}
 
-    if found_differences := differences(compared(found), compared(expected), "found", "expected"):
+    old, new = compared(found), compared(expected)
+    before = {name: BEFORE[of] for name in {*old, *new} if (of := name.rpartition(".")[2]) in BEFORE}
+    if found_differences := differences({**before, **old}, {**before, **new}, "found", "expected"):
         raise FileExistsError(
             f"{run_dir}: holds a run with other flags or data; choose another folder, or --overwrite to delete it. "
             + "; ".join(found_differences))
