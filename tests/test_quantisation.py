@@ -14,8 +14,8 @@ from jaxvaccine import quantisation
 from jaxvaccine.memory import tree_bytes
 from jaxvaccine.quantisation import Int8, Nf4, dequantise, quantise
 
-EVEN = st.integers(1, 80).map(lambda half: 2 * half)
-SIZES = st.tuples(EVEN, st.integers(1, 5))
+# Less than a block, whole ones, and one that is not; few, since each compiles anew.
+SIZES = st.sampled_from([(2, 3), (64, 1), (130, 5)])
 EXPONENTS = st.integers(-20, 20)
 
 
@@ -59,7 +59,7 @@ def test_nf4_is_the_papers(shape, exponent, seed, zeros):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.tuples(st.integers(1, 130), st.integers(1, 5)), EXPONENTS, st.integers(0, 5), st.sampled_from([0.0, 1.0]))
+@given(st.sampled_from([(1, 2), (130, 5)]), EXPONENTS, st.integers(0, 5), st.sampled_from([0.0, 1.0]))
 def test_int8_is_off_by_half_a_step(shape, exponent, seed, zeros):
     kernel = drawn(shape, exponent, seed, zeros)
     found = quantise(kernel, "int8")
