@@ -101,6 +101,12 @@ def test_stacked_and_in_rows(kind):
         jax.tree.map(np.testing.assert_array_equal, other, whole)
 
 
+def test_bytes_are_those_of_bitsandbytes():
+    """Of two inputs the first is in the upper half; codes count the levels from below."""
+    found = quantise(np.array([[1.0, 0.0], [-1.0, 2.0]], np.float32), "nf4")
+    assert found.codes.tolist() == [[0xF0, 0x7F]] and found.scale.tolist() == [[1.0, 2.0]]
+
+
 @pytest.mark.parametrize("kind, bits", [("int8", 8 + 32 / 4096), ("nf4", 4.25)])
 def test_bits(kind, bits):
     shape = jax.eval_shape(lambda kernel: quantise(kernel, kind), jax.ShapeDtypeStruct((2, 4096, 11), jnp.bfloat16))
