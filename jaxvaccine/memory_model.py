@@ -11,12 +11,14 @@ V vocabulary, L layers, S slots of the cache.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from jaxvaccine import llama
 from jaxvaccine.memory import tree_bytes
+from jaxvaccine.quantisation import Kind, quantise_kernels
 
 LOGITS_BLOCK = 128  # positions whose logits a loss computes at a time
 WORKSPACE = 32 * 2**20  # bytes, of cuBLAS: the most that XLA reserves for a product
@@ -71,10 +73,16 @@ class _Layer(NamedTuple):
     out: int  # [N H, D]: the kernel of queries, and of the output
 
 
-@functools.lru_cache(maxsize=64)
-def weights(model: llama.Llama) -> tuple[int, int]:
-    """Bytes of the weights, and of the adapter: 0 without one."""
+def tree_shapes(model: llama.Llama, quantisation: Kind = "none") -> dict[str, Any]:
+    """`llama.tree_shapes` of a backbone that is kept so."""
     shapes = llama.tree_shapes(model)
+    return shapes | {"params": jax.eval_shape(functools.partial(quantise_kernels, kind=quantisation), shapes["params"])}
+
+
+@functools.lru_cache(maxsize=64)
+def weights(model: llama.Llama, quantisation: Kind = "none") -> tuple[int, int]:
+    """Bytes of the weights, and of the adapter: 0 without one."""
+    shapes = tree_shapes(model, quantisation)
     return tree_bytes(shapes["params"]), tree_bytes(shapes.get("lora", ()))
 
 
@@ -146,7 +154,8 @@ def _logits(model: llama.Llama, positions: int) -> int:
     return 2 * positions * model.config.vocab_size * max(4, jnp.dtype(model.dtype).itemsize)
 
 
-def step(model: llama.Llama, passes: Sequence[Pass], length: int, state_bytes: int) -> Memory:
+def step(model: llama.Llama, passes: Sequence[Pass], length: int, state_bytes: int, quantisation: Kind = "none"
+         ) -> Memory:
     """Memory of a training step.
 
     Args:
@@ -154,8 +163,9 @@ def step(model: llama.Llama, passes: Sequence[Pass], length: int, state_bytes: i
       passes: that the step makes one after the other, of the rows that are computed at a time.
       length: T of all batches.
       state_bytes: of the train state: adapter, optimizer and what the defense remembers.
+      quantisation: of the backbone.
     """
-    base, adapter = weights(model)
+    base, adapter = weights(model, quantisation)
 
     def of_pass(one: Pass) -> Memory:
         of, keeping = _sizes(model, one.rows, length), model.clone(remat="none") if one.everything else model
@@ -180,8 +190,8 @@ def kept_rows(rows: int, smallest: int) -> int:
     return max(rows // 2, size if size < rows else 1)
 
 
-def decode(model: llama.Llama, rows: int, positions: int, prompt: int, *, block: int, joining: int, smallest: int
-           ) -> Memory:
+def decode(model: llama.Llama, rows: int, positions: int, prompt: int, *, block: int, joining: int, smallest: int,
+           quantisation: Kind = "none") -> Memory:
     """Memory of `generate`: of its three programs, which decode a block, read new prompts and drop rows, the largest.
 
     Args:
@@ -192,6 +202,7 @@ def decode(model: llama.Llama, rows: int, positions: int, prompt: int, *, block:
       block: tokens between two looks.
       joining: prompts that are read together.
       smallest: number of rows below which no batch is made smaller.
+      quantisation: of the backbone.
     """
     config, of = model.config, _sizes(model, joining, prompt)
     a_slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(model.dtype).itemsize
@@ -210,4 +221,4 @@ def decode(model: llama.Llama, rows: int, positions: int, prompt: int, *, block:
                   + max(3 * of.scores + of.seen + 3 * of.x, _logits(model, joining)),
                   new + head if joining == 1 else 0)
     dropping = cache * kept_rows(rows, smallest) // rows
-    return Memory(*weights(model), cache=cache, layer=max(decoding, reading, dropping))
+    return Memory(*weights(model, quantisation), cache=cache, layer=max(decoding, reading, dropping))

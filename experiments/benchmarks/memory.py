@@ -14,15 +14,15 @@ copies, which a GPU does not need: there, compile in float32.
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from absl import flags
 
-from jaxvaccine import cli, llama, memory_model
+from jaxvaccine import cli, llama, memory_model, merging
 from jaxvaccine.evaluation import decoding
 from jaxvaccine.evaluation.generate import BLOCK, SMALLEST, joining
 from jaxvaccine.evaluation.sampling import Sampling
@@ -32,8 +32,10 @@ from jaxvaccine.experiment.attack import AttackConfig
 from jaxvaccine.experiment.config import FieldError, Part, field, make, parse
 from jaxvaccine.experiment.memory import Decoding, Step, Target
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING, AlignmentMethod, TuningMethod
+from jaxvaccine.experiment.parts import COMPUTED
 from jaxvaccine.llama_config import Llama3RopeScaling, LlamaConfig, LoraConfig
 from jaxvaccine.memory import CARDS, GIB, Memory, card_device, program_memory, tree_bytes
+from jaxvaccine.quantisation import Kind
 from jaxvaccine.report.tables import table
 
 # As in the config.json of their first publication.
@@ -50,6 +52,7 @@ SIZES = {
 }
 ALL = (*ALIGNMENT, *(f"booster:base_defense={base}" for base in ("vaccine", "t_vaccine", "repnoise", "tar")),
        *(name for name in FINE_TUNING if name != "none"))
+COMPUTATION = (*COMPUTED, "quantisation")  # of both configs
 # What a config needs and a step does not read.
 ANYTHING = {"model": "-", "run_dir": "-", "alignment_data": "embedded_refusal@train",
             "harmful_data": "embedded_harmful@harmful", "aligned": "-", "user_data": "embedded_refusal@train"}
@@ -80,7 +83,8 @@ def step_memory(config: AlignConfig, dtype: str, architecture: LlamaConfig, devi
       device: which it is compiled for, as of `memory.card_device`; None is this machine's.
     """
     step = step_of(config, llama.Llama(architecture, dtype=jnp.dtype(dtype).type), config.data.max_length)
-    of, (weights, _) = step.compiled(device), memory_model.weights(step.model)
+    of = step.compiled(device)
+    weights, _ = memory_model.weights(step.model, step.quantisation)
     return StepMemory(*(size / GIB for size in (weights, tree_bytes(step.state()), of.temporary, of.peak)))
 
 
@@ -88,7 +92,7 @@ def merge_memory(architecture: LlamaConfig, dtype: str, device: jax.Device | Non
     """Memory of merging an adapter of rank 32 on all projections, by the compiler."""
     model = _with_adapter(architecture, dtype)
     shapes = llama.tree_shapes(model)
-    merge = jax.jit(functools.partial(llama.merge_adapter, model), donate_argnums=1)
+    merge = jax.jit(functools.partial(merging.merge_adapter, model), donate_argnums=1)
     return program_memory(merge, shapes["lora"], shapes["params"], device=device)
 
 
@@ -99,7 +103,7 @@ def _with_adapter(architecture: LlamaConfig, dtype: str) -> llama.Llama:
 def decode_memory(of: Decoding, device: jax.Device | None) -> Memory:
     """Memory of generation, by the compiler: of decoding a block, reading prompts and going on with half of the rows,
     whichever takes most."""
-    model, shapes = of.model.clone(remat="none"), llama.tree_shapes(of.model)
+    model, shapes = of.model.clone(remat="none"), of.shapes()
     frozen, adapter, eos = shapes["params"], shapes.get("lora"), _ints(1)
     given = jax.eval_shape(functools.partial(
         decoding.empty, model, batch=of.rows, capacity=of.positions, max_new_tokens=of.positions))
@@ -135,7 +139,10 @@ class MemoryConfig(Part):
     max_length: int = field(256, "--methods: tokens of a row.", at_least=1)
     rank: int = field(8, "--methods: LoRA rank, on all projections.", at_least=1)
     dtype: Literal["bfloat16", "float16", "float32"] = field("bfloat16", "Type of the frozen weights.")
+    quantisation: Kind = field("none", "In what the layers' frozen matrices are kept.")
     remat: Literal["none", "dots", "full"] = field("full", "What is computed anew for the backward pass.")
+    microbatch_size: int = field(0, "Rows computed at a time; 0 is all.", at_least=0)
+    attention: Literal["xla", "cudnn"] = field("xla", "Whose attention.")
     rows: int = field(32, "Rows that are decoded together.", at_least=1)
     positions: int = field(288, "Positions of a row, prompt and answer.", at_least=1)
     prompt: int = field(96, "Of these, a prompt's, padded.", at_least=1)
@@ -144,12 +151,15 @@ class MemoryConfig(Part):
         "auto", "Temporary memory and peak: auto takes the compiler's where it can compile for the card.")
 
 
-def alignments(pairs: tuple[str, ...], remat: str) -> dict[AlignConfig, str]:
-    """{the alignment: the first pair whose it is}: methods that differ in the fine-tuning alone share one."""
+def alignments(pairs: tuple[str, ...], computation: Mapping[str, Any]) -> dict[AlignConfig, str]:
+    """{the alignment: the first pair whose it is}: methods that differ in the fine-tuning alone share one.
+
+    computation: of `COMPUTATION`.
+    """
     found: dict[AlignConfig, str] = {}
     for pair in pairs or recipes.pairs():
         anything = {name: ANYTHING[name] for name in ("model", "run_dir", "alignment_data", "harmful_data")}
-        found.setdefault(make(AlignConfig, {**anything, "remat": remat},
+        found.setdefault(make(AlignConfig, {**anything, **computation},
                               recipes.alignment(*recipes.parse_pair(pair))), pair)
     return found
 
@@ -213,25 +223,25 @@ def lines(config: MemoryConfig, compile_for: jax.Device | None, compiles: bool) 
         architecture = SIZES.get(model) or read_folder(model)
         if config.methods:
             for text in ALL if config.methods == ("all",) else config.methods:
-                adapted = llama.Llama(architecture, LoraConfig(config.rank), jnp.dtype(config.dtype).type,
-                                      remat=config.remat)
+                adapted = llama.Llama(architecture, LoraConfig(config.rank), jnp.dtype(config.dtype).type, config.remat,
+                                      microbatch_size=config.microbatch_size, attention=config.attention)
                 yield of_step(model, text, Step(adapted, method_of(text), config.batch_size, config.batch_size,
-                                                config.max_length), 64)
+                                                config.max_length, config.quantisation), 64)
         else:
-            for of, pair in alignments(config.recipes, config.remat).items():
+            for of, pair in alignments(config.recipes, {name: getattr(config, name) for name in COMPUTATION}).items():
                 base = llama.Llama(architecture, dtype=jnp.dtype(config.dtype).type)
                 yield of_step(model, pair, step_of(of, base, of.data.max_length), of.data.bucket)
-        yield line(model, "merging", "", memory_model.merge(_with_adapter(architecture, config.dtype)),
-                   merge_memory(architecture, config.dtype, compile_for) if compiles else None)
+        if config.quantisation == "none":  # beside quantised weights an adapter is frozen
+            yield line(model, "merging", "", memory_model.merge(_with_adapter(architecture, config.dtype)),
+                       merge_memory(architecture, config.dtype, compile_for) if compiles else None)
         of = Decoding(llama.Llama(architecture, None, jnp.dtype(config.dtype).type), config.rows, config.positions,
-                      min(config.prompt, config.positions))
+                      min(config.prompt, config.positions), config.quantisation)
         yield line(model, "decoding", f"{config.rows} × {config.positions}", of.estimate(),
                    decode_memory(of, compile_for) if compiles else None, _most_rows(of, target) if target else 0)
 
 
 def _most_rows(of: Decoding, target: Target) -> int:
-    return memory.largest_decoding(
-        of, int((1 - memory.MARGIN) * (target.largest - sum(memory_model.weights(of.model)))))
+    return memory.largest_decoding(of, of.beside(target.largest))
 
 
 def benchmark(config: MemoryConfig) -> str:
@@ -246,7 +256,9 @@ def benchmark(config: MemoryConfig) -> str:
     target = f"{config.card} ({memory.card(config.card).total / GIB:.1f} GiB)" if config.card else "this machine"
     said = f"compiled for {target}" if compiles else f"by the formula, for {(config.card and target) or 'any GPU'}"
     header = [*HEADER, *(OF_CARD if config.card else ())]
-    return f"{config.dtype}, remat={config.remat}, {said}; GiB\n\n" + table(
+    how = ", ".join(f"{name}={getattr(config, name)}" for name in COMPUTATION
+                    if name == "remat" or getattr(config, name) not in (0, "xla", "none"))
+    return f"{config.dtype}, {how}, {said}; GiB\n\n" + table(
         header, list(lines(config, device, compiles)))
 
 

@@ -148,7 +148,8 @@ def prepare(config: AlignConfig, look: Callable[[Examples], None] = lambda examp
 def step_of(config: AlignConfig, model: Llama, length: int) -> memory.Step:
     """What a step's memory depends on; config's own model and data are not read. length: the longest batch's."""
     model = config.model.on(model.clone(lora=config.adapter.lora()))
-    step = memory.Step(model, config.method, config.training.batch_size, config.data.harmful_batch_size, length)
+    step = memory.Step(model, config.method, config.training.batch_size, config.data.harmful_batch_size, length,
+                       config.model.quantisation)
     return dataclasses.replace(step, model=memory.with_remat(config.model.remat, step))
 
 
@@ -166,7 +167,7 @@ def align(config: AlignConfig, look: Callable[[Examples], None] = lambda example
     model, (run_dir, sources, _, _) = config.model, prepare(config, look)
     if inputs.is_finished(run_dir):
         return run_dir
-    base = stage.load_base(model.model, model.dtype, revision=model.revision)
+    base = stage.load_base(model.model, model.dtype, revision=model.revision, quantisation=model.quantisation)
     adapted = step_of(config, base.model, stage.longest_batch(sources, config.data.bucket)).model
     adapter = init_adapter(adapted, stage.fresh_key(config.run.seed))
     stage.train(run_dir, base, adapted, adapter, config.method.make, sources, config.training, config.run,

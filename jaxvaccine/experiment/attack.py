@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxvaccine import data, defenses
-from jaxvaccine.experiment import inputs, memory, stage
+from jaxvaccine.experiment import inputs, memory, runs, stage
 from jaxvaccine.experiment.align import Examples, tokenize
 from jaxvaccine.experiment.config import FieldError, Part, choice, field, flat, require
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING, Ewc, TuningMethod
@@ -30,6 +30,7 @@ from jaxvaccine.experiment.parts import (
 from jaxvaccine.llama import Llama, init_adapter
 from jaxvaccine.llama_config import LlamaConfig
 from jaxvaccine.losses import causal_lm_loss
+from jaxvaccine.quantisation import Kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +66,9 @@ class AttackAdapter(Part):
     """Adapter."""
 
     adapter: Literal["auto", "continue", "new"] = field(
-        "auto", "Train the aligned adapter on, or a new one on the merged weights; auto continues Booster's and TAR's, "
-        "whose simulated steps are that adapter's, and what EWC holds; presets leave it to auto.")
+        "auto", "Train the aligned adapter on, or a new one on the merged weights (beside quantised ones, the aligned "
+        "adapter is frozen); auto continues Booster's and TAR's, whose simulated steps are that adapter's, and what "
+        "EWC holds; presets leave it to auto.")
     rank: int | None = field(None, "LoRA rank of a new adapter; as aligned unless given.")
     lora_alpha: float | None = field(None, "LoRA alpha of a new adapter; as aligned unless given.")
     dropout: float | None = field(None, "LoRA dropout; as aligned unless given.")
@@ -266,6 +268,7 @@ class Prepared(NamedTuple):
     layers: np.ndarray | None  # as of `AttackAdapter.layer_mask`
     origin: stage.Origin
     dtype: str  # of the frozen weights
+    quantisation: Kind  # and in what they are kept, as aligned
 
 
 def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda examples: None, write: bool = True
@@ -281,7 +284,7 @@ def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda exam
                                  data=config.data.resolve(aligned["flags"], config.model.aligned))
     origin = stage.Origin(aligned["flags"]["model"], aligned["flags"]["revision"],
                           config.model.aligned if config.adapter.adapter == "new" else "")
-    of_model = origin.model, origin.revision
+    of_model, quantisation = (origin.model, origin.revision), runs.flag(aligned, "quantisation")
     architecture = stage.read_architecture(*of_model)
     layers = config.adapter.layer_mask(architecture.num_layers)
     dtype = stage.loaded_dtype(origin.model, config.model.dtype, origin.revision)
@@ -295,16 +298,16 @@ def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda exam
         {"model": inputs.of_model(*of_model), "aligned": inputs.of_run(config.model.aligned)},
         {**stage.training_record({**read, "harmful": poisoned.harmful}, tokenized, poisoned.accounts, poisoned.shared),
          "poison_ratio": poisoned.poison_ratio, "n": len(tokenized["user"].input_ids), "dtype": dtype},
-        {"model": origin.model, "revision": origin.revision}, write=write)
+        {"model": origin.model, "revision": origin.revision, "quantisation": quantisation}, write=write)
     fisher = tokenized.pop("alignment") if isinstance(config.method, Ewc) else None
     sources = {name: (rows, config.training.batch_size) for name, rows in tokenized.items()}
-    return Prepared(config, run_dir, sources, fisher, architecture, layers, origin, dtype)
+    return Prepared(config, run_dir, sources, fisher, architecture, layers, origin, dtype, quantisation)
 
 
-def step_of(config: AttackConfig, model: Llama, length: int) -> memory.Step:
+def step_of(config: AttackConfig, model: Llama, length: int, quantisation: Kind) -> memory.Step:
     """`align.step_of` of an attack with nothing left open."""
     rows, model = config.training.batch_size, config.model.on(model.clone(lora=config.adapter.sites().lora()))
-    step = memory.Step(model, config.method, rows, rows, length)
+    step = memory.Step(model, config.method, rows, rows, length, quantisation)
     return dataclasses.replace(step, model=memory.with_remat(config.model.remat, step))
 
 
@@ -319,12 +322,12 @@ def attack(config: AttackConfig, look: Callable[[Examples], None] = lambda examp
       FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
       FileExistsError: the folder holds another run.
     """
-    config, run_dir, sources, for_fisher, _, layers, origin, _ = prepare(config, look)
+    config, run_dir, sources, for_fisher, _, layers, origin, _, quantisation = prepare(config, look)
     if inputs.is_finished(run_dir):
         return run_dir
-    base = stage.load_base(origin.model, config.model.dtype, config.model.aligned, merge=bool(origin.aligned),
-                           revision=origin.revision)
-    model = step_of(config, base.model, stage.longest_batch(sources, config.data.bucket)).model
+    base = stage.load_base(origin.model, config.model.dtype, config.model.aligned, bool(origin.aligned),
+                           origin.revision, quantisation)
+    model = step_of(config, base.model, stage.longest_batch(sources, config.data.bucket), quantisation).model
     adapter = init_adapter(model, stage.fresh_key(config.run.seed)) if base.adapter is None else base.adapter
     fisher = for_fisher and alignment_fisher(model, adapter, base.frozen, for_fisher, config.training.batch_size,
                                              config.data.bucket, config.run.seed)

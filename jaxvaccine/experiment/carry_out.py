@@ -181,9 +181,10 @@ def _score(context: Context, cell: Cell, stage_name: str, step: int, folder: Pat
            measured: Mapping[str, Any] = MappingProxyType({}), tests: EvaluateConfig | None = None) -> bool:
     """Scores what is in a folder; whether that has changed the cell's result. measured: what else is known of it."""
     scores, scored = tests or context.settings.scores, _scores_folder(folder)
-    revision = scores.model.revision if model else ""
+    # A run has its own of both.
+    own = {} if model else {"revision": "", "quantisation": "none"}
     found = evaluate(dataclasses.replace(
-        scores, model=dataclasses.replace(scores.model, model=model, revision=revision, trained=trained),
+        scores, model=dataclasses.replace(scores.model, model=model, trained=trained, **own),
         run=dataclasses.replace(scores.run, run_dir=str(scored), seed=cell.seed, overwrite=False)))
     rows = results.score_rows(cell, stage_name, step, found) + results.measured_rows(cell, stage_name, step, measured)
     path = result_path(context.root, cell)
@@ -269,8 +270,9 @@ def _lanes(context: Context, backbone: str) -> None:
             scorer = Scorer(context.settings.scores, tokenizer)
         seeds = list(dict.fromkeys(cell.seed for cell in missing))
         config, _ = cell_configs(context.settings, context.root, missing[0])
-        # The same again, unless a method has another dtype.
-        base = stage.load_base(backbone, config.model.dtype, revision=config.model.revision)
+        # The same again, unless a method has another dtype or quantisation.
+        base = stage.load_base(backbone, config.model.dtype, revision=config.model.revision,
+                               quantisation=config.model.quantisation)
         aligned = _align_lanes(context, config, base, tokenizer, scorer, backbone, method, seeds)
         for text in dict.fromkeys(cell.attack for cell in missing):
             cells = [cell for cell in missing if cell.attack == text]

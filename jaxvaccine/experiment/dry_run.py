@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxvaccine import data, memory_model
+from jaxvaccine import data
 from jaxvaccine.checkpoints.peft import read_lora_config
 from jaxvaccine.evaluation.tasks import check_examples
 from jaxvaccine.experiment import align, attack, evaluate, inputs, memory, runs, stage
@@ -62,7 +62,7 @@ def of_attack(config: AttackConfig, dry: DryRun, look: Look = lambda examples: N
     prepared = attack.prepare(config, look, write=False)
     config, sources = prepared.config, prepared.sources
     step = attack.step_of(config, Llama(prepared.architecture, dtype=jnp.dtype(prepared.dtype).type),
-                          stage.longest_batch(sources, config.data.bucket))
+                          stage.longest_batch(sources, config.data.bucket), prepared.quantisation)
     return _training(step, sources, config.training, config.data.bucket, dry)
 
 
@@ -78,7 +78,9 @@ def of_evaluation(config: EvaluateConfig, dry: DryRun) -> str:
             continue
         check_examples(task, rows)
         prompts = data.encode_prompts(tokenizer, rows, prompt=config.tests.form)
-        of = memory.decoding(model, prompts, generation.longest(task), generation.eval_bucket, generation.rows)
+        of = dataclasses.replace(
+            memory.decoding(model, prompts, generation.longest(task), generation.eval_bucket, generation.rows),
+            quantisation=config.model.quantisation)
         if len(targets) == 1 and not generation.eval_batch_size:
             of = dataclasses.replace(of, rows=max(1, min(_rows(of, targets[0].reserved), len(rows))))
         found = of.estimate()
@@ -91,7 +93,7 @@ def of_evaluation(config: EvaluateConfig, dry: DryRun) -> str:
 
 def _rows(of: memory.Decoding, room: int) -> int:
     """How many rows `evaluate` would decode together if JAX has so many bytes."""
-    return memory.largest_decoding(of, int((1 - memory.MARGIN) * (room - sum(memory_model.weights(of.model)))))
+    return memory.largest_decoding(of, of.beside(room))
 
 
 def _trained_lora(run_dir: str):

@@ -38,6 +38,7 @@ from jaxvaccine.experiment.parts import (
     check_sources,
 )
 from jaxvaccine.json_files import read_json, write_json
+from jaxvaccine.quantisation import Kind
 
 RESULTS = "results.json"
 MEAN_LOSS = "mean_loss.json"
@@ -69,6 +70,7 @@ class EvaluatedModel(Part):
     model: str = field("", "Model: a Hugging Face directory, a hub id or a .gguf file; --trained has its own.")
     revision: str = field("", "Branch, tag or commit of --model on the hub; its main branch unless given.")
     trained: str = field("", "Folder of a finished alignment or attack to score; none scores --model itself.")
+    quantisation: Kind = field("none", "In what --model's frozen matrices are kept; --trained has its own.")
     dtype: Dtype = field("checkpoint", "Type of the computation. checkpoint reads float16 files as bfloat16.")
     merge_adapter: bool = field(
         False, "Merge the run's adapter into the weights: faster, and rounded to their type.")
@@ -76,6 +78,19 @@ class EvaluatedModel(Part):
     def __post_init__(self):
         super().__post_init__()
         require(bool(self.model) != bool(self.trained), "model", self.model, "either --model or --trained")
+        require(self.quantisation == "none" or not self.merge_adapter, "merge_adapter", self.merge_adapter,
+                f"False: no adapter is merged into {self.quantisation} weights")
+
+    def resolve(self, run: Mapping[str, Any], name: str) -> "EvaluatedModel":
+        """The part with the quantisation of the run that `name` names, given its config.json.
+
+        Raises:
+          FieldError: another is asked for, or that the adapter be merged into what is quantised.
+        """
+        found = runs.flag(run, "quantisation")
+        require(self.quantisation in ("none", found), "quantisation", self.quantisation,
+                f"{found}, with which {name} was trained")
+        return dataclasses.replace(self, quantisation=found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +203,8 @@ def prepare(config: EvaluateConfig, write: bool = True) -> Prepared:
         model_path, revision, seen = trained_on(trained)
         sets = trained_sets(trained)
         made_of["trained"] = inputs.of_run(trained)
-        config = dataclasses.replace(config, tests=config.tests.resolve(runs.read_config(trained)["flags"], trained))
+        config = dataclasses.replace(config, tests=config.tests.resolve(runs.read_config(trained)["flags"], trained),
+                                     model=config.model.resolve(runs.read_config(trained), trained))
     examples = config.tests.load()
     check_unseen(examples, seen, config.tests.protocol)
     check_prompts(config.judge, examples.get(HARMFUL_SCORE, ()))
@@ -255,7 +271,8 @@ def _measure(config: EvaluateConfig, run_dir: Path, model_path: str, revision: s
     generation = config.generation
     tokenizer = stage.load_tokenizer(model_path, revision)
     base = stage.load_base(model_path, config.model.dtype, config.model.trained or None,
-                           merge=config.model.merge_adapter, revision=revision)
+                           merge=config.model.merge_adapter, revision=revision,
+                           quantisation=config.model.quantisation)
     model = base.model.clone(lora=base.lora)
     if LOSS in examples and loss is None:
         loss = mean_loss(

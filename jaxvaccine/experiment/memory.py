@@ -5,7 +5,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jaxvaccine.experiment.parts import AUTO
 from jaxvaccine.llama import Llama, tree_shapes
 from jaxvaccine.memory import GIB
 from jaxvaccine.memory_model import Memory, Pass
+from jaxvaccine.quantisation import Kind
 
 CONTEXT = GIB // 2  # what CUDA itself takes of a card, which no program gets
 FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # of the card, that JAX takes when it starts; 0.75 unless given
@@ -98,6 +99,7 @@ class Step:
       rows: of the alignment's or the user's batch.
       harmful_rows: of the other batches.
       length: the longest to which a batch is padded.
+      quantisation: of the backbone.
     """
 
     model: Llama
@@ -105,6 +107,7 @@ class Step:
     rows: int
     harmful_rows: int
     length: int
+    quantisation: Kind = "none"
 
     def defense(self, model: Llama | None = None) -> training.Defense:
         model = model or self.model
@@ -124,7 +127,7 @@ class Step:
         if self.model.microbatch_size:
             found = [_in_microbatches(one, self.model.microbatch_size) for one in found]
         state = _state_bytes(dataclasses.replace(self, rows=1, harmful_rows=1, length=1))
-        return memory_model.step(self.model, found, self.length, state)
+        return memory_model.step(self.model, found, self.length, state, self.quantisation)
 
     def compiled(self, device: jax.Device | None = None) -> memory.Memory:
         """By XLA, compiled for a device as of `memory.card_device`; None is this machine's."""
@@ -138,8 +141,8 @@ class Step:
         read = [name for name in self.method.batches
                 if not (name == "alignment" and isinstance(self.method, methods.Ewc))]  # before the first step
         step = training.make_train_step(self.defense(), optim.layer_masked_adamw(optim.OptimizerConfig(), 1000))
-        return memory.program_memory(step, self.state(), tree_shapes(self.model)["params"],
-                                     {name: batch(sizes[name]) for name in read},
+        frozen = memory_model.tree_shapes(self.model, self.quantisation)["params"]
+        return memory.program_memory(step, self.state(), frozen, {name: batch(sizes[name]) for name in read},
                                      jax.eval_shape(lambda: jax.random.key(0)), device=device)
 
     def changes(self, bucket: int) -> Iterator[tuple[str, Callable[[int], "Step"], list[int]]]:
@@ -168,6 +171,10 @@ class Step:
         if t_vaccine and t_vaccine is self.method:
             yield ("--layers={0}", lambda count: replaced(method=dataclasses.replace(t_vaccine, layers=count)),
                    list(range(t_vaccine.layers - 1, 0, -1)))
+        if isinstance(self.method, AlignmentMethod):  # an attack has the alignment's
+            kinds = ("none", "int8", "nf4")
+            for kind in kinds[kinds.index(self.quantisation) + 1:]:
+                yield f"--quantisation={kind}", lambda _, kind=kind: replaced(quantisation=kind), [0]
         rank = self.model.lora.rank
         yield ("--rank={0}", lambda rank: of_model(lora=dataclasses.replace(self.model.lora, rank=rank)),
                [rank >> i for i in range(1, rank.bit_length())])
@@ -265,10 +272,19 @@ class Decoding:
     rows: int
     positions: int
     prompt: int
+    quantisation: Kind = "none"
 
     def estimate(self) -> Memory:
         return memory_model.decode(self.model, self.rows, self.positions, self.prompt, block=BLOCK,
-                                   joining=joining(self.rows), smallest=SMALLEST)
+                                   joining=joining(self.rows), smallest=SMALLEST, quantisation=self.quantisation)
+
+    def shapes(self) -> dict[str, Any]:
+        """ShapeDtypeStructs of the model's trees."""
+        return memory_model.tree_shapes(self.model, self.quantisation)
+
+    def beside(self, room: int) -> int:
+        """What of so many bytes decoding may take beside weights and adapter, less a margin."""
+        return int((1 - MARGIN) * (room - sum(memory_model.weights(self.model, self.quantisation))))
 
 
 def decoding(model: Llama, prompts: Sequence[np.ndarray], max_new_tokens: int, bucket: int, rows: int) -> Decoding:

@@ -11,6 +11,7 @@ from jaxvaccine.attention import cudnn_lacks
 from jaxvaccine.experiment.config import FieldError, Part, field, library_errors, require
 from jaxvaccine.llama import Llama
 from jaxvaccine.llama_config import TARGETS, LlamaConfig, LoraConfig
+from jaxvaccine.quantisation import Kind
 
 Dtype = Literal["checkpoint", "float32", "bfloat16", "float16"]
 # Nothing scales the loss: in float16 the gradient of a small one is zero.
@@ -61,6 +62,9 @@ class ModelPart(ComputationPart):
 
     model: str = field("", "Model to align: a Hugging Face directory, a hub id or a .gguf file.")
     revision: str = field("", "Branch, tag or commit of a model on the hub; its main branch unless given.")
+    quantisation: Kind = field(
+        "none", "In what the layers' frozen matrices are kept: int8 halves bfloat16's memory, nf4 takes a quarter of "
+        "it. What follows the alignment has the same.")
 
     def __post_init__(self):
         super().__post_init__()

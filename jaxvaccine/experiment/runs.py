@@ -18,6 +18,8 @@ from jaxvaccine.data.prompts import Example
 from jaxvaccine.json_files import read_json, write_json
 
 CONFIG = "config.json"
+# Flags that earlier versions did not have, and what their runs were made with.
+BEFORE = {"quantisation": "none"}
 PACKAGES = ("jaxvaccine", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
 
@@ -35,6 +37,11 @@ def read_config(run_dir: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path}: found a JSON {type(config).__name__}, expected an object")
     return config
+
+
+def flag(config: Mapping[str, Any], name: str) -> Any:
+    """A flag of a run; of one from before there was such a flag, what it was made with."""
+    return config["flags"].get(name, BEFORE.get(name))
 
 
 def examples_hash(examples: Sequence[Example]) -> str:
@@ -101,7 +108,9 @@ def _compare(run_dir: Path, found: Mapping[str, Any], expected: Mapping[str, Any
         flags = {name: value for name, value in flags.items() if name not in changeable}
         return {"script": config.get("script"), **flags, **data}
 
-    if found_differences := differences(compared(found), compared(expected), "found", "expected"):
+    old, new = compared(found), compared(expected)
+    before = {name: BEFORE[of] for name in {*old, *new} if (of := name.rpartition(".")[2]) in BEFORE}
+    if found_differences := differences({**before, **old}, {**before, **new}, "found", "expected"):
         raise FileExistsError(
             f"{run_dir}: holds a run with other flags or data; choose another folder, or --overwrite to delete it. "
             + "; ".join(found_differences))
