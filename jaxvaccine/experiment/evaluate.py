@@ -37,6 +37,7 @@ from jaxvaccine.experiment.parts import (
     RunPart,
     check_sources,
 )
+from jaxvaccine.experiment.seen import shared_of_tests, trained_on, trained_sets
 from jaxvaccine.json_files import read_json, write_json
 from jaxvaccine.quantisation import Kind
 
@@ -46,7 +47,6 @@ MEAN_LOSS = "mean_loss.json"
 JUDGE, EARLIER = "judge.json", "judged"
 DEFAULT_ROWS = 32  # decoded together where nobody knows better
 LOSS = "harmful_loss"  # beside the tasks in the results: h(w), no rate
-ATTACKS = "the attack's examples"  # all that it trains on, the user's and the harmful ones
 
 
 class Test(NamedTuple):
@@ -353,33 +353,6 @@ def summary(result: TaskResult) -> dict[str, Any]:
     if result.flagged:
         found["flagged"] = dict(result.flagged)
     return found
-
-
-def trained_on(run_dir: str) -> tuple[str, str, dict[str, Sequence[str]]]:
-    """The model of a finished run, its revision, and the prompts {where: fingerprints} it has been trained on."""
-    config = inputs.require_finished("trained", run_dir)
-    seen = {f"{name} data of {run_dir}": prompts for name, prompts in config["data"]["prompts"].items()}
-    if aligned := config["flags"].get("aligned"):
-        seen |= trained_on(aligned)[2]
-    return config["flags"]["model"], config["flags"]["revision"], seen
-
-
-def trained_sets(run_dir: str) -> dict[str, Sequence[str]]:
-    """{name: fingerprints of the prompts} of the sets that a run, and the one below it, were trained on."""
-    config = runs.read_config(run_dir)
-    prompts, aligned = config["data"]["prompts"], config["flags"].get("aligned")
-    return sets_of(prompts) if not aligned else {**trained_sets(aligned), ATTACKS: prompts["user"]}
-
-
-def sets_of(prompts: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
-    """Those of an alignment. Harmless answers have the harmful prompts by what they are."""
-    return {f"the alignment's {name} data": of for name, of in prompts.items() if name != "harmless"}
-
-
-def shared_of_tests(examples: Mapping[str, Sequence[data.Example]], sets: Mapping[str, Collection[str]]
-                    ) -> dict[str, dict[str, Any]]:
-    """How many prompts every test has in common with each of the sets, as of `data.shared_prompts`."""
-    return {task: data.shared_prompts({task: stage.prompts_of(rows)}, sets)[task] for task, rows in examples.items()}
 
 
 def check_unseen(examples: Mapping[str, Sequence[data.Example]], seen: Mapping[str, Collection[str]],

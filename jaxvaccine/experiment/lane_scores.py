@@ -6,17 +6,9 @@ from typing import Any
 from jaxvaccine import data
 from jaxvaccine.evaluation import ALPACA_EVAL, evaluate_prompts, mean_loss
 from jaxvaccine.experiment import lanes, stage
-from jaxvaccine.experiment.evaluate import (
-    ATTACKS,
-    LOSS,
-    TESTS,
-    EvaluateConfig,
-    accounts_of_tests,
-    sets_of,
-    shared_of_tests,
-    summary,
-)
+from jaxvaccine.experiment.evaluate import LOSS, TESTS, EvaluateConfig, accounts_of_tests, summary
 from jaxvaccine.experiment.judging import make_judge
+from jaxvaccine.experiment.seen import ATTACKS, sets_of, shared_of_tests
 
 # Prompts of every test whose answers are kept.
 SHOWN = 2

@@ -146,7 +146,8 @@ class Step:
                                      jax.eval_shape(lambda: jax.random.key(0)), device=device)
 
     def changes(self, bucket: int) -> Iterator[tuple[str, Callable[[int], "Step"], list[int]]]:
-        """Flags that take memory off: (the flag with {} for its value, the step with a value, the values, falling)."""
+        """Flags that take memory off, those that change least first: (the flag with {} for its value, the step with a
+        value, the values, falling)."""
         def replaced(**fields):
             return dataclasses.replace(self, **fields)
 
@@ -162,6 +163,10 @@ class Step:
         at_a_time = min(self.model.microbatch_size or largest, largest)
         yield ("--microbatch_size={0}", lambda rows: of_model(microbatch_size=rows),
                list(range(at_a_time - 1, 0, -1)))
+        if isinstance(self.method, AlignmentMethod):  # an attack has the alignment's
+            kinds = ("none", "int8", "nf4")
+            for kind in kinds[kinds.index(self.quantisation) + 1:]:
+                yield f"--quantisation={kind}", lambda _, kind=kind: replaced(quantisation=kind), [0]
         harmful = " --harmful_batch_size={0}" if len(self.method.batches) > 1 and not isinstance(
             self.method, TuningMethod) else ""
         yield ("--batch_size={0}" + harmful,
@@ -171,10 +176,6 @@ class Step:
         if t_vaccine and t_vaccine is self.method:
             yield ("--layers={0}", lambda count: replaced(method=dataclasses.replace(t_vaccine, layers=count)),
                    list(range(t_vaccine.layers - 1, 0, -1)))
-        if isinstance(self.method, AlignmentMethod):  # an attack has the alignment's
-            kinds = ("none", "int8", "nf4")
-            for kind in kinds[kinds.index(self.quantisation) + 1:]:
-                yield f"--quantisation={kind}", lambda _, kind=kind: replaced(quantisation=kind), [0]
         rank = self.model.lora.rank
         yield ("--rank={0}", lambda rank: of_model(lora=dataclasses.replace(self.model.lora, rank=rank)),
                [rank >> i for i in range(1, rank.bit_length())])

@@ -1,6 +1,7 @@
 """What fits, the largest batch and the flag that helps, by the formula; a GPU is one that a test describes."""
 
 import dataclasses
+import functools
 import types
 
 import jax.numpy as jnp
@@ -16,9 +17,9 @@ from tests import tiny
 
 
 def step(size="llama-2-7b", method=None, rows=10, harmful_rows=10, length=256, dtype=jnp.bfloat16, remat="full",
-         microbatch=0):
+         microbatch=0, quantisation="none"):
     model = Llama(SIZES[size], LoraConfig(8), dtype, remat=remat, microbatch_size=microbatch)
-    return Step(model, method or methods.Booster(), rows, harmful_rows, length)
+    return Step(model, method or methods.Booster(), rows, harmful_rows, length, quantisation)
 
 
 @pytest.mark.parametrize("method", [methods.Sft(), methods.Vaccine(), methods.RepNoise(), methods.Tar(), methods.Kl()])
@@ -36,11 +37,13 @@ def test_the_largest_batch(method):
     ({"remat": "none"}, 8, "--remat=full", None),
     ({"dtype": jnp.float32}, 8, "--dtype=bfloat16", None),
     ({"rows": 60, "harmful_rows": 8}, 2, "--microbatch_size={0}", 1),
-    ({"rows": 60, "harmful_rows": 60, "method": methods.Vaccine()}, 8, "--batch_size={0}", 1),
-    ({"rows": 60, "harmful_rows": 60, "method": methods.Booster(base=methods.Vaccine())}, 8,
+    ({"rows": 60, "harmful_rows": 60, "method": methods.Vaccine()}, 8, "--quantisation=nf4", None),
+    ({"rows": 60, "harmful_rows": 60, "method": methods.Vaccine(), "quantisation": "nf4"}, 8, "--batch_size={0}", 1),
+    ({"rows": 60, "harmful_rows": 60, "method": methods.Booster(base=methods.Vaccine()), "quantisation": "nf4"}, 8,
      "--batch_size={0} --harmful_batch_size={1}", 1),
-    ({"rows": 1, "harmful_rows": 1, "length": 2048}, 1, "--max_length={0}", 64),
-    ({"rows": 1, "harmful_rows": 1, "length": 64, "method": methods.TVaccine(layers=32)}, 0.004, "--layers={0}", 1),
+    ({"quantisation": "nf4", "rows": 1, "harmful_rows": 1, "length": 2048}, 1, "--max_length={0}", 64),
+    ({"quantisation": "nf4", "rows": 1, "harmful_rows": 1, "length": 64, "method": methods.TVaccine(layers=32)}, 0.004,
+     "--layers={0}", 1),
 ])
 def test_the_flag_that_helps(given, less, flag, more):
     """The first that makes it fit, so many GiB below, and the least change: more of what it sets does not fit."""
@@ -56,10 +59,12 @@ def test_the_flag_that_helps(given, less, flag, more):
 
 
 def test_where_no_flag_is_enough():
-    found, peak, enough = memory.helpful_flag(step("llama-2-13b"), memory.card("rtx_4090").largest, 64)
-    assert not enough and found == "--batch_size=1 --harmful_batch_size=1"
-    assert peak == step("llama-2-13b", rows=1, harmful_rows=1).estimate().peak
-    least = step(rows=1, harmful_rows=1, length=1, method=methods.Sft())
+    """An attack's backbone is kept as the alignment's."""
+    of = functools.partial(step, "llama-2-13b", methods.Lisa())
+    found, peak, enough = memory.helpful_flag(of(), memory.card("rtx_4090").largest, 64)
+    assert not enough and found == "--batch_size=1"
+    assert peak == of(rows=1, harmful_rows=1).estimate().peak
+    least = step(rows=1, harmful_rows=1, length=1, method=methods.Lisa())
     assert memory.helpful_flag(least, GIB, 64)[0].startswith("--rank=")
 
 

@@ -10,6 +10,7 @@ from jaxvaccine import llama
 from jaxvaccine.experiment import recipes
 from jaxvaccine.experiment.align import AlignConfig
 from jaxvaccine.experiment.config import FieldError, make
+from jaxvaccine.experiment.methods import FINE_TUNING
 from tests import tiny
 from tests.experiments import small
 
@@ -82,7 +83,10 @@ def test_the_table_by_the_formula():
     fits = {(cell[0].strip(), cell[1].strip()): cell[11].strip() for cell in cells}
     assert fits["llama-2-7b", "repnoise"] == "yes" and fits["llama-2-13b", "sft"] == "no"
     assert all(int(cell[12]) > 10 for cell in cells if cell[11].strip() == "yes" and "×" in cell[2])
-    assert all("--batch_size=1" in cell[13] for cell in cells if cell[11].strip() == "no" and "10 ×" in cell[2])
+    no = {cell[1].strip(): cell[13].strip() for cell in cells if cell[11].strip() == "no" and "10 ×" in cell[2]}
+    # An attack's backbone is kept as the alignment's.
+    assert all(flag.startswith("--batch_size=1" if name in FINE_TUNING else "--quantisation=int8")
+               for name, flag in no.items()) and {"sft", "lisa"} <= no.keys()
     with pytest.raises(FieldError, match="methods: found 'sam', expected one of sft, "):
         memory.method_of("sam")
     assert memory.method_of("t_vaccine:layers=3").layers == 3
