@@ -46,6 +46,7 @@ class Case(NamedTuple):
     targets: str
     microbatch_size: int
     attention: str
+    quantisation: str
     arguments: int
     temporary: int
     peak: int
@@ -56,8 +57,8 @@ class Case(NamedTuple):
         model = llama.Llama(architecture(self.model), lora, jnp.dtype(self.dtype).type, remat=self.remat,
                             microbatch_size=self.microbatch_size, attention=self.attention)
         if self.method == DECODING:
-            return Decoding(model, self.rows, self.length, self.harmful_rows)
-        return Step(model, method_of(self.method), self.rows, self.harmful_rows, self.length)
+            return Decoding(model, self.rows, self.length, self.harmful_rows, self.quantisation)
+        return Step(model, method_of(self.method), self.rows, self.harmful_rows, self.length, self.quantisation)
 
     def compiled(self) -> "Case":
         """With the compiler's figures."""
@@ -109,10 +110,11 @@ def benchmark(cases: Sequence[Case]) -> str:
         temporary, peak = errors(case)
         size = f"{case.rows} × {case.length}" + (f" by {case.microbatch_size}" if case.microbatch_size else "")
         lines.append([case.card, case.model, case.method, size, case.dtype, case.remat, case.attention,
+                      case.quantisation,
                       f"{case.temporary / GIB:.2f}", f"{temporary:+.1%}", f"{case.peak / GIB:.2f}", f"{peak:+.1%}"])
     worst = [max(abs(of) for of in column) for column in zip(*map(errors, cases), strict=True)]
-    header = ["card", "model", "method", "batch", "dtype", "remat", "attention", "temporary", "formula", "peak",
-              "formula"]
+    header = ["card", "model", "method", "batch", "dtype", "remat", "attention", "quantisation", "temporary", "formula",
+              "peak", "formula"]
     return table(header, lines) + (f"\n\n{len(cases)} cases; the formula is at most {worst[0]:.1%} from the compiler's "
                                    f"temporary memory and {worst[1]:.1%} from its peak")
 

@@ -95,14 +95,14 @@ def take_turns() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def over_lanes(function: Callable, in_axes: tuple[Axes, ...]) -> Callable:
+def over_lanes(function: Callable, in_axes: tuple[Axes, ...], turns: bool | None = None) -> Callable:
     """`jax.vmap(function, in_axes)`, computed one lane after the other where lanes take turns.
 
-    in_axes: of each argument.
+    in_axes: of each argument. turns: whether they do; by default as `take_turns` says.
     """
     def call(*arguments):
         axes = tuple(of(argument) if callable(of) else of for of, argument in zip(in_axes, arguments, strict=True))
-        if not take_turns():
+        if not (take_turns() if turns is None else turns):
             return jax.vmap(function, axes)(*arguments)
         own = by_axis(lambda axis, of: None if axis is None else of, axes, arguments)
         return jax.lax.map(lambda own: function(*by_axis(
@@ -112,8 +112,10 @@ def over_lanes(function: Callable, in_axes: tuple[Axes, ...]) -> Callable:
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(model: Llama, method: Method, optimizer_config: optim.OptimizerConfig, steps: int, own_base: bool):
-    """(init, step) over lanes. An attack is of the layers that the step's last argument names."""
+def compiled(model: Llama, method: Method, optimizer_config: optim.OptimizerConfig, steps: int, own_base: bool,
+             turns: bool | None = None):
+    """(init, step) over lanes: init(adapters) -> state, step(state, frozen, batches, keys, layers=None) -> (state,
+    metrics). An attack is of the layers that the step's last argument names. turns: as of `over_lanes`."""
     optimizer = optim.layer_masked_adamw(optimizer_config, steps)
 
     def defense(layers) -> Defense:
@@ -135,7 +137,7 @@ def _compiled(model: Llama, method: Method, optimizer_config: optim.OptimizerCon
     def step(state, frozen, batches, keys, layers=None):
         own = by_axis(lambda axis, leaf: None if axis is None else leaf, axes, state)
         shared = by_axis(lambda axis, leaf: leaf if axis is None else None, axes, state)
-        state, metrics = over_lanes(step_of_lane, (0, None, base_axes(own_base), 0, 0, None))(
+        state, metrics = over_lanes(step_of_lane, (0, None, base_axes(own_base), 0, 0, None), turns)(
             own, shared, frozen, batches, keys, layers)
         return by_axis(lambda axis, leaf: leaf[0] if axis is None else leaf, axes, state), metrics
 
@@ -170,7 +172,7 @@ def train(lanes: Lanes, method: Method, part: TrainingPart, bucket: int, sources
     if isinstance(method, Ewc):
         raise FieldError("defense", "found 'ewc', expected another where many seeds are trained at once")
     steps = stage.count_steps(part, sources[0])
-    init, step_fn = _compiled(lanes.model, method, part.optimizer(), steps, lanes.own_base)
+    init, step_fn = compiled(lanes.model, method, part.optimizer(), steps, lanes.own_base)
     lengths = data.batch_lengths(sources, seeds, bucket, steps)
     streams = [data.training_batches(of, seed, bucket, lengths) for of, seed in zip(sources, seeds, strict=True)]
     keys = jnp.stack([stage.training_key(seed) for seed in seeds])

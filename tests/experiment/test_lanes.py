@@ -130,7 +130,7 @@ def first_step(config, method):
     """The lanes' state before the first step, and how many branches the step has that all lanes take together."""
     start = lanes.fresh(stage.load_base(config.model.model, "checkpoint"), config.adapter.lora(),
                         dataclasses.replace(config.model, remat="none"), SEEDS)
-    init, step = lanes._compiled(start.model, method, config.training.optimizer(), 6, False)
+    init, step = lanes.compiled(start.model, method, config.training.optimizer(), 6, False)
     state = jax.eval_shape(init, start.adapters)
     row = {name: jnp.ones((2, 2, 16), jnp.int32) for name in ("input_ids", "labels", "attention_mask")}
     keys = jax.random.split(jax.random.key(0))
