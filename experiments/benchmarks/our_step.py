@@ -101,19 +101,37 @@ class Last(NamedTuple):
     active_layers: list[int] | None = None  # T-Vaccine's
 
 
+class Program(NamedTuple):
+    """A training step and the shapes of what it is given."""
+
+    train_step: training.TrainStep
+    state: Any  # () -> the state before the first step
+    shapes: tuple[Any, ...]  # state, frozen weights, batches, key
+
+
+def program(part: StepPart, method: AlignmentMethod, model: llama.Llama) -> Program:
+    defense = method.make(model)
+    optimizer = optim.layer_masked_adamw(OPTIMIZER, steps=1000)
+
+    def state() -> training.TrainState:
+        return training.init_train_state(jax.device_put(random_weights.adapter(model)), defense, optimizer)
+
+    of_model = llama.tree_shapes(model)
+    batches = {name: batch for name, batch in part.batches().items() if name in method.batches}
+    shapes = (jax.eval_shape(lambda adapter: training.init_train_state(adapter, defense, optimizer), of_model["lora"]),
+              of_model["params"], jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batches),
+              jax.eval_shape(lambda: jax.random.key(SEED)))
+    return Program(training.make_train_step(defense, optimizer), state, shapes)
+
+
 class Ours:
     """A compiled training step and its state."""
 
     def __init__(self, part: StepPart, method: AlignmentMethod, model: llama.Llama, frozen: Any):
-        self.frozen, self.key = frozen, jax.random.key(SEED)
+        self.frozen, self.key, self.program = frozen, jax.random.key(SEED), program(part, method, model)
         self.batches = jax.device_put({name: batch for name, batch in part.batches().items() if name in method.batches})
-        defense = method.make(model)
-        optimizer = optim.layer_masked_adamw(OPTIMIZER, steps=1000)
-        self.restart = lambda: training.init_train_state(
-            jax.device_put(random_weights.adapter(model)), defense, optimizer)
-        self.state, self.metrics = self.restart(), {}
-        self.train_step = training.make_train_step(defense, optimizer)
-        self.compiled = self.train_step.lower(self.state, frozen, self.batches, self.key).compile()
+        self.state, self.metrics = self.program.state(), {}
+        self.compiled = self.program.train_step.lower(self.state, frozen, self.batches, self.key).compile()
 
     def step(self) -> None:
         self.state, self.metrics = self.compiled(self.state, self.frozen, self.batches, self.key)
@@ -123,7 +141,7 @@ class Ours:
 
     def start_again(self) -> None:
         """With the adapter and the schedule of the first step."""
-        self.state = self.restart()
+        self.state = self.program.state()
 
     def last(self) -> Last:
         active = self.metrics.get("active_layers")

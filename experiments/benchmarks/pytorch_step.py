@@ -50,7 +50,7 @@ def make_model(part: StepPart, device: str) -> UsersModel:
     model = UsersModel(base, part.lora(), random_weights.adapter(part.llama()))
     model.supervised_logits = part.supervised_logits
     if part.checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.activation_checkpointing_enable({"use_reentrant": False})
         model.adapted.train()  # transformers checkpoints in training alone; there is no dropout
     return model
 
@@ -81,7 +81,7 @@ class Theirs:
     def _noise(self, layer: int, shape: tuple[int, ...]) -> np.ndarray | torch.Tensor:
         """In the first step ours, by which the two sides are compared; then PyTorch's, which take it less time."""
         if self.done == 0:
-            return steps.repnoise_noise(self.shared_noise, 0, layer, shape).copy()  # JAX's own can't be written to
+            return steps.repnoise_noise(self.shared_noise, 0, layer, shape)
         return torch.randn(shape, device=self.model.device)
 
     def step(self) -> None:

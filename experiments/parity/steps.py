@@ -122,7 +122,7 @@ def repnoise_noise(problem: Problem, step: int, layer: int, shape: tuple[int, ..
         key = training.step_key(jax.random.key(problem.config.run.seed), step)
         if isinstance(problem.config.method, Booster):
             key = booster_keys(key).base
-        return np.asarray(layer_noise(repnoise_keys(key).noise, layer, shape, at_least_float32(problem.dtype)))
+        return np.array(layer_noise(repnoise_keys(key).noise, layer, shape, at_least_float32(problem.dtype)))
 
 
 def torch_steps(problem: Problem, drawn: Sequence[np.ndarray | None], gradient=None) -> Iterator[StepRecord]:
