@@ -4,6 +4,7 @@ Drawn with `jax.random`, a 7B model takes more memory than its training step doe
 in its peak. A hash of an index is computed as it is written.
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Sequence
@@ -29,6 +30,11 @@ def _seed(path: Sequence[str]) -> int:
 
 def frozen(model: llama.Llama) -> Any:
     """Base weights in the model's dtype, [L, ...] stacked; norms and biases neutral."""
+    return jax.jit(functools.partial(weights, model))()
+
+
+def weights(model: llama.Llama) -> Any:
+    """What `frozen` compiles: every weight by itself, with no temporary arrays."""
     def values(path: Sequence[str], shape: jax.ShapeDtypeStruct):
         if path[-1] in ("scale", "bias"):
             ones = path[-1] == "scale" and not model.config.family.offset_norms
@@ -40,8 +46,7 @@ def frozen(model: llama.Llama) -> Any:
         return (unit * np.float32(DEVIATION * math.sqrt(3))).astype(shape.dtype).reshape(shape.shape)
 
     shapes = llama.tree_shapes(model)["params"]
-    return jax.jit(lambda: jax.tree_util.tree_map_with_path(
-        lambda path, shape: values([key.key for key in path], shape), shapes))()
+    return jax.tree_util.tree_map_with_path(lambda path, shape: values([key.key for key in path], shape), shapes)
 
 
 def fill(base: Any, config: LlamaConfig) -> None:

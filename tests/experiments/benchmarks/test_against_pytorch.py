@@ -42,13 +42,14 @@ def test_the_benchmark(shape_dir):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_method(shape_dir, dtype):
+@pytest.mark.parametrize("dtype, methods", [
+    ("float32", ("sft", "vaccine", "t_vaccine", "booster", "repnoise", "tar")), ("bfloat16", ("t_vaccine", "booster"))])
+def test_every_method(shape_dir, dtype, methods):
     text = against_pytorch.benchmark(against_pytorch.AgainstConfig(
-        model=shape_dir, methods=tuple(our_step.ALIGNMENT), repeats=1, dtype=dtype, checkpointing=True, **SMALL))
+        model=shape_dir, methods=methods, repeats=1, dtype=dtype, checkpointing=True, **SMALL))
     rows = rows_of(text)
-    assert list(rows) == ["sft", "vaccine", "t_vaccine", "t_vaccine, a step with its probe",
-                          "t_vaccine, with a probe every 200 steps", "booster", "repnoise", "tar"]
+    assert [name for name in rows if "," not in name] == list(methods)
+    assert {"t_vaccine, a step with its probe", "t_vaccine, with a probe every 200 steps"} < set(rows)
     for name, cells in rows.items():
         assert float(cells[3]) < (1e-6 if dtype == "float32" else 1e-3), name
         assert float(cells[4]) < (1e-5 if dtype == "float32" else 2e-2), name
