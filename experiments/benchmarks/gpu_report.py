@@ -131,7 +131,7 @@ def report(part: SuitePart, results: Results) -> str:
         f"Medians of blocks of {part.block}, {part.steps} steps. FLOPs are those of matrix products, of "
         "rematerialisation too.\n",
         f"## Memory of a step, peak in GiB ({'of the allocator' if found.on_gpu else 'of the process'})\n",
-        table(["", "jaxvaccine", f"predicted ({part.card or 'this machine'})", "this program's own", "PyTorch",
+        table(["", "jaxvaccine", f"predicted ({part.card or 'this machine'})", "compiled for this device", "PyTorch",
                "measured / predicted", f"within {part.memory_gb:g} GB"], _memory(part, found)),
         "## Attention\n", *_attention(found), "## Generation\n", *_generation(found)]
     failed = [f"- `{name}`: {value['failed'].splitlines()[0][:500]}" for name, value in results.items()
