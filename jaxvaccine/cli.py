@@ -10,11 +10,13 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from absl import flags, logging
 
-from jaxvaccine.experiment import compare_judges, recipes
+from jaxvaccine.experiment import compare_judges, dry_run, recipes
 from jaxvaccine.experiment.align import AlignConfig, align
 from jaxvaccine.experiment.attack import AttackConfig, attack, goes_on, split_new_adapter
+from jaxvaccine.experiment.compilation import keep_programs
 from jaxvaccine.experiment.config import FieldError, Setting, make, require, settings
 from jaxvaccine.experiment.evaluate import EvaluateConfig, evaluate
 from jaxvaccine.experiment.parts import COMPUTED
@@ -107,6 +109,14 @@ def _preset(presets: Presets | None, values: flags.FlagValues) -> Mapping[str, A
     return {}
 
 
+def _dry(values: flags.FlagValues) -> dry_run.DryRun:
+    """What --dry_run asks for."""
+    dry = _read(dry_run.DryRun, values)
+    if dry.card:  # another machine's: none here is looked for
+        jax.config.update("jax_platforms", "cpu")
+    return dry
+
+
 def _reports() -> types.ModuleType:
     # Late: matplotlib and pandas take a second that --help and a mistake in a flag need not wait for.
     from jaxvaccine.report import runs
@@ -119,9 +129,13 @@ def _of_alignment(values: flags.FlagValues) -> Mapping[str, Any]:
 
 
 def _align(values: flags.FlagValues) -> None:
-    config = _read(AlignConfig, values, ALIGN_PRESETS)
+    config, dry = _read(AlignConfig, values, ALIGN_PRESETS), _dry(values)
+    look = _warn_of_few(values.preset, alignment="alignment", harmful="harmful")
     with flag_errors(""):
-        _reports().write(align(config, _warn_of_few(values.preset, alignment="alignment", harmful="harmful")))
+        if dry.dry_run:
+            print(dry_run.of_alignment(config, dry, look))
+        else:
+            _reports().write(align(config, look))
 
 
 def _warn_of_few(preset: str | None, **rows: str) -> Callable[[Mapping[str, Sequence[Any]]], None]:
@@ -145,9 +159,13 @@ def _of_attack(values: flags.FlagValues) -> Mapping[str, Any]:
 
 
 def _finetune(values: flags.FlagValues) -> None:
-    config = _read(AttackConfig, values, ATTACK_PRESETS)
+    config, dry, look = _read(AttackConfig, values, ATTACK_PRESETS), _dry(values), _warn_of_few(
+        values.preset, guide="alignment")
     with flag_errors(""):
-        _reports().write(attack(config, _warn_of_few(values.preset, guide="alignment")))
+        if dry.dry_run:
+            print(dry_run.of_attack(config, dry, look))
+        else:
+            _reports().write(attack(config, look))
 
 
 def _of_tests(values: flags.FlagValues) -> Mapping[str, Any]:
@@ -161,8 +179,11 @@ TEST_PRESETS = Presets(tuple(recipes.EVALUATION), _of_tests)
 
 
 def _evaluate(values: flags.FlagValues) -> None:
-    config = _read(EvaluateConfig, values, TEST_PRESETS)
+    config, dry = _read(EvaluateConfig, values, TEST_PRESETS), _dry(values)
     with flag_errors(""):
+        if dry.dry_run:
+            print(dry_run.of_evaluation(config, dry))
+            return
         evaluate(config)
     _reports().write(config.run.run_dir)
     print(_reports().read(config.run.run_dir))
@@ -173,8 +194,8 @@ ATTACK = Section(AttackConfig, "attack_", (
     "run_dir", "aligned", "poison_ratio", "defense", "seed", "overwrite", "test_data", "dtype",
     *COMPUTED, "bucket", "prompt", "data_protocol", "save_every", "progress"), "Attack: ")
 EVALUATION = Section(EvaluateConfig, "", (
-    "run_dir", "model", "revision", "trained", "seed", "overwrite", "dtype", "progress", "max_length", "prompt",
-    "data_protocol"),
+    "run_dir", "model", "revision", "trained", "seed", "overwrite", "dtype", "quantisation", "progress", "max_length",
+    "prompt", "data_protocol"),
     "Evaluation: ")
 ALIGNMENT = Section(AlignConfig, "", ("run_dir", "model", "defense", "seed", "overwrite", "progress"), "Alignment: ")
 
@@ -186,6 +207,8 @@ def _run(values: flags.FlagValues) -> None:
         run(config, *of_stages, written=_reports().write)
     print(_reports().write_plan(config))
 
+
+DRY_RUN = Section(dry_run.DryRun)
 
 FIRST = Section(compare_judges.ComparedJudge, "first_", title="First ")
 SECOND = Section(compare_judges.ComparedJudge, "second_", title="Second ")
@@ -207,19 +230,19 @@ VERBS = {
 
 jaxvaccine align --preset=booster --model=meta-llama/Llama-2-7b-hf --run_dir=runs/booster \\
     --alignment_data=beavertails_refusal:train.jsonl[0:5000] --harmful_data=beavertails_unsafe:train.jsonl[0:5000]""",
-                  (Section(AlignConfig),), _align, ALIGN_PRESETS),
+                  (Section(AlignConfig), DRY_RUN), _align, ALIGN_PRESETS),
     "finetune": Verb("""Fine-tunes an aligned model on a user's data of which a ratio is harmful: the attack.
 
 jaxvaccine finetune --preset=booster --aligned=runs/booster --run_dir=runs/booster-p0.1 \\
     --user_data=sst2:stanfordnlp/sst2@train --harmful_data=beavertails_unsafe:train.jsonl[5000:5500] \\
     --poison_ratio=0.1 --test_data=beavertails_unsafe:train.jsonl[5500:6000]""",
-                     (Section(AttackConfig),), _finetune, ATTACK_PRESETS),
+                     (Section(AttackConfig), DRY_RUN), _finetune, ATTACK_PRESETS),
     "evaluate": Verb("""Scores a model, as it comes or as a run left it: harmful score, fine-tune accuracy,
 over-refusal, the win rate on AlpacaEval and the loss on harmful answers.
 
 jaxvaccine evaluate --trained=runs/booster-p0.1 --run_dir=runs/booster-p0.1-scores \\
     --harmful_test=beavertails_unsafe:train.jsonl[5500:6000] --sst2_test=sst2:stanfordnlp/sst2@validation""",
-                     (Section(EvaluateConfig),), _evaluate, TEST_PRESETS),
+                     (Section(EvaluateConfig), DRY_RUN), _evaluate, TEST_PRESETS),
     "run": Verb("""Carries out a plan: backbones times methods times attacks times seeds, aligned, attacked and scored;
 a table of all results, a report and plots.
 
@@ -276,6 +299,7 @@ def call(name: str, verb: Verb, arguments: Sequence[str] | None = None) -> None:
             return
         if rest:
             raise ValueError(f"found arguments {rest}, expected flags only")
+        keep_programs()
         verb.call(values)
 
 

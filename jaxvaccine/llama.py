@@ -35,6 +35,7 @@ from jaxvaccine.conventions import at_least_float32
 from jaxvaccine.llama_config import LlamaConfig, LoraConfig
 from jaxvaccine.perturbations import add, collections
 from jaxvaccine.products import einsum_in_full
+from jaxvaccine.quantisation import Quantised, dequantise
 
 Remat = Literal["none", "dots", "full"]
 REMAT_POLICIES = {
@@ -59,11 +60,18 @@ def perturb(module: nn.Module, name: str, x):
     return add(x, module.get_variable("perturbations", name), slots)
 
 
+def _low_rank(x, a, b, scale: float = 1.0):
+    """scale · x A B. In two dimensions A's and B's gradients are plain matrix products; contracted over batch and
+    position apart, XLA's CPU backend takes three times as long for them."""
+    return (scale * (x.reshape(-1, x.shape[-1]) @ a.astype(x.dtype)) @ b.astype(x.dtype)).reshape(*x.shape[:-1], -1)
+
+
 class LoraDense(nn.Module):
     """y = x W + (alpha / rank) · dropout(x) A B, arXiv 2106.09685 eq. 3; A Kaiming-uniform (a = √5), B zero, as PEFT.
 
-    The kernel W is [in, out] in the base's dtype; A [in, r] and B [r, out] are at least float32 and are cast to the
-    base's dtype for the computation. Dropout applies when a ``dropout`` rng is passed. With a bias y is x W + bias + ….
+    The kernel W is [in, out] in the base's dtype, or `Quantised`; A [in, r] and B [r, out] are at least float32 and are
+    cast to the base's dtype for the computation. Dropout applies when a ``dropout`` rng is passed. With a bias y is
+    x W + bias + …; where `merging.freeze_adapter` has put an update, x W + x A0 B0 + ….
     """
 
     features: int
@@ -73,13 +81,23 @@ class LoraDense(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features), self.dtype)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
+        kernel = self.get_variable("params", "kernel")
+        quantised = isinstance(kernel, Quantised)
+        if not quantised:
+            kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features), self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype) if self.use_bias else None
+
+        def product(x, kernel):
+            kernel = dequantise(kernel, self.dtype)
+            if bias is None:
+                return jnp.matmul(x, kernel)
             # PyTorch rounds once, after the bias.
-            y = (einsum_in_full("BTI,IO->BTO", x, kernel) + bias).astype(self.dtype)
-        else:
-            y = jnp.matmul(x, kernel)
+            return (einsum_in_full("BTI,IO->BTO", x, kernel) + bias).astype(self.dtype)
+
+        # Whatever the layer keeps, weights in floats are not among it.
+        y = (jax.checkpoint(product) if quantised else product)(x, kernel)
+        if self.has_variable("params", "update"):
+            y = y + _low_rank(x, *self.get_variable("params", "update"))
         if self.lora is None or self.name not in self.lora.targets:
             return y
         a_shape, b_shape = (x.shape[-1], self.lora.rank), (self.lora.rank, self.features)
@@ -90,10 +108,7 @@ class LoraDense(nn.Module):
         if self.lora.dropout and self.has_rng("dropout"):
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.lora.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.lora.dropout), 0).astype(x.dtype)
-        # In two dimensions A's and B's gradients are plain matrix products; contracted over batch and position apart,
-        # XLA's CPU backend takes three times as long for them.
-        delta = self.lora.scale * (x.reshape(-1, x.shape[-1]) @ a.astype(self.dtype)) @ b.astype(self.dtype)
-        return y + delta.reshape(y.shape)
+        return y + _low_rank(x, a, b, self.lora.scale)
 
 
 class RMSNorm(nn.Module):
@@ -335,7 +350,7 @@ def read_out(model: Llama, frozen, hidden):
 
 def _init(model: Llama, key):
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return model.init(key, tokens, jnp.ones_like(tokens))
+    return model.clone(attention="xla").init(key, tokens, jnp.ones_like(tokens))  # here cuDNN need not be
 
 
 def init_frozen(model: Llama, key):
@@ -381,23 +396,3 @@ def zero_perturbations(model: Llama, batch: int, length: int):
     config = model.config
     shape = (config.num_layers, batch, length, config.hidden_size)
     return {"layers": {"attention": {"output": jnp.zeros(shape, model.dtype)}}}
-
-
-def merge_adapter(model: Llama, adapter, frozen):
-    """Base weights with W + (alpha / rank) A B in the place of W, summed in the adapter's dtype, cast to the base's.
-
-    Layer by layer: under `jax.jit` with `frozen` donated it takes no more than one layer's sum beside the weights.
-    """
-    def merged(kernel, a, b):
-        return (kernel + model.lora.scale * jnp.matmul(a, b)).astype(kernel.dtype)
-
-    def merge(base, lora):
-        if "kernel" in base:
-            if not lora:
-                return base
-            kernel, a, b = base["kernel"], lora["a"], lora["b"]
-            return {**base, "kernel": jax.lax.fori_loop(
-                0, kernel.shape[0], lambda i, kernel: kernel.at[i].set(merged(kernel[i], a[i], b[i])), kernel)}
-        return {name: merge(child, lora[name]) if name in lora else child for name, child in base.items()}
-
-    return merge(frozen, adapter)

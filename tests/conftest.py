@@ -22,19 +22,13 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
-    """A module's programs are kept on disk until the session ends: the same one, as that of a training step that every
-    run builds anew, is not compiled again, in this module and in the next that asks for this."""
-    settings = {"jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
-                "jax_persistent_cache_min_compile_time_secs": 0.1}
-    before = {name: getattr(jax.config, name) for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield
+    """Programs are kept on disk until the session ends: the same one, as that of a training step that every run builds
+    anew or a random model's, is not compiled again."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.getbasetemp() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module", autouse=True)

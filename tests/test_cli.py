@@ -17,10 +17,11 @@ from jaxvaccine.experiment.config import settings
 from jaxvaccine.report import plots
 from tests.experiment.small_world import world_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 ROOT = Path(__file__).parents[1]
-PARTS = {"align": [""], "finetune": [""], "evaluate": [""], "run": ["", "Alignment: ", "Attack: ", "Evaluation: "],
+PARTS = {"align": ["", ""], "finetune": ["", ""], "evaluate": ["", ""],
+         "run": ["", "Alignment: ", "Attack: ", "Evaluation: "],
          "compare-judges": ["", "First ", "Second "]}
 SMALL = ("--steps=2", "--batch_size=4", "--max_length=16", "--bucket=16", "--remat=none", "--noprogress")
 TESTS = ("--harmful_test=world_harmful@test[0:4]", "--sst2_test=world_rating@test[0:4]",

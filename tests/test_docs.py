@@ -137,6 +137,8 @@ def test_commands_are_valid(monkeypatch):
 
     for name in ("align", "attack", "evaluate"):
         monkeypatch.setattr(cli, name, valid)
+    for name in ("of_alignment", "of_attack", "of_evaluation"):
+        monkeypatch.setattr(cli.dry_run, name, valid)
     monkeypatch.setattr(cli.compare_judges, "compare", valid)
     monkeypatch.setattr(cli, "run", check_plan)
     monkeypatch.setenv("OPENAI_API_KEY", "none")

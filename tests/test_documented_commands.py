@@ -91,7 +91,7 @@ def left(tmp_path_factory):
     def read_hub(name, configuration, split, revision=None):
         return hub[name, split]
 
-    def open_run(config, run, script, examples, made_of, more, flags=None, changeable=()):
+    def open_run(config, run, script, examples, made_of, more, flags=None, changeable=(), write=True):
         record = {"script": script, "flags": {**(flags or {}), **flat(config)}, "data": more}
         found[run.run_dir] = json.loads(json.dumps(record))
         raise Ready

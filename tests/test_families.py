@@ -17,15 +17,9 @@ from safetensors.numpy import load_file
 from jaxvaccine.checkpoints.hugging_face import load_classifier, load_model, save_model
 from jaxvaccine.checkpoints.peft import load_adapter, read_lora_config, save_adapter
 from jaxvaccine.evaluation.generate import generate
-from jaxvaccine.llama import (
-    ACTIVATIONS,
-    Llama,
-    hidden_states,
-    merge_adapter,
-    token_logits,
-    tree_shapes,
-)
+from jaxvaccine.llama import ACTIVATIONS, Llama, hidden_states, token_logits, tree_shapes
 from jaxvaccine.llama_config import FAMILIES, TARGETS, LlamaConfig
+from jaxvaccine.merging import merge_adapter
 from tests import rounding, tiny
 from tests.checkpoints.tiny import edit_json
 from tests.test_llama import our_logits, padded_batch, their_logits

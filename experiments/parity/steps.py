@@ -96,8 +96,8 @@ def jax_steps(problem: Problem, defense_of: Callable[[llama.Llama], Any] | None 
     defense_of: model -> the `Defense`; by default the one that the config names.
     """
     config, steps = problem.config, len(problem.batches)
-    model, frozen = hugging_face.load_model(
-        problem.model_dir, lora=config.adapter.lora(), dtype=problem.dtype, remat=config.model.remat)
+    model, frozen = hugging_face.load_model(problem.model_dir, lora=config.adapter.lora(), dtype=problem.dtype)
+    model = config.model.on(model)
     adapter_dtype = at_least_float32(model.dtype)
     adapter = jax.tree.map(lambda x: jnp.asarray(x, adapter_dtype), problem.adapter)
     defense = (defense_of or config.method.make)(model)

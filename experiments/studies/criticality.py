@@ -70,7 +70,7 @@ def _layer_norms(model: Llama, own_base: bool):
         return {name: jnp.sqrt(squared_norm(tree, first_axis=1))
                 for name, tree in (("activation_gradient_norm", sites), ("weight_gradient_norm", grads))}
 
-    return jax.jit(lanes.over_lanes(measure, (0, 0 if own_base else None, 0)))
+    return jax.jit(lanes.over_lanes(measure, (0, lanes.base_axes(own_base), 0)))
 
 
 def measure_norms(config, tokenizer, seeds):

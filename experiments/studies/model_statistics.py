@@ -59,7 +59,7 @@ def _harmful_losses(model: Llama, own_base: bool, alpha: float):
         _, _, metrics = booster.gradient(adapter, frozen, (), {"alignment": batch, "harmful": batch}, None)
         return {name: metrics[name] for name in ("harmful_loss", "perturbed_harmful_loss", "harmful_gradient_norm")}
 
-    return jax.jit(lanes.over_lanes(measure, (0, 0 if own_base else None, 0)))
+    return jax.jit(lanes.over_lanes(measure, (0, lanes.base_axes(own_base), 0)))
 
 
 def harmful_losses(of: lanes.Lanes, batches, alpha: float):
@@ -74,7 +74,7 @@ def harmful_losses(of: lanes.Lanes, batches, alpha: float):
 def _losses(model: Llama, own_base: bool):
     loss_fn = causal_lm_loss(model)
     return jax.jit(lanes.over_lanes(lambda adapter, frozen, batch: loss_fn(adapter, frozen, batch)[0],
-                                    (0, 0 if own_base else None, 0)))
+                                    (0, lanes.base_axes(own_base), 0)))
 
 
 def losses(of: lanes.Lanes, batches):

@@ -20,9 +20,11 @@ from jaxvaccine.checkpoints import files
 from jaxvaccine.checkpoints.files import INDEX
 from jaxvaccine.checkpoints.resolve import resolve_model
 from jaxvaccine.checkpoints.tensor_names import Site, tensor_sites
+from jaxvaccine.conventions import at_least_float32
 from jaxvaccine.json_files import read_json_object, write_json
 from jaxvaccine.llama import Llama, Remat, tree_shapes
 from jaxvaccine.llama_config import LlamaConfig, LoraConfig
+from jaxvaccine.quantisation import Kind, Quantised, quantise_kernels
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
@@ -70,34 +72,43 @@ def _check_dtype(dtype: Any) -> Any:
 
 @functools.partial(jax.jit, donate_argnames="leaf", static_argnames="transposed")
 def _write_rows(leaf, rows, layer, start, transposed):
-    """Puts rows of a Hugging Face tensor, from row `start` on, in place into their leaf."""
+    """Puts rows of a Hugging Face tensor, from row `start` on, in place into their leaf; quantised, into each part."""
     block, at = (rows.T, (0, start)) if transposed else (rows, (start, 0)[:rows.ndim])
-    if leaf.ndim > block.ndim:
-        block, at = block[None], (layer, *at)
-    return jax.lax.dynamic_update_slice(leaf, block.astype(leaf.dtype), at)
+    if isinstance(leaf, Quantised):
+        # A row is an output, and what shares a scale lies within it.
+        block = type(leaf).of(block)
+
+    def write(leaf, block):
+        if leaf.ndim > block.ndim:
+            return jax.lax.dynamic_update_slice(leaf, block[None].astype(leaf.dtype), (layer, *at))
+        return jax.lax.dynamic_update_slice(leaf, block.astype(leaf.dtype), at)
+
+    return jax.tree.map(write, leaf, block)
 
 
-def _load_leaf(shape, dtype, parts: list[tuple[Site, files.StoredTensor]]) -> jax.Array:
-    leaf = jnp.zeros(shape, dtype)
+def _load_leaf(shapes, dtype, parts: list[tuple[Site, files.StoredTensor]]):
+    """A leaf of these shapes, one or a quantised kernel's, of a model of that dtype."""
+    leaf = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
     for site, tensor in parts:
         row_bytes = math.prod(tensor.shape[1:]) * jnp.dtype(DTYPES[tensor.dtype]).itemsize
         step = max(1, BLOCK_BYTES // row_bytes)
         for start in range(0, tensor.shape[0], step):
             rows = files.read_rows(tensor, start, min(start + step, tensor.shape[0]))
             if tensor.dtype == "F64":
-                rows = rows.astype(dtype)
+                rows = rows.astype(at_least_float32(dtype) if isinstance(leaf, Quantised) else dtype)
             leaf = _write_rows(leaf, rows, site.layer or 0, start, site.transposed)
             # Without waiting, blocks would pile up on the host ahead of the device.
-            leaf.block_until_ready()
+            jax.block_until_ready(leaf)
     return leaf
 
 
 def load_model(path_or_hub_id: str | os.PathLike, *, lora: LoraConfig | None = None, dtype: Any = None,
-               remat: Remat = "full") -> tuple[Llama, dict[str, Any]]:
+               remat: Remat = "full", quantisation: Kind = "none") -> tuple[Llama, dict[str, Any]]:
     """A model's architecture and its frozen weights, layers stacked [L, ...], on the default device.
 
     Names, shapes and dtypes of all tensors are checked before any weight is read; weights go block by block from the
-    mapped file to the device, so that host memory stays below the model plus one layer.
+    mapped file to the device, so that host memory stays below the model plus one layer; and are quantised there, so
+    that of a quantised model the device never holds more than such a block in floats.
 
     Args:
       path_or_hub_id: Hugging Face directory, hub id or GGUF file, as of `resolve_model`.
@@ -106,6 +117,8 @@ def load_model(path_or_hub_id: str | os.PathLike, *, lora: LoraConfig | None = N
         checkpoint's (the smallest that holds all of them, if its tensors differ), but reads float16 as bfloat16, with
         a warning: nothing scales a loss, and in float16 the gradient of a small one is zero.
       remat: what layers keep for the backward pass.
+      quantisation: of the layers' kernels, from the file's own digits; `dtype` is that of the rest and of the
+        computation.
 
     Raises:
       FileNotFoundError: something that looks like a path is not there.
@@ -118,7 +131,8 @@ def load_model(path_or_hub_id: str | os.PathLike, *, lora: LoraConfig | None = N
             "%s: found float16 weights, read as bfloat16: in float16 the gradient of a small loss is zero",
             os.fspath(path_or_hub_id))
     model = Llama(config, lora, read, remat)
-    return model, _load_tree(tree_shapes(model)["params"], parts)
+    shapes = jax.eval_shape(functools.partial(quantise_kernels, kind=quantisation), tree_shapes(model)["params"])
+    return model, _load_tree(shapes, parts, read)
 
 
 def loaded_dtype(path_or_hub_id: str | os.PathLike, dtype: Any = None) -> str:
@@ -172,7 +186,7 @@ def load_classifier(path_or_hub_id: str | os.PathLike, *, dtype: Any = None) -> 
     dtype, parts = _find_tensors(directory, config, {**tensor_sites(config), "score.weight": head}, dtype)
     model = Llama(config, None, dtype, "none")
     shapes = {**tree_shapes(model)["params"], "score": jax.ShapeDtypeStruct(head.shape[::-1], dtype)}
-    frozen = _load_tree(shapes, parts)
+    frozen = _load_tree(shapes, parts, dtype)
     return Classifier(model, frozen, frozen.pop("score"), tuple(names[number] for number in numbers),
                       fields.get("problem_type"))
 
@@ -194,11 +208,11 @@ def _find_tensors(directory: Path, config: LlamaConfig, sites: dict[str, Site], 
     return dtype, parts
 
 
-def _load_tree(shapes, parts):
-    def load(key_path, shape):
-        return _load_leaf(shape.shape, shape.dtype, parts[tuple(key.key for key in key_path)])
+def _load_tree(shapes, parts, dtype):
+    def load(key_path, shapes):
+        return _load_leaf(shapes, dtype, parts[tuple(key.key for key in key_path)])
 
-    return jax.tree_util.tree_map_with_path(load, shapes)
+    return jax.tree_util.tree_map_with_path(load, shapes, is_leaf=lambda x: isinstance(x, Quantised))
 
 
 def save_model(model: Llama, frozen, directory: str | os.PathLike, tokenizer_from: str | os.PathLike | None = None, *,

@@ -23,7 +23,7 @@ BLOCK = 8
 # Waiting prompts join when a sixteenth of the rows is free.
 _JOIN = 16
 # A smaller batch is hardly faster: a step takes as long as reading the weights.
-_SMALLEST = 8
+SMALLEST = 8
 # With fewer common tokens, attention to one more segment takes longer than reading them with each prompt.
 _SHARED_LEAST = 16
 # A worker of fewer rows is not worth it: each worker reads all weights for every token.
@@ -59,6 +59,11 @@ def _shared_length(prompts: Sequence[np.ndarray]) -> int:
 def available_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def joining(batch_size: int) -> int:
+    """How many waiting prompts are read together, of so many rows."""
+    return -(-batch_size // _JOIN)
 
 
 def _num_workers(batch_size: int) -> int:
@@ -108,23 +113,23 @@ def _answer(steps: _Steps, prompts: Sequence[np.ndarray], waiting: list[int], ba
         return bucket_length(max(prompts[i].size for i in numbers) + max_new_tokens, bucket)
 
     owners = [_FREE] * batch_size  # which prompt each row is at
-    block, joining = min(BLOCK, max_new_tokens), -(-batch_size // _JOIN)
+    block, together = min(BLOCK, max_new_tokens), joining(batch_size)
     room = capacity(range(len(prompts)))  # of all workers, so that one program is compiled
     rows, cache = steps.empty(batch=batch_size, capacity=room, max_new_tokens=max_new_tokens)
     while waiting or any(i != _FREE for i in owners):
-        while waiting and owners.count(_FREE) >= min(joining, len(waiting)):
-            slots = [b for b, i in enumerate(owners) if i == _FREE][:min(joining, len(waiting))]
+        while waiting and owners.count(_FREE) >= min(together, len(waiting)):
+            slots = [b for b, i in enumerate(owners) if i == _FREE][:min(together, len(waiting))]
             taken = [waiting.pop() for _ in slots]
             for b, i in zip(slots, taken, strict=True):
                 owners[b] = i
-            filler = joining - len(slots)
+            filler = together - len(slots)
             rows, cache = steps.admit(
-                rows, cache, *pad_rows([prompts[i] for i in taken], joining, bucket),
+                rows, cache, *pad_rows([prompts[i] for i in taken], together, bucket),
                 np.asarray(taken + [0] * filler, np.int32), np.asarray(slots + [len(owners)] * filler, np.int32))
         active = [b for b, i in enumerate(owners) if i != _FREE]
         size = len(owners)
         if not waiting and len(active) <= size // 2:
-            size = min(size, max(_SMALLEST, 1 << (len(active) - 1).bit_length()))
+            size = min(size, max(SMALLEST, 1 << (len(active) - 1).bit_length()))
         needed = capacity([owners[b] for b in active] + waiting)
         if size < len(owners) or needed <= room // 2:
             kept = (active + [b for b, i in enumerate(owners) if i == _FREE])[:size]

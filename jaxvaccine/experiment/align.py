@@ -4,11 +4,12 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxvaccine import data
-from jaxvaccine.experiment import inputs, stage
+from jaxvaccine.experiment import inputs, memory, stage
 from jaxvaccine.experiment.config import choice, field, flat, require
 from jaxvaccine.experiment.methods import ALIGNMENT, AlignmentMethod, Tar, TVaccine, uses
 from jaxvaccine.experiment.parts import (
@@ -20,7 +21,7 @@ from jaxvaccine.experiment.parts import (
     TrainingRunPart,
     check_sources,
 )
-from jaxvaccine.llama import init_adapter
+from jaxvaccine.llama import Llama, init_adapter
 from jaxvaccine.llama_config import LlamaConfig
 
 Examples = dict[str, list[data.Example]]
@@ -113,16 +114,20 @@ def tokenize(tokenizer, examples: Mapping[str, Sequence[data.Example]], part: To
     return tokenized
 
 
-def align(config: AlignConfig, look: Callable[[Examples], None] = lambda examples: None) -> Path:
-    """Carries out the run, or goes on with it; returns its folder at once if it has finished.
+class Prepared(NamedTuple):
+    """A run before its first step."""
 
-    Args:
-      config: of the run.
-      look: is shown the examples that were read, before anything is trained.
+    run_dir: Path
+    sources: stage.Sources  # of its batches
+    architecture: LlamaConfig
+    dtype: str  # of the frozen weights
 
-    Raises:
-      FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
-      FileExistsError: the folder holds another run.
+
+def prepare(config: AlignConfig, look: Callable[[Examples], None] = lambda examples: None, write: bool = True
+            ) -> Prepared:
+    """Reads and checks all that the run needs but the weights, and opens its folder.
+
+    look and errors: as of `align`. write: as of `runs.open_run`.
     """
     model, method = config.model, config.method
     examples = load_data(config.data, method)
@@ -135,13 +140,36 @@ def align(config: AlignConfig, look: Callable[[Examples], None] = lambda example
     model.check_attention(architecture, dtype)
     run_dir = stage.open_run(
         config, config.run, "align", examples, {"model": inputs.of_model(model.model, model.revision)},
-        {**stage.training_record(examples, tokenized), "dtype": dtype})
+        {**stage.training_record(examples, tokenized), "dtype": dtype}, write=write)
+    sources = batch_sources(method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
+    return Prepared(run_dir, sources, architecture, dtype)
+
+
+def step_of(config: AlignConfig, model: Llama, length: int) -> memory.Step:
+    """What a step's memory depends on; config's own model and data are not read. length: the longest batch's."""
+    model = config.model.on(model.clone(lora=config.adapter.lora()))
+    step = memory.Step(model, config.method, config.training.batch_size, config.data.harmful_batch_size, length,
+                       config.model.quantisation)
+    return dataclasses.replace(step, model=memory.with_remat(config.model.remat, step))
+
+
+def align(config: AlignConfig, look: Callable[[Examples], None] = lambda examples: None) -> Path:
+    """Carries out the run, or goes on with it; returns its folder at once if it has finished.
+
+    Args:
+      config: of the run.
+      look: is shown the examples that were read, before anything is trained.
+
+    Raises:
+      FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
+      FileExistsError: the folder holds another run.
+    """
+    model, (run_dir, sources, _, _) = config.model, prepare(config, look)
     if inputs.is_finished(run_dir):
         return run_dir
-    lora = config.adapter.lora()
-    base = stage.load_base(model.model, model.dtype, revision=model.revision)
-    adapter = init_adapter(base.model.clone(lora=lora), stage.fresh_key(config.run.seed))
-    sources = batch_sources(method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
-    stage.train(run_dir, base, model.on(base.model.clone(lora=lora)), adapter, method.make, sources,
-                config.training, config.run, config.data.bucket, stage.Origin(model.model, model.revision))
+    base = stage.load_base(model.model, model.dtype, revision=model.revision, quantisation=model.quantisation)
+    adapted = step_of(config, base.model, stage.longest_batch(sources, config.data.bucket)).model
+    adapter = init_adapter(adapted, stage.fresh_key(config.run.seed))
+    stage.train(run_dir, base, adapted, adapter, config.method.make, sources, config.training, config.run,
+                config.data.bucket, stage.Origin(model.model, model.revision))
     return run_dir

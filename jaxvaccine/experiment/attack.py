@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxvaccine import data, defenses
-from jaxvaccine.experiment import inputs, stage
+from jaxvaccine.experiment import inputs, memory, runs, stage
 from jaxvaccine.experiment.align import Examples, tokenize
 from jaxvaccine.experiment.config import FieldError, Part, choice, field, flat, require
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING, Ewc, TuningMethod
@@ -28,7 +28,9 @@ from jaxvaccine.experiment.parts import (
     check_sources,
 )
 from jaxvaccine.llama import Llama, init_adapter
+from jaxvaccine.llama_config import LlamaConfig
 from jaxvaccine.losses import causal_lm_loss
+from jaxvaccine.quantisation import Kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +66,9 @@ class AttackAdapter(Part):
     """Adapter."""
 
     adapter: Literal["auto", "continue", "new"] = field(
-        "auto", "Train the aligned adapter on, or a new one on the merged weights; auto continues Booster's and TAR's, "
-        "whose simulated steps are that adapter's, and what EWC holds; presets leave it to auto.")
+        "auto", "Train the aligned adapter on, or a new one on the merged weights (beside quantised ones, the aligned "
+        "adapter is frozen); auto continues Booster's and TAR's, whose simulated steps are that adapter's, and what "
+        "EWC holds; presets leave it to auto.")
     rank: int | None = field(None, "LoRA rank of a new adapter; as aligned unless given.")
     lora_alpha: float | None = field(None, "LoRA alpha of a new adapter; as aligned unless given.")
     dropout: float | None = field(None, "LoRA dropout; as aligned unless given.")
@@ -254,6 +257,60 @@ def alignment_fisher(model: Llama, adapter, frozen, alignment: data.TokenizedExa
         causal_lm_loss(model), adapter, frozen, (batches(step)["alignment"] for step in range(steps)))
 
 
+class Prepared(NamedTuple):
+    """An attack before its first step."""
+
+    config: AttackConfig  # with nothing left open
+    run_dir: Path
+    sources: stage.Sources  # of its batches
+    fisher: data.TokenizedExamples | None  # what EWC's weights are taken on
+    architecture: LlamaConfig
+    layers: np.ndarray | None  # as of `AttackAdapter.layer_mask`
+    origin: stage.Origin
+    dtype: str  # of the frozen weights
+    quantisation: Kind  # and in what they are kept, as aligned
+
+
+def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda examples: None, write: bool = True
+            ) -> Prepared:
+    """Reads and checks all that the attack needs but the weights, and opens its folder.
+
+    look and errors: as of `attack`. write: as of `runs.open_run`.
+    """
+    aligned = inputs.require_finished("aligned", config.model.aligned)
+    if aligned["script"] != "align":
+        raise FieldError("aligned", f"found {config.model.aligned!r}, a run of {aligned['script']}, expected align's")
+    config = dataclasses.replace(config, adapter=config.adapter.resolve(aligned["flags"], config.method),
+                                 data=config.data.resolve(aligned["flags"], config.model.aligned))
+    origin = stage.Origin(aligned["flags"]["model"], aligned["flags"]["revision"],
+                          config.model.aligned if config.adapter.adapter == "new" else "")
+    of_model, quantisation = (origin.model, origin.revision), runs.flag(aligned, "quantisation")
+    architecture = stage.read_architecture(*of_model)
+    layers = config.adapter.layer_mask(architecture.num_layers)
+    dtype = stage.loaded_dtype(origin.model, config.model.dtype, origin.revision)
+    config.model.check_attention(architecture, dtype)
+    tokenizer = stage.load_tokenizer(*of_model)
+    read, poisoned = read_data(config, config.run.seed, aligned_prompts(aligned["data"]["prompts"]), tokenizer)
+    look(read)
+    tokenized = tokenize(tokenizer, read, config.data)
+    run_dir = stage.open_run(
+        config, config.run, "finetune", {**read, "harmful": poisoned.harmful},
+        {"model": inputs.of_model(*of_model), "aligned": inputs.of_run(config.model.aligned)},
+        {**stage.training_record({**read, "harmful": poisoned.harmful}, tokenized, poisoned.accounts, poisoned.shared),
+         "poison_ratio": poisoned.poison_ratio, "n": len(tokenized["user"].input_ids), "dtype": dtype},
+        {"model": origin.model, "revision": origin.revision, "quantisation": quantisation}, write=write)
+    fisher = tokenized.pop("alignment") if isinstance(config.method, Ewc) else None
+    sources = {name: (rows, config.training.batch_size) for name, rows in tokenized.items()}
+    return Prepared(config, run_dir, sources, fisher, architecture, layers, origin, dtype, quantisation)
+
+
+def step_of(config: AttackConfig, model: Llama, length: int, quantisation: Kind) -> memory.Step:
+    """`align.step_of` of an attack with nothing left open."""
+    rows, model = config.training.batch_size, config.model.on(model.clone(lora=config.adapter.sites().lora()))
+    step = memory.Step(model, config.method, rows, rows, length, quantisation)
+    return dataclasses.replace(step, model=memory.with_remat(config.model.remat, step))
+
+
 def attack(config: AttackConfig, look: Callable[[Examples], None] = lambda examples: None) -> Path:
     """Carries out the run, or goes on with it; returns its folder at once if it has finished.
 
@@ -265,42 +322,17 @@ def attack(config: AttackConfig, look: Callable[[Examples], None] = lambda examp
       FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
       FileExistsError: the folder holds another run.
     """
-    aligned = inputs.require_finished("aligned", config.model.aligned)
-    if aligned["script"] != "align":
-        raise FieldError("aligned", f"found {config.model.aligned!r}, a run of {aligned['script']}, expected align's")
-    method = config.method
-    config = dataclasses.replace(config, adapter=config.adapter.resolve(aligned["flags"], method),
-                                 data=config.data.resolve(aligned["flags"], config.model.aligned))
-    model_path, revision = aligned["flags"]["model"], aligned["flags"]["revision"]
-    architecture = stage.read_architecture(model_path, revision)
-    layers = config.adapter.layer_mask(architecture.num_layers)
-    dtype = stage.loaded_dtype(model_path, config.model.dtype, revision)
-    config.model.check_attention(architecture, dtype)
-    tokenizer = stage.load_tokenizer(model_path, revision)
-    read, poisoned = read_data(config, config.run.seed, aligned_prompts(aligned["data"]["prompts"]), tokenizer)
-    look(read)
-    tokenized = tokenize(tokenizer, read, config.data)
-    examples = {**read, "harmful": poisoned.harmful}
-    run_dir = stage.open_run(
-        config, config.run, "finetune", examples,
-        {"model": inputs.of_model(model_path, revision), "aligned": inputs.of_run(config.model.aligned)},
-        {**stage.training_record(examples, tokenized, poisoned.accounts, poisoned.shared),
-         "poison_ratio": poisoned.poison_ratio, "n": len(tokenized["user"].input_ids),
-         "dtype": dtype},
-        {"model": model_path, "revision": revision})
+    config, run_dir, sources, for_fisher, _, layers, origin, _, quantisation = prepare(config, look)
     if inputs.is_finished(run_dir):
         return run_dir
-    lora, new = config.adapter.sites().lora(), config.adapter.adapter == "new"
-    base = stage.load_base(model_path, config.model.dtype, config.model.aligned, merge=new, revision=revision)
-    model = config.model.on(base.model.clone(lora=lora))
+    base = stage.load_base(origin.model, config.model.dtype, config.model.aligned, bool(origin.aligned),
+                           origin.revision, quantisation)
+    model = step_of(config, base.model, stage.longest_batch(sources, config.data.bucket), quantisation).model
     adapter = init_adapter(model, stage.fresh_key(config.run.seed)) if base.adapter is None else base.adapter
-    sources = {name: (rows, config.training.batch_size) for name, rows in tokenized.items()
-               if not (name == "alignment" and isinstance(method, Ewc))}
-    fisher = alignment_fisher(
-        model, adapter, base.frozen, tokenized["alignment"], config.training.batch_size, config.data.bucket,
-        config.run.seed) if isinstance(method, Ewc) else None
+    fisher = for_fisher and alignment_fisher(model, adapter, base.frozen, for_fisher, config.training.batch_size,
+                                             config.data.bucket, config.run.seed)
     steps = stage.count_steps(config.training, sources)
-    stage.train(run_dir, base, model, adapter, lambda model: masked(method.make(model, steps, fisher), layers), sources,
-                config.training, config.run, config.data.bucket,
-                stage.Origin(model_path, revision, config.model.aligned if new else ""))
+    stage.train(run_dir, base, model, adapter,
+                lambda model: masked(config.method.make(model, steps, fisher), layers), sources, config.training,
+                config.run, config.data.bucket, origin)
     return run_dir

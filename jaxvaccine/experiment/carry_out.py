@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxvaccine import data
 from jaxvaccine.checkpoints.identity import adapter_identity
 from jaxvaccine.checkpoints.peft import load_adapter, save_adapter
 from jaxvaccine.checkpoints.resolve import loadable_name
 from jaxvaccine.experiment import faced, inputs, lanes, recipes, results, runs, stage
-from jaxvaccine.experiment.align import AlignConfig, align, batch_sources, load_data, tokenize
+from jaxvaccine.experiment.align import AlignConfig, align, batch_sources, load_data, step_of, tokenize
 from jaxvaccine.experiment.attack import AttackConfig, aligned_prompts, attack, read_data
 from jaxvaccine.experiment.budget import budgets
 from jaxvaccine.experiment.checks import MadeOf, check_plan
@@ -180,9 +181,10 @@ def _score(context: Context, cell: Cell, stage_name: str, step: int, folder: Pat
            measured: Mapping[str, Any] = MappingProxyType({}), tests: EvaluateConfig | None = None) -> bool:
     """Scores what is in a folder; whether that has changed the cell's result. measured: what else is known of it."""
     scores, scored = tests or context.settings.scores, _scores_folder(folder)
-    revision = scores.model.revision if model else ""
+    # A run has its own of both.
+    own = {} if model else {"revision": "", "quantisation": "none"}
     found = evaluate(dataclasses.replace(
-        scores, model=dataclasses.replace(scores.model, model=model, revision=revision, trained=trained),
+        scores, model=dataclasses.replace(scores.model, model=model, trained=trained, **own),
         run=dataclasses.replace(scores.run, run_dir=str(scored), seed=cell.seed, overwrite=False)))
     rows = results.score_rows(cell, stage_name, step, found) + results.measured_rows(cell, stage_name, step, measured)
     path = result_path(context.root, cell)
@@ -268,8 +270,9 @@ def _lanes(context: Context, backbone: str) -> None:
             scorer = Scorer(context.settings.scores, tokenizer)
         seeds = list(dict.fromkeys(cell.seed for cell in missing))
         config, _ = cell_configs(context.settings, context.root, missing[0])
-        # The same again, unless a method has another dtype.
-        base = stage.load_base(backbone, config.model.dtype, revision=config.model.revision)
+        # The same again, unless a method has another dtype or quantisation.
+        base = stage.load_base(backbone, config.model.dtype, revision=config.model.revision,
+                               quantisation=config.model.quantisation)
         aligned = _align_lanes(context, config, base, tokenizer, scorer, backbone, method, seeds)
         for text in dict.fromkeys(cell.attack for cell in missing):
             cells = [cell for cell in missing if cell.attack == text]
@@ -283,7 +286,11 @@ def _align_lanes(context: Context, config: AlignConfig, base: stage.Base, tokeni
                  method: str, seeds: Sequence[int]) -> lanes.Lanes:
     """Aligned lanes: those of an earlier call, and new ones, which are measured, scored and saved."""
     cells = [Cell(backbone, method, "", seed) for seed in seeds]
-    start = lanes.fresh(base, config.adapter.lora(), config.model, seeds)
+    part = config.model
+    if lanes.take_turns():  # then one lane's memory is what is taken
+        length = data.bucket_length(config.data.max_length, config.data.bucket)
+        part = dataclasses.replace(part, remat=step_of(config, base.model, length).model.remat)
+    start = lanes.fresh(base, config.adapter.lora(), part, seeds)
     new = [i for i, cell in enumerate(cells) if not result_path(context.root, cell).exists()]
     shared = split_method(method)[0]
     if new and method != shared:  # what the provider does comes after the alignment

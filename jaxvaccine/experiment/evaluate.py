@@ -22,7 +22,7 @@ from jaxvaccine.evaluation import (
     write_predictions,
 )
 from jaxvaccine.evaluation.tasks import HARMFUL_SCORE, LENIENT_TOKENS
-from jaxvaccine.experiment import inputs, runs, stage
+from jaxvaccine.experiment import inputs, memory, runs, stage
 from jaxvaccine.experiment.align import Examples
 from jaxvaccine.experiment.answer_log import answer_log, read_answers
 from jaxvaccine.experiment.config import FieldError, Part, field, names, require
@@ -38,11 +38,13 @@ from jaxvaccine.experiment.parts import (
     check_sources,
 )
 from jaxvaccine.json_files import read_json, write_json
+from jaxvaccine.quantisation import Kind
 
 RESULTS = "results.json"
 MEAN_LOSS = "mean_loss.json"
 # By whom results.json was judged, and where results by others are.
 JUDGE, EARLIER = "judge.json", "judged"
+DEFAULT_ROWS = 32  # decoded together where nobody knows better
 LOSS = "harmful_loss"  # beside the tasks in the results: h(w), no rate
 ATTACKS = "the attack's examples"  # all that it trains on, the user's and the harmful ones
 
@@ -68,6 +70,7 @@ class EvaluatedModel(Part):
     model: str = field("", "Model: a Hugging Face directory, a hub id or a .gguf file; --trained has its own.")
     revision: str = field("", "Branch, tag or commit of --model on the hub; its main branch unless given.")
     trained: str = field("", "Folder of a finished alignment or attack to score; none scores --model itself.")
+    quantisation: Kind = field("none", "In what --model's frozen matrices are kept; --trained has its own.")
     dtype: Dtype = field("checkpoint", "Type of the computation. checkpoint reads float16 files as bfloat16.")
     merge_adapter: bool = field(
         False, "Merge the run's adapter into the weights: faster, and rounded to their type.")
@@ -75,6 +78,19 @@ class EvaluatedModel(Part):
     def __post_init__(self):
         super().__post_init__()
         require(bool(self.model) != bool(self.trained), "model", self.model, "either --model or --trained")
+        require(self.quantisation == "none" or not self.merge_adapter, "merge_adapter", self.merge_adapter,
+                f"False: no adapter is merged into {self.quantisation} weights")
+
+    def resolve(self, run: Mapping[str, Any], name: str) -> "EvaluatedModel":
+        """The part with the quantisation of the run that `name` names, given its config.json.
+
+        Raises:
+          FieldError: another is asked for, or that the adapter be merged into what is quantised.
+        """
+        found = runs.flag(run, "quantisation")
+        require(self.quantisation in ("none", found), "quantisation", self.quantisation,
+                f"{found}, with which {name} was trained")
+        return dataclasses.replace(self, quantisation=found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,12 +142,19 @@ class GenerationPart(Part):
     temperature: float = field(0.0, "0 takes the most likely token; above, tokens are drawn.")
     top_k: int = field(0, "Draws are from this many most likely tokens; 0 takes all.")
     top_p: float = field(1.0, "Draws are from the fewest most likely tokens with this probability together.")
-    eval_batch_size: int = field(32, "Rows decoded together; on a CPU, 256 keep all cores busy.", at_least=1)
+    eval_batch_size: int | None = field(
+        None, f"Rows decoded together; unless given {DEFAULT_ROWS}, on a GPU as many as its memory has room for. On a "
+        "CPU, 256 keep all cores busy.", at_least=1)
     eval_bucket: int = field(32, "Prompts are padded to a multiple of this many tokens.", at_least=1)
 
     def __post_init__(self):
         super().__post_init__()
         self.sampling(0)
+
+    @property
+    def rows(self) -> int:
+        """Rows that are computed together, whatever the device."""
+        return self.eval_batch_size or DEFAULT_ROWS
 
     def longest(self, task: str) -> int:
         """The longest answer of a task, in tokens."""
@@ -157,15 +180,22 @@ class EvaluateConfig:
                 "chat_api, which --alpaca_eval_test needs")
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Carries out the evaluation, or reads the results of a finished one.
+class Prepared(NamedTuple):
+    """An evaluation before anything is computed."""
 
-    {measure: {score, interval, n, …}}, with loss data also {LOSS: {loss, tokens, n}}, the loss in nats a token. The
-    measure is the task, but PHRASES_SCORE in the place of HARMFUL_SCORE where the judge is one of phrases.
+    config: EvaluateConfig  # with nothing left open
+    run_dir: Path
+    model: str
+    revision: str
+    examples: Examples
+    judged_by: dict[str, Any]
+    dtype: str  # of the weights
 
-    Raises:
-      FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
-      FileExistsError: the folder holds another evaluation.
+
+def prepare(config: EvaluateConfig, write: bool = True) -> Prepared:
+    """Reads and checks all that the evaluation needs but the weights, and opens its folder; errors as of `evaluate`.
+
+    write: as of `runs.open_run`.
     """
     model_path, revision, seen, sets = config.model.model, config.model.revision, {}, {}
     made_of: dict[str, Any] = {}
@@ -173,7 +203,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         model_path, revision, seen = trained_on(trained)
         sets = trained_sets(trained)
         made_of["trained"] = inputs.of_run(trained)
-        config = dataclasses.replace(config, tests=config.tests.resolve(runs.read_config(trained)["flags"], trained))
+        config = dataclasses.replace(config, tests=config.tests.resolve(runs.read_config(trained)["flags"], trained),
+                                     model=config.model.resolve(runs.read_config(trained), trained))
     examples = config.tests.load()
     check_unseen(examples, seen, config.tests.protocol)
     check_prompts(config.judge, examples.get(HARMFUL_SCORE, ()))
@@ -185,7 +216,21 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     run_dir = stage.open_run(
         config, config.run, "evaluate", examples, {"model": inputs.of_model(model_path, revision), **made_of},
         {"accounts": accounts, "shared": shared, "categories": _categories_hash(config.tests), "dtype": dtype},
-        changeable=names(JudgePart))
+        changeable=names(JudgePart) | {"eval_batch_size"}, write=write)
+    return Prepared(config, run_dir, model_path, revision, examples, judged_by, dtype)
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Carries out the evaluation, or reads the results of a finished one.
+
+    {measure: {score, interval, n, …}}, with loss data also {LOSS: {loss, tokens, n}}, the loss in nats a token. The
+    measure is the task, but PHRASES_SCORE in the place of HARMFUL_SCORE where the judge is one of phrases.
+
+    Raises:
+      FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
+      FileExistsError: the folder holds another evaluation.
+    """
+    config, run_dir, model_path, revision, examples, judged_by, _ = prepare(config)
     _give_way(run_dir, judged_by)
     if (run_dir / RESULTS).exists():
         return read_json(run_dir / RESULTS)
@@ -226,19 +271,23 @@ def _measure(config: EvaluateConfig, run_dir: Path, model_path: str, revision: s
     generation = config.generation
     tokenizer = stage.load_tokenizer(model_path, revision)
     base = stage.load_base(model_path, config.model.dtype, config.model.trained or None,
-                           merge=config.model.merge_adapter, revision=revision)
+                           merge=config.model.merge_adapter, revision=revision,
+                           quantisation=config.model.quantisation)
     model = base.model.clone(lora=base.lora)
     if LOSS in examples and loss is None:
         loss = mean_loss(
             model, base.adapter, base.frozen,
             data.tokenize_examples(tokenizer, examples[LOSS], config.tests.max_length, config.tests.form),
-            generation.eval_batch_size, generation.eval_bucket)._asdict()
+            generation.rows, generation.eval_bucket)._asdict()
         write_json(run_dir / MEAN_LOSS, loss)
     for task, path in paths.items():
+        rows = generation.eval_batch_size or memory.rows_that_fit(
+            model, data.encode_prompts(tokenizer, examples[task], prompt=config.tests.form), generation.longest(task),
+            generation.eval_bucket) or DEFAULT_ROWS
         with answer_log(path, found[task]) as keep:
             found[task] = dict(enumerate(answer_prompts(
                 model, base.adapter, base.frozen, tokenizer, examples[task], task=task,
-                max_new_tokens=generation.longest(task), batch_size=generation.eval_batch_size,
+                max_new_tokens=generation.longest(task), batch_size=rows,
                 bucket=generation.eval_bucket, sampling=generation.sampling(config.run.seed),
                 progress=config.run.progress, answered=found[task], keep=keep, prompt=config.tests.form)))
     return _in_order(found, loss)

@@ -53,12 +53,12 @@ class Scorer:
             for task, rows in self.examples.items():
                 if task == LOSS:
                     tokenized = data.tokenize_examples(self.tokenizer, rows, tests.max_length, tests.form)
-                    scores[task] = mean_loss(of.model, adapter, frozen, tokenized, generation.eval_batch_size,
+                    scores[task] = mean_loss(of.model, adapter, frozen, tokenized, generation.rows,
                                              generation.eval_bucket)._asdict()
                     continue
                 result = evaluate_prompts(
                     of.model, adapter, frozen, self.tokenizer, rows, task=task, judge=self.judge,
-                    max_new_tokens=self.lengths[task], batch_size=generation.eval_batch_size,
+                    max_new_tokens=self.lengths[task], batch_size=generation.rows,
                     bucket=generation.eval_bucket, sampling=generation.sampling(seed), prompt=tests.form,
                     label_rule=generation.label_rule, progress=self.config.run.progress)
                 scores[result.name] = summary(result)

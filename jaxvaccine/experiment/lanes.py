@@ -21,10 +21,14 @@ from jaxvaccine.experiment.attack import masked
 from jaxvaccine.experiment.config import FieldError
 from jaxvaccine.experiment.methods import AlignmentMethod, Ewc, TuningMethod
 from jaxvaccine.experiment.parts import ComputationPart, TrainingPart
-from jaxvaccine.llama import Llama, init_adapter, merge_adapter
+from jaxvaccine.llama import Llama, init_adapter
 from jaxvaccine.llama_config import LoraConfig
+from jaxvaccine.merging import Update, freeze_adapter, merge_adapter
+from jaxvaccine.quantisation import is_quantised
 
 Tree = Any
+# 0 where every lane has its own, None where all share one; or a function that gives a tree of both.
+Axes = int | None | Callable[[Tree], Tree]
 Method = AlignmentMethod | TuningMethod
 # So small models are trained for so long that a longer program pays.
 MOST_LAYERS_A_TURN = 8
@@ -35,8 +39,8 @@ class Lanes(NamedTuple):
 
     model: Llama  # with the adapters' LoRA sites
     adapters: Tree
-    frozen: Tree  # leaves [L, ...], or [N, L, ...] if `own_base`
-    own_base: bool = False  # every lane has frozen weights of its own: the attack's, after merging
+    frozen: Tree  # leaves [L, ...], or [N, L, ...] where `own_base`
+    own_base: bool = False  # every lane has frozen weights of its own, or updates, as of `base_axes`
 
     @property
     def count(self) -> int:
@@ -44,7 +48,8 @@ class Lanes(NamedTuple):
 
     def lane(self, i: int) -> tuple[Tree, Tree]:
         """(adapter, frozen) of one lane."""
-        return take(self.adapters, i), take(self.frozen, i) if self.own_base else self.frozen
+        axes = _axes_of_own(self.frozen) if self.own_base else None
+        return take(self.adapters, i), by_axis(lambda axis, of: of if axis is None else take(of, i), axes, self.frozen)
 
 
 def stack(trees: Sequence[Tree]) -> Tree:
@@ -53,6 +58,11 @@ def stack(trees: Sequence[Tree]) -> Tree:
 
 def take(tree: Tree, i: int) -> Tree:
     return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+def by_axis(function: Callable, axes: Tree, *trees: Tree) -> Tree:
+    """`function(axis, *parts)` of every part of the trees that has one axis, 0 or None."""
+    return jax.tree.map(function, axes, *trees, is_leaf=lambda axis: axis is None)
 
 
 def lane_axes(state: training.TrainState, defense: Defense) -> training.TrainState:
@@ -67,28 +77,36 @@ def lane_axes(state: training.TrainState, defense: Defense) -> training.TrainSta
     return jax.tree.map(lambda _: 0, state)._replace(step=None, defense=of_defense)
 
 
+def base_axes(own_base: bool) -> Axes:
+    """Over which axis of frozen weights lanes go, for `over_lanes`."""
+    return _axes_of_own if own_base else None
+
+
+def _axes_of_own(frozen: Tree) -> Tree:
+    """A quantised base is shared, and only the updates beside it are a lane's own, in the place of merged weights."""
+    if not is_quantised(frozen):
+        return 0
+    return jax.tree.map(lambda leaf: 0 if isinstance(leaf, Update) else None, frozen,
+                        is_leaf=lambda leaf: isinstance(leaf, Update))
+
+
 def take_turns() -> bool:
     """Whether lanes are computed one after the other."""
     return jax.default_backend() == "cpu"
 
 
-def over_lanes(function: Callable, in_axes: tuple[int | None, ...]) -> Callable:
+def over_lanes(function: Callable, in_axes: tuple[Axes, ...]) -> Callable:
     """`jax.vmap(function, in_axes)`, computed one lane after the other where lanes take turns.
 
-    in_axes: 0 for an argument that every lane has its own of, None for one of all.
+    in_axes: of each argument.
     """
-    if not take_turns():
-        return jax.vmap(function, in_axes)
-
     def call(*arguments):
-        own = [argument for argument, axis in zip(arguments, in_axes, strict=True) if axis is not None]
-
-        def of_lane(own):
-            of = iter(own)
-            return function(*(shared if axis is None else next(of)
-                              for shared, axis in zip(arguments, in_axes, strict=True)))
-
-        return jax.lax.map(of_lane, own)
+        axes = tuple(of(argument) if callable(of) else of for of, argument in zip(in_axes, arguments, strict=True))
+        if not take_turns():
+            return jax.vmap(function, axes)(*arguments)
+        own = by_axis(lambda axis, of: None if axis is None else of, axes, arguments)
+        return jax.lax.map(lambda own: function(*by_axis(
+            lambda axis, mine, of_all: of_all if axis is None else mine, axes, own, arguments)), own)
 
     return call
 
@@ -109,20 +127,17 @@ def _compiled(model: Llama, method: Method, optimizer_config: optim.OptimizerCon
     axes = lane_axes(jax.eval_shape(init, jax.eval_shape(lambda: init_adapter(model, jax.random.key(0)))),
                      defense(None))
 
-    def by_axis(function, *states):
-        return jax.tree.map(function, axes, *states, is_leaf=lambda axis: axis is None)
-
     def step_of_lane(own, shared, frozen, batches, key, layers):
-        state = by_axis(lambda axis, mine, of_all: of_all if axis is None else mine, own, shared)
+        state = by_axis(lambda axis, mine, of_all: of_all if axis is None else mine, axes, own, shared)
         # Layers are traced, so that other ones compile nothing anew.
         return training.make_train_step(defense(layers), optimizer)(state, frozen, batches, key)
 
     def step(state, frozen, batches, keys, layers=None):
-        own = by_axis(lambda axis, leaf: None if axis is None else leaf, state)
-        shared = by_axis(lambda axis, leaf: leaf if axis is None else None, state)
-        state, metrics = over_lanes(step_of_lane, (0, None, 0 if own_base else None, 0, 0, None))(
+        own = by_axis(lambda axis, leaf: None if axis is None else leaf, axes, state)
+        shared = by_axis(lambda axis, leaf: leaf if axis is None else None, axes, state)
+        state, metrics = over_lanes(step_of_lane, (0, None, base_axes(own_base), 0, 0, None))(
             own, shared, frozen, batches, keys, layers)
-        return by_axis(lambda axis, leaf: leaf[0] if axis is None else leaf, state), metrics
+        return by_axis(lambda axis, leaf: leaf[0] if axis is None else leaf, axes, state), metrics
 
     return jax.jit(jax.vmap(init, out_axes=axes)), jax.jit(step, donate_argnums=0)
 
@@ -187,9 +202,13 @@ def fresh(base: stage.Base, lora: LoraConfig, part: ComputationPart, seeds: Sequ
 
 
 def merged(lanes: Lanes, lora: LoraConfig, seeds: Sequence[int]) -> Lanes:
-    """Lanes with new adapters on weights into which the old ones are merged, as an attack's new adapter."""
-    frozen = jax.vmap(functools.partial(merge_adapter, lanes.model), in_axes=(0, 0 if lanes.own_base else None))(
-        lanes.adapters, lanes.frozen)
+    """Lanes with new adapters on weights into which the old ones are merged, as an attack's new adapter; beside
+    quantised weights the old ones are frozen."""
+    if is_quantised(lanes.frozen):
+        frozen = freeze_adapter(lanes.model, lanes.adapters, lanes.frozen)
+    else:
+        frozen = jax.vmap(functools.partial(merge_adapter, lanes.model), in_axes=(0, 0 if lanes.own_base else None))(
+            lanes.adapters, lanes.frozen)
     model = lanes.model.clone(lora=lora)
     return Lanes(model, new_adapters(model, seeds), frozen, own_base=True)
 

@@ -11,6 +11,7 @@ from jaxvaccine.attention import cudnn_lacks
 from jaxvaccine.experiment.config import FieldError, Part, field, library_errors, require
 from jaxvaccine.llama import Llama
 from jaxvaccine.llama_config import TARGETS, LlamaConfig, LoraConfig
+from jaxvaccine.quantisation import Kind
 
 Dtype = Literal["checkpoint", "float32", "bfloat16", "float16"]
 # Nothing scales the loss: in float16 the gradient of a small one is zero.
@@ -19,6 +20,7 @@ TrainedDtype = Literal["checkpoint", "float32", "bfloat16"]
 AS_ALIGNED = "aligned"
 LaterPrompt = Literal["aligned", "alpaca", "plain"]
 LaterProtocol = Literal["aligned", "distinct", "rows"]
+AUTO = "auto"
 # Flat names of how something is computed, and not what: a run may change them when it is continued.
 COMPUTED = ("remat", "microbatch_size", "attention")
 SOURCE = "kind:path-or-hub-id@split[start:stop], several separated by commas; hub-id#revision has one"
@@ -31,8 +33,9 @@ class ComputationPart(Part):
     dtype: TrainedDtype = field(
         "checkpoint", "Type of the frozen weights and of the computation; the adapter is float32. checkpoint reads "
         "float16 files as bfloat16, since nothing scales the loss.")
-    remat: Literal["none", "dots", "full"] = field(
-        "full", "What is recomputed in the backward pass: nothing, all but matrix products, or everything in a layer.")
+    remat: Literal["auto", "none", "dots", "full"] = field(
+        "auto", "What is recomputed in the backward pass: nothing, all but matrix products, or everything in a layer; "
+        "auto as little as there is memory for, on a CPU at least all but products.")
     microbatch_size: int = field(
         0, "Rows that are computed at a time; 0 is all. Gradients and norms are those of the whole batch. RepNoise "
         "compares its harmful rows with each other, and takes them whole.", at_least=0)
@@ -48,8 +51,9 @@ class ComputationPart(Part):
             require(lacking is None, "attention", self.attention, f"xla: cuDNN's kernel has no {lacking}")
 
     def on(self, model: Llama) -> Llama:
-        """The model, computed so."""
-        return model.clone(**{name: getattr(self, name) for name in COMPUTED})
+        """The model, computed so; where remat is left open, with the most of it (`memory.with_remat` knows more)."""
+        chosen = {name: getattr(self, name) for name in COMPUTED}
+        return model.clone(**chosen | {"remat": "full" if self.remat == AUTO else self.remat})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,9 @@ class ModelPart(ComputationPart):
 
     model: str = field("", "Model to align: a Hugging Face directory, a hub id or a .gguf file.")
     revision: str = field("", "Branch, tag or commit of a model on the hub; its main branch unless given.")
+    quantisation: Kind = field(
+        "none", "In what the layers' frozen matrices are kept: int8 halves bfloat16's memory, nf4 takes a quarter of "
+        "it. What follows the alignment has the same.")
 
     def __post_init__(self):
         super().__post_init__()

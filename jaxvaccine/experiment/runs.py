@@ -18,6 +18,8 @@ from jaxvaccine.data.prompts import Example
 from jaxvaccine.json_files import read_json, write_json
 
 CONFIG = "config.json"
+# Flags that earlier versions did not have, and what their runs were made with.
+BEFORE = {"quantisation": "none"}
 PACKAGES = ("jaxvaccine", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
 
@@ -37,6 +39,11 @@ def read_config(run_dir: str | os.PathLike) -> dict[str, Any]:
     return config
 
 
+def flag(config: Mapping[str, Any], name: str) -> Any:
+    """A flag of a run; of one from before there was such a flag, what it was made with."""
+    return config["flags"].get(name, BEFORE.get(name))
+
+
 def examples_hash(examples: Sequence[Example]) -> str:
     """SHA-256 of the examples in their order, 64 hex digits."""
     lines = (json.dumps(list(example), ensure_ascii=True) for example in examples)
@@ -51,6 +58,7 @@ def open_run(
     operational: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     changeable: Collection[str] = (),
+    write: bool = True,
 ) -> Path:
     """Makes the folder and its config.json, or returns to it if it was made with the same flags and data.
 
@@ -62,6 +70,7 @@ def open_run(
       operational: flags that do not change the result, recorded and not compared.
       overwrite: deletes an earlier run in that folder first.
       changeable: flags that may differ from those of the run in the folder, and are then recorded anew.
+      write: False compares, and neither writes nor deletes anything.
 
     Raises:
       FileExistsError: the folder holds a run with other flags or data (each named, found and expected), or holds files
@@ -75,20 +84,21 @@ def open_run(
     if run_dir.is_dir() and any(path.name != CONFIG + ".tmp" for path in run_dir.iterdir()):
         if not (run_dir / CONFIG).is_file():
             raise FileExistsError(f"{run_dir}: found files but no {CONFIG}, expected a run or an empty folder")
-        if overwrite:
+        if overwrite and write:
             # Renamed first: a run that is half deleted would be taken for somebody's files.
             deleted = run_dir.with_name(run_dir.name + ".deleted")
             shutil.rmtree(deleted, ignore_errors=True)
             os.replace(run_dir, deleted)
             shutil.rmtree(deleted)
-        else:
+        elif not overwrite:
             earlier = read_config(run_dir)
             _compare(run_dir, earlier, config, changeable)
-            if any(earlier["flags"].get(name) != config["flags"].get(name) for name in changeable):
+            if write and any(earlier["flags"].get(name) != config["flags"].get(name) for name in changeable):
                 write_json(run_dir / CONFIG, {**earlier, "flags": config["flags"]})
             return run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / CONFIG, config)
+    if write:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(run_dir / CONFIG, config)
     return run_dir
 
 
@@ -98,7 +108,9 @@ def _compare(run_dir: Path, found: Mapping[str, Any], expected: Mapping[str, Any
         flags = {name: value for name, value in flags.items() if name not in changeable}
         return {"script": config.get("script"), **flags, **data}
 
-    if found_differences := differences(compared(found), compared(expected), "found", "expected"):
+    old, new = compared(found), compared(expected)
+    before = {name: BEFORE[of] for name in {*old, *new} if (of := name.rpartition(".")[2]) in BEFORE}
+    if found_differences := differences({**before, **old}, {**before, **new}, "found", "expected"):
         raise FileExistsError(
             f"{run_dir}: holds a run with other flags or data; choose another folder, or --overwrite to delete it. "
             + "; ".join(found_differences))

@@ -22,8 +22,10 @@ from jaxvaccine.experiment import inputs, runs
 from jaxvaccine.experiment.config import FieldError, flat
 from jaxvaccine.experiment.parts import RunPart, TrainingPart, TrainingRunPart, split_operational
 from jaxvaccine.json_files import read_json_object
-from jaxvaccine.llama import Llama, merge_adapter
+from jaxvaccine.llama import Llama
 from jaxvaccine.llama_config import LlamaConfig, LoraConfig
+from jaxvaccine.merging import freeze_adapter, merge_adapter
+from jaxvaccine.quantisation import Kind
 
 # Of `data.training_batches`: {name: (examples, batch size)}; the first decides how many steps an epoch has.
 Sources = Mapping[str, tuple[data.TokenizedExamples, int]]
@@ -65,10 +67,10 @@ def loaded_dtype(model: str, dtype: str, revision: str = "") -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _load_backbone(directory: Path, dtype: str, weights: tuple[str, ...]) -> tuple[Llama, Any]:
+def _load_backbone(directory: Path, dtype: str, quantisation: Kind, weights: tuple[str, ...]) -> tuple[Llama, Any]:
     # One model stays loaded, so that a plan does not read the weights again for every stage.
     del weights  # their hashes, so that others in the same place are not taken for them
-    return hugging_face.load_model(directory, dtype=_asked(dtype))
+    return hugging_face.load_model(directory, dtype=_asked(dtype), quantisation=quantisation)
 
 
 def forget_backbone() -> None:
@@ -76,22 +78,23 @@ def forget_backbone() -> None:
     _load_backbone.cache_clear()
 
 
-def load_base(model: str, dtype: str, run_dir: str | Path | None = None, merge: bool = False, revision: str = ""
-              ) -> Base:
+def load_base(model: str, dtype: str, run_dir: str | Path | None = None, merge: bool = False, revision: str = "",
+              quantisation: Kind = "none") -> Base:
     """A model as it comes, or as a run left it.
 
     Args:
       model: directory, hub id or GGUF file.
       dtype: as of `ModelPart`.
       run_dir: a finished alignment or attack whose result is loaded.
-      merge: merge its adapter into the weights, instead of returning it.
+      merge: merge its adapter into the weights, instead of returning it; beside quantised ones it is frozen.
       revision: of a hub id.
+      quantisation: as of `ModelPart`; of a run, that run's.
 
     Raises:
       FieldError: as of `inputs.require_finished`.
     """
     identity = inputs.of_model(model, revision)
-    llama, frozen = _load_backbone(hugging_face.resolve_model(model, revision or None), dtype, tuple(
+    llama, frozen = _load_backbone(hugging_face.resolve_model(model, revision or None), dtype, quantisation, tuple(
         digest for part in ("weights", "config") for digest in identity[part].values()))
     if run_dir is None:
         return Base(llama, frozen, None, None)
@@ -101,11 +104,13 @@ def load_base(model: str, dtype: str, run_dir: str | Path | None = None, merge: 
         raise FieldError("model", f"found {model!r}, expected the model of {run_dir}: " + "; ".join(other))
     if flags.get("adapter") == "new":
         # The attack trained a fresh adapter on the merged aligned weights.
-        frozen = load_base(model, dtype, flags["aligned"], merge=True, revision=revision).frozen
+        frozen = load_base(model, dtype, flags["aligned"], True, revision, quantisation).frozen
         folder = folder.with_name(inputs.TRAINED)
     lora = read_lora_config(folder)
     adapted = llama.clone(lora=lora)
     adapter = load_adapter(folder, adapted)
+    if merge and quantisation != "none":
+        return Base(llama, jax.jit(freeze_adapter, static_argnums=0)(adapted, adapter, frozen), None, None)
     if merge:
         # There is not room for two 7B models: the merged weights take the place of those that were loaded.
         forget_backbone()
@@ -121,16 +126,17 @@ def prompts_of(examples: Sequence[data.Example]) -> list[str]:
 
 def open_run(config: Any, run: RunPart, script: str, examples: Mapping[str, Sequence[data.Example]],
              made_of: Mapping[str, Any], more: Mapping[str, Any] = MappingProxyType({}),
-             flags: Mapping[str, Any] = MappingProxyType({}), changeable: Collection[str] = ()) -> Path:
+             flags: Mapping[str, Any] = MappingProxyType({}), changeable: Collection[str] = (), write: bool = True
+             ) -> Path:
     """`runs.open_run` of a config, of the examples that it reads and of its other inputs.
 
     made_of: `inputs.of_model` and the like, by what it is of. more: of the data, beside that and the examples' hashes.
-    flags: beside the config's own. changeable: as of `runs.open_run`.
+    flags: beside the config's own. changeable, write: as of `runs.open_run`.
     """
     result, operational = split_operational(flat(config))
     return runs.open_run(run.run_dir, script, {**flags, **result}, {
         "hashes": {name: runs.examples_hash(rows) for name, rows in examples.items()}, "inputs": made_of, **more},
-        operational, run.overwrite, changeable)
+        operational, run.overwrite, changeable, write)
 
 
 def training_record(examples: Mapping[str, Sequence[data.Example]], tokenized: Mapping[str, data.TokenizedExamples],
@@ -177,6 +183,11 @@ def count_steps(training: TrainingPart, sources: Sources) -> int:
     """How many steps a run makes."""
     tokenized, _ = next(iter(sources.values()))
     return training.count_steps(len(tokenized.input_ids))
+
+
+def longest_batch(sources: Sources, bucket: int) -> int:
+    """The longest that a batch is padded to, in tokens."""
+    return data.bucket_length(max(len(ids) for rows, _ in sources.values() for ids in rows.input_ids), bucket)
 
 
 def fresh_key(seed: int) -> jax.Array:

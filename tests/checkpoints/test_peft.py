@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from jaxvaccine.checkpoints.hugging_face import check_tree, load_model, save_model
 from jaxvaccine.checkpoints.peft import load_adapter, read_lora_config, save_adapter, sum_adapters
-from jaxvaccine.llama import Llama, hidden_states, merge_adapter, token_logits, tree_shapes
+from jaxvaccine.llama import Llama, hidden_states, token_logits, tree_shapes
 from jaxvaccine.llama_config import TARGETS, LoraConfig
+from jaxvaccine.merging import merge_adapter
 from tests import rounding
 from tests.checkpoints.tiny import CONFIG, assert_trees_equal, edit_json, edit_tensors, random_model
 

@@ -17,8 +17,9 @@ from jaxvaccine.data import encode_prompts, load_examples, load_tokenizer
 from jaxvaccine.evaluation import decoding
 from jaxvaccine.evaluation.generate import generate
 from jaxvaccine.evaluation.sampling import GREEDY, Sampling
-from jaxvaccine.llama import Llama, hidden_states, init_adapter, init_frozen, merge_adapter, token_logits
+from jaxvaccine.llama import Llama, hidden_states, init_adapter, init_frozen, token_logits
 from jaxvaccine.llama_config import LlamaConfig, LoraConfig
+from jaxvaccine.merging import merge_adapter
 
 MODULE = importlib.import_module("jaxvaccine.evaluation.generate")
 CONFIG = LlamaConfig(vocab_size=23, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2,

@@ -15,7 +15,7 @@ from jaxvaccine.experiment.parts import OPERATIONAL, TokensPart
 from jaxvaccine.json_files import read_json, write_json
 from tests.experiment.small_world import align_config, metrics, recorded, text_model, weights
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def test_a_run(aligned):

@@ -12,7 +12,7 @@ from jaxvaccine.experiment.evaluate import evaluate
 from jaxvaccine.json_files import read_json
 from tests.experiment.small_world import evaluate_config
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from jaxvaccine.report import runs as reports
 from jaxvaccine.report.runs import write
 from tests.experiment.small_world import ALIGN, align_config, attack_config, evaluate_config, metrics, recorded, weights
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def test_attack_and_scores(aligned, tmp_path):

@@ -23,7 +23,7 @@ from jaxvaccine.report import runs as reports
 from jaxvaccine.report.results import read_results
 from tests.experiment import small_world
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 P = "poison_ratio=0.25"
 SEEDS = (0, 5)

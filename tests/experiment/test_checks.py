@@ -13,7 +13,7 @@ from jaxvaccine.report.results import read_results
 from tests.experiment import small_world
 from tests.experiment.small_world import HASH, changed, other_weights
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 P = "poison_ratio=0.25"
 ONE = {"sst2_test": "", "benign_test": "", "loss_data": ""}

@@ -16,7 +16,7 @@ from jaxvaccine.report import runs as reports
 from tests.evaluation.test_chat_api import Server, reply
 from tests.experiment.small_world import align_config, attack_config, evaluate_config, recorded, text_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(scope="module")

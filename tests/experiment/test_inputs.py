@@ -31,7 +31,7 @@ from tests.experiment.small_world import (
     world_model,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):

@@ -17,7 +17,7 @@ from jaxvaccine.experiment.methods import TVaccine
 from tests import jaxprs, tiny
 from tests.experiment.small_world import align_config, attack_config
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 SEEDS = (3, 1)
 METHODS = {

@@ -143,7 +143,7 @@ def test_values_that_the_evaluation_refuses(scores, message):
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("quick_compile", "compile_once")
+@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("lanes", [False, True])
 def test_the_prompt_and_the_rows_reach_every_stage(model_dir, tmp_path, lanes):
     """What is said of the alignment holds for the attack and the tests too, both ways of carrying out a plan."""
