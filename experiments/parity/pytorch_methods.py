@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from experiments.parity.pytorch_reference import Batch, Gradient, TorchModel
+from experiments.parity import pytorch_reference as reference
+from experiments.parity.pytorch_reference import Batch, Gradient, TorchModel, tensors_of
+from jaxvaccine.experiment.methods import AlignmentMethod, Booster, RepNoise, Tar, TVaccine, Vaccine, uses
 
-
-def tensors_of(batch: Batch) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor(np.asarray(value), dtype=torch.long) for name, value in batch.items()}
+# (layer, shape) -> RepNoise's Gaussian numbers.
+Noise = Callable[[int, tuple[int, ...]], np.ndarray | torch.Tensor]
 
 
 def upcast(x: torch.Tensor) -> torch.Tensor:
@@ -19,7 +20,7 @@ def upcast(x: torch.Tensor) -> torch.Tensor:
 
 def activations(model: TorchModel, batch: Batch) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
     """(what every layer reads, what every MLP gives, what the last norm gives), each [B, T, D]."""
-    inputs, outputs, tensors = [], [], tensors_of(batch)
+    inputs, outputs, tensors = [], [], tensors_of(batch, model.device)
     handles = [layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0])) for layer in model.layers]
     handles += [layer.mlp.register_forward_hook(lambda module, args, out: outputs.append(out))
                 for layer in model.layers]
@@ -57,7 +58,7 @@ def output_head(model: TorchModel, hidden: torch.Tensor) -> torch.Tensor:
 
 def supervised_log_probabilities(model: TorchModel, batch: Batch) -> torch.Tensor:
     """log p [N, V] of the next token wherever there is a label for it."""
-    tensors = tensors_of(batch)
+    tensors = tensors_of(batch, model.device)
     logits = model.adapted(tensors["input_ids"], attention_mask=tensors["attention_mask"], use_cache=False).logits
     return torch.log_softmax(upcast(logits[:, :-1][tensors["labels"][:, 1:] != -100]), dim=-1)
 
@@ -70,7 +71,7 @@ class Lisa:
         self.phase, self.clock, self.step = "alignment", 0, 0
         self.last: dict[str, list[torch.Tensor]] = {}  # the last point of each phase
 
-    def gradient(self, model: TorchModel, batches: Mapping[str, Batch]) -> float:
+    def gradient(self, model: TorchModel, batches: Mapping[str, Batch]) -> torch.Tensor:
         if not self.last:
             self.last = {"alignment": copies(model), "user": copies(model)}
         if self.clock == self.lengths[self.phase]:
@@ -85,14 +86,14 @@ class Lisa:
                 ((p - w) ** 2).sum() for p, w in zip(model.parameters(), other, strict=True))
         total.backward()
         self.clock, self.step = self.clock + 1, self.step + 1
-        return loss.item()
+        return loss.detach()
 
 
 def ewc_gradient(lam: float, alignment: Sequence[Batch]) -> Gradient:
     """The Fisher weights are taken at the first call, from these batches."""
     start, fisher = [], []
 
-    def gradient(model: TorchModel, batches: Mapping[str, Batch]) -> float:
+    def gradient(model: TorchModel, batches: Mapping[str, Batch]) -> torch.Tensor:
         parameters = model.parameters()
         if not start:
             start.extend(copies(model))
@@ -105,7 +106,7 @@ def ewc_gradient(lam: float, alignment: Sequence[Batch]) -> Gradient:
         loss = model.loss(batches["user"])
         penalty = sum((f * (p - s) ** 2).sum() for f, p, s in zip(fisher, parameters, start, strict=True))
         (loss + lam * penalty).backward()
-        return loss.item()
+        return loss.detach()
 
     return gradient
 
@@ -113,7 +114,7 @@ def ewc_gradient(lam: float, alignment: Sequence[Batch]) -> Gradient:
 def kl_gradient(lam: float) -> Gradient:
     start: list[torch.Tensor] = []
 
-    def gradient(model: TorchModel, batches: Mapping[str, Batch]) -> float:
+    def gradient(model: TorchModel, batches: Mapping[str, Batch]) -> torch.Tensor:
         if not start:
             start.extend(copies(model))
         model.clear_gradients()
@@ -122,7 +123,7 @@ def kl_gradient(lam: float) -> Gradient:
         loss, current = model.loss(batches["user"]), supervised_log_probabilities(model, batches["user"])
         divergence = (aligned.exp() * (aligned - current)).sum(dim=-1).mean()
         (loss + lam * divergence).backward()
-        return loss.item()
+        return loss.detach()
 
     return gradient
 
@@ -132,7 +133,7 @@ def tar_gradient(adversary: Callable[[Sequence[torch.nn.Parameter]], torch.optim
     """adversary: parameters -> the attack's optimizer."""
     start: list[torch.Tensor] = []
 
-    def gradient(model: TorchModel, batches: Mapping[str, Batch]) -> float:
+    def gradient(model: TorchModel, batches: Mapping[str, Batch]) -> torch.Tensor:
         if not start:
             start.extend(copies(model))
         here = copies(model)
@@ -152,7 +153,7 @@ def tar_gradient(adversary: Callable[[Sequence[torch.nn.Parameter]], torch.optim
             for p, w in zip(model.parameters(), here, strict=True):
                 p.copy_(w)
         model.clear_gradients()
-        counts = tensors_of(batches["alignment"])["attention_mask"].bool()
+        counts = tensors_of(batches["alignment"], model.device)["attention_mask"].bool()
         inputs, _, final = activations(model, batches["alignment"])
         # torch.norm's gradient at 0 is 0.
         distances = [torch.norm(upcast(h) - upcast(r), dim=-1)[counts].mean()
@@ -161,7 +162,7 @@ def tar_gradient(adversary: Callable[[Sequence[torch.nn.Parameter]], torch.optim
         (retain_weight * (loss + sum(distances) / len(distances))).backward()
         for p, g in zip(model.parameters(), tamper, strict=True):
             p.grad += g
-        return loss.item()
+        return loss.detach()
 
     return gradient
 
@@ -182,17 +183,17 @@ def multi_kernel_mmd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)
 
 
-def repnoise_gradient(alpha: float, beta: float, noise: Callable[[int, tuple[int, ...]], np.ndarray]) -> Gradient:
+def repnoise_gradient(alpha: float, beta: float, noise: Noise) -> Gradient:
     """noise: (layer, [B, T, D]) -> the numbers that stand against this layer's MLP outputs in this step."""
-    def gradient(model: TorchModel, batches: Mapping[str, Batch]) -> float:
+    def gradient(model: TorchModel, batches: Mapping[str, Batch]) -> torch.Tensor:
         model.clear_gradients()
-        harmful, harmless = tensors_of(batches["harmful"]), tensors_of(batches["harmless"])
+        harmful, harmless = (tensors_of(batches[name], model.device) for name in ("harmful", "harmless"))
         differs = (harmful["labels"] != -100) & (
             (harmful["input_ids"] != harmless["input_ids"]) | (harmless["attention_mask"] == 0))
         inputs, outputs, final = activations(model, batches["harmful"])
         discrepancies = []
         for i, output in enumerate(outputs):
-            gaussian = torch.tensor(noise(i, tuple(output.shape)))
+            gaussian = torch.as_tensor(noise(i, tuple(output.shape)), device=model.device)
             rows = [(upcast(h) * differs[..., None]).flatten(start_dim=1) for h in (output, gaussian)]
             discrepancies.append(multi_kernel_mmd(*rows))
         targets = harmful["input_ids"][:, 1:][differs[:, 1:]]
@@ -203,7 +204,7 @@ def repnoise_gradient(alpha: float, beta: float, noise: Callable[[int, tuple[int
         loss = model.loss(batches["alignment"])
         ascent = sum(losses) / len(losses)
         (loss + beta * sum(discrepancies) / len(discrepancies) - alpha * torch.log(ascent + 1)).backward()
-        return loss.item()
+        return loss.detach()
 
     return gradient
 
@@ -212,3 +213,35 @@ def adamw_or_sgd(name: str, learning_rate: float) -> Callable[[Sequence[torch.nn
     """TAR's adversary by its flag; PyTorch's AdamW decays by 0.01 unless told otherwise."""
     made = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
     return lambda parameters: made(parameters, lr=learning_rate)
+
+
+def scheduled(method: AlignmentMethod, draw: Callable[[int, np.ndarray, int], Sequence[int]]
+              ) -> reference.TVaccine | None:
+    """T-Vaccine's schedule, if it is the method or Booster's base.
+
+    draw: (steps done, probabilities [L], count) -> the layers that are drawn.
+    """
+    if not (of := uses(method, TVaccine)):
+        return None
+    found = reference.TVaccine(of.rho, of.layers, of.sample_every, of.probe_every, of.freeze,
+                               draw=lambda probabilities, count: draw(found.step, probabilities, count))
+    return found
+
+
+def gradient_of(method: AlignmentMethod, t_vaccine: reference.TVaccine | None, noise: Noise) -> Gradient:
+    """The gradient of a method; t_vaccine as of `scheduled`, noise is RepNoise's."""
+    match method:
+        case Booster():
+            base = gradient_of(method.base, t_vaccine, noise)
+            return lambda model, batches: reference.booster_gradient(
+                model, batches, method.lam, method.alpha, base, method.last_term)
+        case Vaccine():
+            return lambda model, batches: reference.vaccine_gradient(model, batches, method.rho)
+        case TVaccine():
+            return t_vaccine.gradient
+        case RepNoise():
+            return repnoise_gradient(method.ascent_weight, method.noise_weight, noise)
+        case Tar():
+            return tar_gradient(adamw_or_sgd(method.adversary, method.inner_learning_rate), method.inner_steps,
+                                method.tamper_weight, method.retain_weight)
+    return reference.sft_gradient

@@ -21,8 +21,8 @@ from jaxvaccine.optim import OptimizerConfig
 NORM_EPSILON = 1e-7
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 Batch = Mapping[str, Any]
-# What leaves a gradient in every trained parameter's .grad, and returns the loss.
-Gradient = Callable[["TorchModel", Mapping[str, Batch]], float]
+# What leaves a gradient in every trained parameter's .grad, and returns the loss, a scalar that is not waited for.
+Gradient = Callable[["TorchModel", Mapping[str, Batch]], torch.Tensor]
 
 
 class Float64Rope(torch.nn.Module):
@@ -77,6 +77,12 @@ def load_base(model_dir: str, dtype: str) -> transformers.PreTrainedModel:
     return base
 
 
+def tensors_of(batch: Batch, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """A batch of arrays or tensors as int64 tensors on a device."""
+    return {name: torch.as_tensor(value if isinstance(value, torch.Tensor) else np.array(value), dtype=torch.long,
+                                  device=device) for name, value in batch.items()}
+
+
 def lora_matrices(module: torch.nn.Module) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
     """PEFT's A [r, in] and B [out, r] of a projection."""
     return module.lora_A["default"].weight, module.lora_B["default"].weight
@@ -94,11 +100,20 @@ class TorchModel:
             (block, name, getattr(layer.self_attn if block == "attention" else layer.mlp, name), i)
             for i, layer in enumerate(self.layers)
             for name in lora.targets for block in ["attention" if name in ATTENTION else "mlp"]]
+        self.set_adapter(adapter)
+        self.adapted.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    def set_adapter(self, adapter) -> None:
+        """All of it trains."""
         with torch.no_grad():
             for block, name, module, i in self.projections:
                 for matrix, key in zip(lora_matrices(module), "ab", strict=True):
+                    matrix.requires_grad_(True)
                     matrix.copy_(torch.tensor(np.asarray(adapter["layers"][block][name][key][i]).T))
-        self.adapted.eval()
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """What trains now."""
@@ -127,7 +142,7 @@ class TorchModel:
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Mean of −log p over the batch's supervised positions; position i predicts label i + 1."""
-        tensors = {name: torch.tensor(np.asarray(value), dtype=torch.long) for name, value in batch.items()}
+        tensors = tensors_of(batch, self.device)
         labels = tensors.pop("labels")[:, 1:].reshape(-1)
         logits = self.adapted(**tensors, use_cache=False).logits[:, :-1]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -164,7 +179,7 @@ def activation_gradients(model: TorchModel, batch: Batch, layers: Sequence[int])
         # A leaf in the output's place would cut the graph below it, which other layers' gradients need.
         output = output if output.requires_grad else output.requires_grad_()
         output.retain_grad()
-        outputs[i] = output
+        outputs.setdefault(i, output)  # checkpointing comes here twice
 
     with model.attention_hooks(remember, layers):
         model.loss(batch).backward()
@@ -173,15 +188,15 @@ def activation_gradients(model: TorchModel, batch: Batch, layers: Sequence[int])
     return gradients
 
 
-def sft_gradient(model: TorchModel, batches: Mapping[str, Batch]) -> float:
+def sft_gradient(model: TorchModel, batches: Mapping[str, Batch]) -> torch.Tensor:
     model.clear_gradients()
     loss = model.loss(batches["alignment"])
     loss.backward()
-    return loss.item()
+    return loss.detach()
 
 
 def vaccine_gradient(model: TorchModel, batches: Mapping[str, Batch], rho: float,
-                     layers: Sequence[int] | None = None) -> float:
+                     layers: Sequence[int] | None = None) -> torch.Tensor:
     """layers: which are perturbed and make up the norm; all for None."""
     model.clear_gradients()
     layers = range(len(model.layers)) if layers is None else layers
@@ -189,12 +204,12 @@ def vaccine_gradient(model: TorchModel, batches: Mapping[str, Batch], rho: float
     norm = joint_norm(list(gradients.values()))
     with model.attention_hooks(lambda i, a: a + (rho * gradients[i] / (norm + NORM_EPSILON)).to(a.dtype), layers):
         loss = model.loss(batches["alignment"])
-    loss.backward()
-    return loss.item()
+        loss.backward()  # in here, for checkpointing
+    return loss.detach()
 
 
 def booster_gradient(model: TorchModel, batches: Mapping[str, Batch], lam: float, alpha: float,
-                     base: Gradient, last_term: bool = True) -> float:
+                     base: Gradient, last_term: bool = True) -> torch.Tensor:
     """base: leaves ∇f, or what stands in its place. Parameters that it gave no gradient take no part."""
     loss = base(model, batches)
     parameters = [p for p in model.parameters() if p.grad is not None]
@@ -245,7 +260,7 @@ class TVaccine:
             rho, count, sample_every, probe_every, freeze, draw)
         self.step, self.probabilities, self.active = 0, None, ()
 
-    def gradient(self, model: TorchModel, batches: Mapping[str, Batch]) -> float:
+    def gradient(self, model: TorchModel, batches: Mapping[str, Batch]) -> torch.Tensor:
         if self.step % self.probe_every == 0:
             self.probabilities = layer_probabilities(model, batches["harmful"])
         if self.step % self.sample_every == 0:
@@ -302,8 +317,11 @@ class TorchOptimizer:
         self.schedule = transformers.get_scheduler(
             name, self.adamw, int(np.ceil(steps * config.warmup_ratio)), steps)
 
-    def step(self) -> None:
+    def step(self) -> torch.Tensor | None:
+        """Returns the gradient's norm before clipping; None without."""
+        norm = None
         if self.clip_norm:
-            torch.nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], self.clip_norm)
+            norm = torch.nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], self.clip_norm)
         self.adamw.step()
         self.schedule.step()
+        return norm

@@ -23,7 +23,7 @@ from jaxvaccine.defenses.booster import booster_keys
 from jaxvaccine.defenses.repnoise import repnoise_keys
 from jaxvaccine.experiment.align import AlignConfig
 from jaxvaccine.experiment.config import make
-from jaxvaccine.experiment.methods import AlignmentMethod, Booster, RepNoise, Tar, TVaccine, Vaccine, uses
+from jaxvaccine.experiment.methods import Booster, Tar, uses
 from jaxvaccine.llama_config import LlamaConfig
 
 # What is compared, as flat values of an alignment.
@@ -122,7 +122,7 @@ def repnoise_noise(problem: Problem, step: int, layer: int, shape: tuple[int, ..
         key = training.step_key(jax.random.key(problem.config.run.seed), step)
         if isinstance(problem.config.method, Booster):
             key = booster_keys(key).base
-        return np.asarray(layer_noise(repnoise_keys(key).noise, layer, shape, at_least_float32(problem.dtype)))
+        return np.array(layer_noise(repnoise_keys(key).noise, layer, shape, at_least_float32(problem.dtype)))
 
 
 def torch_steps(problem: Problem, drawn: Sequence[np.ndarray | None], gradient=None) -> Iterator[StepRecord]:
@@ -141,34 +141,12 @@ def torch_steps(problem: Problem, drawn: Sequence[np.ndarray | None], gradient=N
     model = reference.TorchModel(
         reference.load_base(problem.model_dir, problem.dtype), config.adapter.lora(), problem.adapter)
     optimizer = reference.TorchOptimizer(model, config.training.optimizer(), steps)
-    t_vaccine: Any = None
-    if of := uses(config.method, TVaccine):
-        t_vaccine = reference.TVaccine(of.rho, of.layers, of.sample_every, of.probe_every, of.freeze,
-                                       draw=lambda p, count: np.flatnonzero(drawn[t_vaccine.step]))
-
-    def gradient_of(method: AlignmentMethod):
-        match method:
-            case Booster():
-                base = gradient_of(method.base)
-                return lambda model, batches: reference.booster_gradient(
-                    model, batches, method.lam, method.alpha, base, method.last_term)
-            case Vaccine():
-                return lambda model, batches: reference.vaccine_gradient(model, batches, method.rho)
-            case TVaccine():
-                return t_vaccine.gradient
-            case RepNoise():
-                return pytorch_methods.repnoise_gradient(
-                    method.ascent_weight, method.noise_weight, lambda *of: repnoise_noise(problem, done, *of))
-            case Tar():
-                return pytorch_methods.tar_gradient(
-                    pytorch_methods.adamw_or_sgd(method.adversary, method.inner_learning_rate), method.inner_steps,
-                    method.tamper_weight, method.retain_weight)
-        return reference.sft_gradient
-
-    gradient = gradient or gradient_of(config.method)
+    t_vaccine = pytorch_methods.scheduled(config.method, lambda step, *_: np.flatnonzero(drawn[step]))
+    gradient = gradient or pytorch_methods.gradient_of(
+        config.method, t_vaccine, lambda *of: repnoise_noise(problem, done, *of))
     for done, batches in enumerate(problem.batches):  # noqa: B007, the noise is drawn for it
         started = time.perf_counter()
-        loss = gradient(model, batches)
+        loss = float(gradient(model, batches))
         grads = model.gradients()
         optimizer.step()
         seconds = time.perf_counter() - started
