@@ -31,7 +31,7 @@ class Pass(NamedTuple):
     sites: float = 0  # layers whose [B, T, D] is held beside the layers' inputs: perturbations, their gradients, …
     trees: float = 1  # trees like the adapter, beside the state: gradients
     waiting: int = 0  # rows of a pass before it that goes back after it, and keeps what it needs till then
-    perturbs: bool = False  # whether the sites are perturbations, of all rows however few are computed at a time
+    perturbed: int = 0  # rows that its sites perturb, which may be more than are computed at a time
     divides: bool = True  # whether a few rows can be computed at a time
     everything: bool = False  # is kept of the layers: a second derivative undoes rematerialisation
 
@@ -167,14 +167,24 @@ def step(model: llama.Llama, passes: Sequence[Pass], length: int, state_bytes: i
     """
     base, adapter = weights(model, quantisation)
 
+    def at_sites(one: Pass) -> float:
+        """Layers whose [rows, T, D] is held: of perturbations of more rows all, and beside them those of the rows that
+        are computed and their gradient."""
+        return one.sites * (one.perturbed / one.rows + 2 if one.perturbed > one.rows else 1)
+
     def of_pass(one: Pass) -> Memory:
         of, keeping = _sizes(model, one.rows, length), model.clone(remat="none") if one.everything else model
         return Memory(
             base, adapter, state_bytes - adapter, _kept(keeping, one.rows + one.waiting, length),
-            int(one.sites * of.x), int(one.trees * adapter), _layer_work(model, one.rows, length),
+            int(at_sites(one) * of.x), int(one.trees * adapter), _layer_work(model, one.rows, length),
             _logits(model, min(LOGITS_BLOCK, one.rows * length)))
 
-    return max(map(of_pass, passes), key=lambda memory: memory.peak)
+    def between(one: Pass) -> Memory:
+        """When gradients at the sites become perturbations: both are there."""
+        return Memory(base, adapter, state_bytes - adapter,
+                      perturbations=int(2 * one.sites * one.perturbed / one.rows * _sizes(model, one.rows, length).x))
+
+    return max([*map(of_pass, passes), *map(between, passes)], key=lambda memory: memory.peak)
 
 
 def merge(model: llama.Llama) -> Memory:

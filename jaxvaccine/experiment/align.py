@@ -146,11 +146,13 @@ def prepare(config: AlignConfig, look: Callable[[Examples], None] = lambda examp
 
 
 def step_of(config: AlignConfig, model: Llama, length: int) -> memory.Step:
-    """What a step's memory depends on; config's own model and data are not read. length: the longest batch's."""
-    model = config.model.on(model.clone(lora=config.adapter.lora()))
-    step = memory.Step(model, config.method, config.training.batch_size, config.data.harmful_batch_size, length,
-                       config.model.quantisation)
-    return dataclasses.replace(step, model=memory.with_remat(config.model.remat, step))
+    """What a step's memory depends on, with remat as of `ComputationPart.on`; config's own model and data are not read.
+
+    length: the longest batch's.
+    """
+    return memory.Step(
+        config.model.on(model.clone(lora=config.adapter.lora())), config.method, config.training.batch_size,
+        config.data.harmful_batch_size, length, config.model.quantisation)
 
 
 def align(config: AlignConfig, look: Callable[[Examples], None] = lambda examples: None) -> Path:
@@ -168,7 +170,8 @@ def align(config: AlignConfig, look: Callable[[Examples], None] = lambda example
     if inputs.is_finished(run_dir):
         return run_dir
     base = stage.load_base(model.model, model.dtype, revision=model.revision, quantisation=model.quantisation)
-    adapted = step_of(config, base.model, stage.longest_batch(sources, config.data.bucket)).model
+    step = step_of(config, base.model, stage.longest_batch(sources, config.data.bucket))
+    adapted = memory.with_remat(model.remat, step).model
     adapter = init_adapter(adapted, stage.fresh_key(config.run.seed))
     stage.train(run_dir, base, adapted, adapter, config.method.make, sources, config.training, config.run,
                 config.data.bucket, stage.Origin(model.model, model.revision))

@@ -307,8 +307,7 @@ def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda exam
 def step_of(config: AttackConfig, model: Llama, length: int, quantisation: Kind) -> memory.Step:
     """`align.step_of` of an attack with nothing left open."""
     rows, model = config.training.batch_size, config.model.on(model.clone(lora=config.adapter.sites().lora()))
-    step = memory.Step(model, config.method, rows, rows, length, quantisation)
-    return dataclasses.replace(step, model=memory.with_remat(config.model.remat, step))
+    return memory.Step(model, config.method, rows, rows, length, quantisation)
 
 
 def attack(config: AttackConfig, look: Callable[[Examples], None] = lambda examples: None) -> Path:
@@ -327,7 +326,8 @@ def attack(config: AttackConfig, look: Callable[[Examples], None] = lambda examp
         return run_dir
     base = stage.load_base(origin.model, config.model.dtype, config.model.aligned, bool(origin.aligned),
                            origin.revision, quantisation)
-    model = step_of(config, base.model, stage.longest_batch(sources, config.data.bucket), quantisation).model
+    step = step_of(config, base.model, stage.longest_batch(sources, config.data.bucket), quantisation)
+    model = memory.with_remat(config.model.remat, step).model
     adapter = init_adapter(model, stage.fresh_key(config.run.seed)) if base.adapter is None else base.adapter
     fisher = for_fisher and alignment_fisher(model, adapter, base.frozen, for_fisher, config.training.batch_size,
                                              config.data.bucket, config.run.seed)

@@ -17,7 +17,7 @@ from jaxvaccine import data
 from jaxvaccine.checkpoints.identity import adapter_identity
 from jaxvaccine.checkpoints.peft import load_adapter, save_adapter
 from jaxvaccine.checkpoints.resolve import loadable_name
-from jaxvaccine.experiment import faced, inputs, lanes, recipes, results, runs, stage
+from jaxvaccine.experiment import faced, inputs, lanes, memory, recipes, results, runs, stage
 from jaxvaccine.experiment.align import AlignConfig, align, batch_sources, load_data, step_of, tokenize
 from jaxvaccine.experiment.attack import AttackConfig, aligned_prompts, attack, read_data
 from jaxvaccine.experiment.budget import budgets
@@ -289,7 +289,8 @@ def _align_lanes(context: Context, config: AlignConfig, base: stage.Base, tokeni
     part = config.model
     if lanes.take_turns():  # then one lane's memory is what is taken
         length = data.bucket_length(config.data.max_length, config.data.bucket)
-        part = dataclasses.replace(part, remat=step_of(config, base.model, length).model.remat)
+        step = memory.with_remat(part.remat, step_of(config, base.model, length))
+        part = dataclasses.replace(part, remat=step.model.remat)
     start = lanes.fresh(base, config.adapter.lora(), part, seeds)
     new = [i for i, cell in enumerate(cells) if not result_path(context.root, cell).exists()]
     shared = split_method(method)[0]

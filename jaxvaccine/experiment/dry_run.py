@@ -54,7 +54,7 @@ def of_alignment(config: AlignConfig, dry: DryRun, look: Look = lambda examples:
     _, sources, architecture, dtype = align.prepare(config, look, write=False)
     step = align.step_of(config, Llama(architecture, dtype=jnp.dtype(dtype).type),
                          stage.longest_batch(sources, config.data.bucket))
-    return _training(step, sources, config.training, config.data.bucket, dry)
+    return _training(config.model.remat, step, sources, config.training, config.data.bucket, dry)
 
 
 def of_attack(config: AttackConfig, dry: DryRun, look: Look = lambda examples: None) -> str:
@@ -63,7 +63,7 @@ def of_attack(config: AttackConfig, dry: DryRun, look: Look = lambda examples: N
     config, sources = prepared.config, prepared.sources
     step = attack.step_of(config, Llama(prepared.architecture, dtype=jnp.dtype(prepared.dtype).type),
                           stage.longest_batch(sources, config.data.bucket), prepared.quantisation)
-    return _training(step, sources, config.training, config.data.bucket, dry)
+    return _training(config.model.remat, step, sources, config.training, config.data.bucket, dry)
 
 
 def of_evaluation(config: EvaluateConfig, dry: DryRun) -> str:
@@ -103,17 +103,21 @@ def _trained_lora(run_dir: str):
     return read_lora_config(folder.with_name(inputs.TRAINED) if new else folder)
 
 
-def _training(step: Step, sources: stage.Sources, part: TrainingPart, bucket: int, dry: DryRun) -> str:
+def _training(remat: str, step: Step, sources: stage.Sources, part: TrainingPart, bucket: int, dry: DryRun) -> str:
+    targets = dry.targets()
+    if len(targets) == 1:
+        step = memory.with_remat(remat, step, targets[0])
     counts = ", ".join(f"{name} {len(rows.input_ids)} examples, {size} a step"
                        for name, (rows, size) in sources.items())
     found = step.estimate()
     said = [f"{stage.count_steps(part, sources)} steps, padded to at most {step.length} tokens: {counts}",
-            f"GiB: {memory.parts(found)}", f"peak {found.peak / GIB:.2f} GiB by the formula"]
+            f"GiB, with remat={step.model.remat}: {memory.parts(found)}",
+            f"peak {found.peak / GIB:.2f} GiB by the formula"]
     peak = found.peak
     if dry.card and (compiled := _compiled(step, dry.card)) is not None:
         peak = compiled
         said.append(f"peak {peak / GIB:.2f} GiB by XLA's compiler for {dry.card}")
-    for target in dry.targets():
+    for target in targets:
         most = memory.largest_batch(step, target.largest)
         said.append(f"{memory.verdict(peak, target)}; largest batches {most}")
         helpful = memory.helpful_flag(step, target.largest, bucket) if peak > target.largest else None

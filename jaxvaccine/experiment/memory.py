@@ -73,9 +73,9 @@ def passes(method: AlignmentMethod | TuningMethod, layers: int, rows: int, harmf
     """
     match method:
         case methods.Vaccine():  # the gradient at every site while it is taken, then the perturbations
-            return [Pass(rows, sites=layers, perturbs=True)]
+            return [Pass(rows, sites=layers, perturbed=rows)]
         case methods.TVaccine():  # the same of S layers; the probe keeps no gradient
-            return [Pass(rows, sites=method.layers, perturbs=True), Pass(harmful_rows)]
+            return [Pass(rows, sites=method.layers, perturbed=rows), Pass(harmful_rows)]
         case methods.RepNoise():  # of the harmful rows the inputs and MLP outputs of all layers, and their gradients
             sites = REPNOISE_SITES * layers
             return [Pass(rows, sites=sites * harmful_rows / rows, waiting=harmful_rows),
@@ -181,32 +181,33 @@ class Step:
                [rank >> i for i in range(1, rank.bit_length())])
 
 
-def with_remat(asked: str, step: Step) -> Llama:
-    """The step's model, with as little computed anew as this machine has memory for if that is left open.
+def with_remat(asked: str, step: Step, target: Target | None = None) -> Step:
+    """The step with as little computed anew as there is memory for, if that was left open.
 
     On a CPU products are kept and nothing else: keeping all of it takes longer, by what is written.
+
+    Args:
+      asked: of `ComputationPart`.
+      step: with all of it computed anew.
+      target: the GPU; None is this machine's, or its CPU.
     """
     if asked != AUTO:
-        return step.model
-    if target := this_machine():
+        return step
+    if target := target or this_machine():
         choices, room = ("none", "dots"), int((1 - MARGIN) * target.reserved)
     elif jax.default_backend() == "cpu":
         choices, room = ("dots",), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     else:
-        return step.model.clone(remat="full")
-    models = [step.model.clone(remat=remat) for remat in choices]
-    fits = (model for model in models if dataclasses.replace(step, model=model).estimate().peak <= room)
-    return next(fits, step.model.clone(remat="full"))
+        return step
+    less = [dataclasses.replace(step, model=step.model.clone(remat=remat)) for remat in choices]
+    return next((one for one in less if one.estimate().peak <= room), step)
 
 
 def _in_microbatches(one: Pass, size: int) -> Pass:
-    """The pass of a few rows at a time: gradients are summed, and perturbations of all rows are there beside those of
-    the few and their gradient."""
+    """The pass of a few rows at a time; gradients are summed."""
     if size >= one.rows or not one.divides:
         return one
-    sites = one.sites * (one.rows / size + 2) if one.perturbs else one.sites
-    if one.waiting:  # they are of the pass that waits
-        sites = one.sites * one.rows / size
+    sites = one.sites * one.rows / size if one.waiting else one.sites  # they are of the pass that waits
     return one._replace(rows=size, sites=sites, trees=one.trees + 1)
 
 

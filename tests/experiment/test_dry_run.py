@@ -41,7 +41,7 @@ def test_an_alignment(model_dir, tmp_path, monkeypatch, defense):
     assert text.startswith("3 steps, padded to at most 16 tokens: alignment 24 examples, 4 a step")
     assert ("harmful 12 examples, 2 a step" in text) == (defense != "sft")
     assert ("adversary" in text) == (defense == "tar")
-    assert "GiB: weights 0.00, adapter 0.00" in text and "by the formula" in text
+    assert "GiB, with remat=none: weights 0.00, adapter 0.00" in text and "by the formula" in text
     assert "rtx_4090: of 23.0 GiB beside CUDA's own, it fits in the 17.6 that JAX takes when it starts" in text
     assert not list(tmp_path.iterdir())
 
