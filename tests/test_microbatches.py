@@ -145,6 +145,7 @@ def test_every_defense(float64, name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), state, expected_state)
 
 
+@long
 def test_the_exact_booster(float64):
     """Which differentiates a gradient."""
     results = []
@@ -156,6 +157,7 @@ def test_the_exact_booster(float64):
     same(*results[::-1])
 
 
+@long
 def test_losses_with_a_reference(float64):
     for make in (loss_and_kl, loss_and_hidden_distance):
         results = []

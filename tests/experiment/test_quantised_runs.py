@@ -92,7 +92,7 @@ def test_lanes(quantised, tmp_path, adapter):
     for config in configs:
         attack(config)
     base = stage.load_base(quantised.model.model, "checkpoint", quantisation="nf4")
-    start = lanes.fresh(base, quantised.adapter.lora(), "full", seeds)
+    start = lanes.fresh(base, quantised.adapter.lora(), quantised.model, seeds)
     start = start._replace(adapters=lanes.stack([
         load_adapter(inputs.adapter_dir(of.run.run_dir), start.model) for of in aligned]))
     if adapter == "new":
