@@ -137,7 +137,7 @@ def prepare(config: AlignConfig, look: Callable[[Examples], None] = lambda examp
     tokenizer = stage.load_tokenizer(model.model, model.revision)
     tokenized = tokenize(tokenizer, examples, config.data)
     dtype = stage.loaded_dtype(model.model, model.dtype, model.revision)
-    model.check_attention(architecture, dtype)
+    model.check_attention(architecture, dtype, here=write)
     run_dir = stage.open_run(
         config, config.run, "align", examples, {"model": inputs.of_model(model.model, model.revision)},
         {**stage.training_record(examples, tokenized), "dtype": dtype}, write=write)

@@ -288,7 +288,7 @@ def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda exam
     architecture = stage.read_architecture(*of_model)
     layers = config.adapter.layer_mask(architecture.num_layers)
     dtype = stage.loaded_dtype(origin.model, config.model.dtype, origin.revision)
-    config.model.check_attention(architecture, dtype)
+    config.model.check_attention(architecture, dtype, here=write)
     tokenizer = stage.load_tokenizer(*of_model)
     read, poisoned = read_data(config, config.run.seed, aligned_prompts(aligned["data"]["prompts"]), tokenizer)
     look(read)

@@ -42,10 +42,10 @@ class ComputationPart(Part):
     attention: Literal["xla", "cudnn"] = field(
         "xla", "By XLA's products; or by cuDNN's kernel, on a GPU and in bfloat16, with less memory for long rows.")
 
-    def check_attention(self, architecture: LlamaConfig, dtype: str) -> None:
-        """Raises FieldError if cuDNN is to compute what it can't: on this machine, or of this model in this type."""
+    def check_attention(self, architecture: LlamaConfig, dtype: str, here: bool = True) -> None:
+        """Raises FieldError if cuDNN is to compute what it can't: of this model in this type, or, `here`, at all."""
         if self.attention == "cudnn":
-            require(jax.default_backend() == "gpu", "attention", self.attention,
+            require(not here or jax.default_backend() == "gpu", "attention", self.attention,
                     f"xla on a {jax.default_backend()}: cuDNN's kernel needs an NVIDIA GPU")
             lacking = cudnn_lacks(architecture, dtype)
             require(lacking is None, "attention", self.attention, f"xla: cuDNN's kernel has no {lacking}")

@@ -8,7 +8,7 @@ import pytest
 
 import jaxvaccine.training as training
 from jaxvaccine.data import Example, harmless_answers, load_tokenizer
-from jaxvaccine.experiment.align import AlignConfig, align, tokenize
+from jaxvaccine.experiment.align import AlignConfig, align, prepare, tokenize
 from jaxvaccine.experiment.config import FieldError, change, flat, make
 from jaxvaccine.experiment.methods import Sft
 from jaxvaccine.experiment.parts import OPERATIONAL, TokensPart
@@ -63,6 +63,10 @@ def test_cudnn_on_a_cpu(aligned, tmp_path):
     with pytest.raises(FieldError, match="found 'cudnn', expected xla on a cpu") as error:
         align(align_config(aligned.model.model, tmp_path / "run", attention="cudnn"))
     assert error.value.name == "attention" and not (tmp_path / "run").exists()
+    # Of a run that is meant for another machine, what can be known is said.
+    with pytest.raises(FieldError, match="found 'cudnn', expected xla: cuDNN's kernel has no float32"):
+        prepare(align_config(aligned.model.model, tmp_path / "run", attention="cudnn"), write=False)
+    prepare(align_config(aligned.model.model, tmp_path / "run", attention="cudnn", dtype="bfloat16"), write=False)
 
 
 def test_a_step_is_compiled_once_per_bucket(tmp_path, monkeypatch):
