@@ -101,9 +101,9 @@ def test_lanes_are_the_runs_of_attack(model_dir, tmp_path, adapter, layers, defe
 def as_a_batch(monkeypatch):
     """Lanes as accelerators have them."""
     monkeypatch.setattr(lanes, "take_turns", lambda: False)
-    lanes._compiled.cache_clear()
+    lanes.compiled.cache_clear()
     yield
-    lanes._compiled.cache_clear()
+    lanes.compiled.cache_clear()
 
 
 @pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (0, 0)])
