@@ -22,6 +22,14 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture
+def optimized():
+    """All of XLA's optimizations in one test of a module that compiles quickly."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
     """Programs are kept on disk until the session ends: the same one, as that of a training step that every run builds

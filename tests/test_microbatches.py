@@ -226,13 +226,6 @@ def test_nothing_is_computed_twice():
         assert flops[name, size] == flops[name, 0]
 
 
-@pytest.fixture
-def optimized():
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 def test_memory(optimized):
     """By XLA's buffer assignment: of 16 rows, 2 at a time, nearly as little as of 2."""
     config = dataclasses.replace(tiny.CONFIG, num_layers=8, hidden_size=64, intermediate_size=96)

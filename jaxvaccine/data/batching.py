@@ -208,9 +208,12 @@ def training_batches(
             name: batch_indices(len(data.input_ids), batch_size, step, seeds[name])
             for name, (data, batch_size) in sources.items()
         }
-        common = bucket_length(max(longest(sources[name][0], i) for name, i in rows.items()), bucket)
-        return {name: collate(sources[name][0], i, common if lengths is None else int(lengths[name][step]))
-                for name, i in rows.items()}
+        if lengths is None:
+            common = bucket_length(max(longest(sources[name][0], i) for name, i in rows.items()), bucket)
+            padded = dict.fromkeys(rows, common)
+        else:
+            padded = {name: int(lengths[name][step]) for name in rows}
+        return {name: collate(sources[name][0], i, padded[name]) for name, i in rows.items()}
 
     return batches
 

@@ -293,10 +293,11 @@ def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda exam
     read, poisoned = read_data(config, config.run.seed, aligned_prompts(aligned["data"]["prompts"]), tokenizer)
     look(read)
     tokenized = tokenize(tokenizer, read, config.data)
+    examples = {**read, "harmful": poisoned.harmful}
     run_dir = stage.open_run(
-        config, config.run, "finetune", {**read, "harmful": poisoned.harmful},
+        config, config.run, "finetune", examples,
         {"model": inputs.of_model(*of_model), "aligned": inputs.of_run(config.model.aligned)},
-        {**stage.training_record({**read, "harmful": poisoned.harmful}, tokenized, poisoned.accounts, poisoned.shared),
+        {**stage.training_record(examples, tokenized, poisoned.accounts, poisoned.shared),
          "poison_ratio": poisoned.poison_ratio, "n": len(tokenized["user"].input_ids), "dtype": dtype},
         {"model": origin.model, "revision": origin.revision, "quantisation": quantisation}, write=write)
     fisher = tokenized.pop("alignment") if isinstance(config.method, Ewc) else None

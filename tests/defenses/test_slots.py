@@ -128,13 +128,6 @@ def test_no_perturbations_of_all_layers():
     assert count(defenses.vaccine) > 2 * inputs
 
 
-@pytest.fixture
-def optimized():
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 def test_memory(optimized):
     """By XLA's buffer assignment: at least the gradients and the perturbations of the layers that are not drawn."""
     config = dataclasses.replace(tiny.CONFIG, num_layers=16, hidden_size=64, intermediate_size=96)
