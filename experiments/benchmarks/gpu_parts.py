@@ -42,8 +42,8 @@ PRODUCTS = 20  # pairs of products in a timed loop
 class SuitePart(StepPart):
     """What is measured."""
 
-    model: str = field("llama-2-7b", f"smollm2 (the shape of SmolLM2-135M), {', '.join(SIZES)}, or a model whose "
-                       "config.json is read; weights are random.")
+    model: str = field("llama-2-7b", f"{', '.join(SIZES)}, or a folder whose config.json is read; weights "
+                       "are random.")
     methods: tuple[str, ...] = field(tuple(ALIGNMENT), f"Of {', '.join(ALIGNMENT)}.")
     length: int = field(256, "Tokens of a row.", at_least=2)
     supervised: int = field(128, "How many of them are supervised, at a row's end.", at_least=1)

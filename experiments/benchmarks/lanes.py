@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.benchmarks.memory import SIZES, method_of, read_folder
-from experiments.benchmarks.step import SMOLLM2
+from experiments.benchmarks.memory import SIZES, method_of, named_architecture
 from jaxvaccine import cli, llama, optim
 from jaxvaccine.experiment import lanes
 from jaxvaccine.experiment.config import FieldError, Part, field, make, require
@@ -31,7 +30,7 @@ from jaxvaccine.report.tables import table
 class LanesConfig(Part):
     """Benchmark."""
 
-    model: str = field("smollm2", f"smollm2, the shape of SmolLM2-135M; {', '.join(SIZES)}; or a folder.")
+    model: str = field("smollm2", f"{', '.join(SIZES)}, or a folder.")
     method: str = field("sft", "Of the alignment, with settings as t_vaccine:layers=4.")
     lanes: tuple[str, ...] = field(("1", "2", "4", "8", "16"), "Numbers of lanes.")
     rows: int = field(4, "Rows of a lane's batches.", at_least=1)
@@ -63,8 +62,8 @@ def program(config: LanesConfig, count: int, device: jax.Device | None = None) -
     method = method_of(config.method)
     if not isinstance(method, AlignmentMethod):
         raise FieldError("method", f"found {config.method!r}, expected one of the alignment")
-    architecture = SMOLLM2 if config.model == "smollm2" else SIZES.get(config.model) or read_folder(config.model)
-    model = llama.Llama(architecture, LoraConfig(rank=config.rank), jnp.dtype(config.dtype).type, config.remat)
+    model = llama.Llama(named_architecture(config.model), LoraConfig(rank=config.rank), jnp.dtype(config.dtype).type,
+                        config.remat)
     turns = None if device is None else False  # what compiles for a GPU here runs on a CPU
     init, step = lanes.compiled(model, method, optim.OptimizerConfig(), 1000, False, turns)
     shapes, tar = llama.tree_shapes(model), uses(method, Tar)

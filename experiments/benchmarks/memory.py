@@ -40,6 +40,7 @@ from jaxvaccine.report.tables import table
 
 # As in the config.json of their first publication.
 SIZES = {
+    "smollm2": LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, rope_theta=1e5, tie_word_embeddings=True),
     "llama-3.2-1b": LlamaConfig(
         128256, 2048, 8192, 16, 32, 8, 64, 1e-5, 500000.0, Llama3RopeScaling(32.0, 1.0, 4.0, 8192), 131072, True),
     "llama-2-7b": LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128, 1e-5, max_position_embeddings=4096),
@@ -178,6 +179,11 @@ def method_of(text: str) -> AlignmentMethod | TuningMethod:
     return make(stage_config, {**given, "defense": name}, {**ANYTHING, "poison_ratio": 0.0}).method
 
 
+def named_architecture(model: str) -> LlamaConfig:
+    """One of SIZES, or that of a local folder; raises as `read_folder`."""
+    return SIZES.get(model) or read_folder(model)
+
+
 def read_folder(model: str) -> LlamaConfig:
     """The architecture of a local folder; the hub's would come with all of its weights.
 
@@ -220,7 +226,7 @@ def lines(config: MemoryConfig, compile_for: jax.Device | None, compiles: bool) 
                     memory.helpful_flag(step, room, bucket) if room and found.peak > room else None)
 
     for model in config.model:
-        architecture = SIZES.get(model) or read_folder(model)
+        architecture = named_architecture(model)
         if config.methods:
             for text in ALL if config.methods == ("all",) else config.methods:
                 adapted = llama.Llama(architecture, LoraConfig(config.rank), jnp.dtype(config.dtype).type, config.remat,

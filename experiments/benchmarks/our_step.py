@@ -13,11 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import random_weights
-from experiments.benchmarks.memory import SIZES
-from experiments.benchmarks.step import SMOLLM2
+from experiments.benchmarks.memory import SIZES, named_architecture
 from jaxvaccine import llama, optim, training
 from jaxvaccine.conventions import IGNORED
-from jaxvaccine.experiment import stage
 from jaxvaccine.experiment.config import Part, field, make, require
 from jaxvaccine.experiment.methods import ALIGNMENT, AlignmentMethod, Tar, TVaccine
 from jaxvaccine.llama_config import TARGETS, LlamaConfig, LoraConfig
@@ -34,8 +32,8 @@ SEED = 0
 class StepPart(Part):
     """Training step."""
 
-    model: str = field("smollm2", f"smollm2 (the shape of SmolLM2-135M), {', '.join(SIZES)}, or a model whose "
-                       "config.json is read; weights are random.")
+    model: str = field("smollm2", f"{', '.join(SIZES)}, or a folder whose config.json is read; weights are "
+                       "random.")
     methods: tuple[str, ...] = field(("sft", "vaccine", "t_vaccine", "booster"), f"Of {', '.join(ALIGNMENT)}.")
     rows: int = field(10, "Rows of a batch, alignment and harmful.", at_least=1)
     length: int = field(128, "Tokens of a row.", at_least=2)
@@ -61,8 +59,7 @@ class StepPart(Part):
                 f"some of {', '.join(TARGETS)}")
 
     def architecture(self) -> LlamaConfig:
-        named = {"smollm2": SMOLLM2, **SIZES}
-        return named[self.model] if self.model in named else stage.read_architecture(self.model)
+        return named_architecture(self.model)
 
     def lora(self) -> LoraConfig:
         return LoraConfig(rank=self.rank, targets=self.targets)

@@ -17,17 +17,15 @@ import numpy as np
 from absl import flags
 
 from experiments.benchmarks import costs
+from experiments.benchmarks.memory import SIZES, named_architecture
 from jaxvaccine import cli, defenses, llama, optim, training
 from jaxvaccine.conventions import IGNORED
-from jaxvaccine.experiment import stage
 from jaxvaccine.experiment.config import Part, field, make, require
 from jaxvaccine.experiment.methods import ALIGNMENT, BASES, FINE_TUNING, Booster, Tar, TVaccine
-from jaxvaccine.llama_config import LlamaConfig, LoraConfig
+from jaxvaccine.llama_config import LoraConfig
 from jaxvaccine.losses import causal_lm_loss, supervised_targets
 from jaxvaccine.report.tables import table
 
-SMOLLM2 = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,
-                      num_kv_heads=3, head_dim=64, rope_theta=1e5, tie_word_embeddings=True)
 BLOCK = 128  # positions whose logits causal_lm_loss takes at a time
 
 
@@ -35,7 +33,7 @@ BLOCK = 128  # positions whose logits causal_lm_loss takes at a time
 class BenchmarkConfig(Part):
     """Benchmark."""
 
-    model: str = field("smollm2", "smollm2, the shape of SmolLM2-135M, or a model whose config.json is read.")
+    model: str = field("smollm2", f"{', '.join(SIZES)}, or a folder whose config.json is read.")
     rows: int = field(8, "Rows of a batch, alignment and harmful.", at_least=1)
     length: int = field(96, "Tokens of a row.", at_least=2)
     supervised: int = field(32, "How many of them are supervised, at a row's end.", at_least=1)
@@ -152,7 +150,7 @@ def report(config: BenchmarkConfig, cases: Mapping[str, Case], seconds: Mapping[
 
 def benchmark(config: BenchmarkConfig) -> str:
     """Carries out the benchmark; returns its report."""
-    architecture = SMOLLM2 if config.model == "smollm2" else stage.read_architecture(config.model)
+    architecture = named_architecture(config.model)
     model = llama.Llama(architecture, LoraConfig(rank=config.rank))
     frozen, adapter = llama.init_frozen(model, jax.random.key(1)), llama.init_adapter(model, jax.random.key(2))
     supervised = jnp.arange(config.length) >= config.length - config.supervised
