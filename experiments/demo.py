@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jaxvaccine import cli
 from jaxvaccine.experiment import stage
-from jaxvaccine.experiment.carry_out import result_path
+from jaxvaccine.experiment.plan_folder import result_path
 from jaxvaccine.experiment.results import Cell
 from jaxvaccine.experiment.run import PlanConfig, run
 from jaxvaccine.json_files import read_json

@@ -15,7 +15,8 @@ from absl import flags, logging
 
 from jaxvaccine.experiment import compare_judges, dry_run, recipes
 from jaxvaccine.experiment.align import AlignConfig, align
-from jaxvaccine.experiment.attack import AttackConfig, attack, goes_on, split_new_adapter
+from jaxvaccine.experiment.attack import attack
+from jaxvaccine.experiment.attack_config import AttackConfig, goes_on, split_new_adapter
 from jaxvaccine.experiment.compilation import keep_programs
 from jaxvaccine.experiment.config import FieldError, Setting, make, require, settings
 from jaxvaccine.experiment.evaluate import EvaluateConfig, evaluate

@@ -12,7 +12,7 @@ import pytest
 
 from jaxvaccine import losses
 from jaxvaccine.checkpoints.hugging_face import load_model, loaded_dtype, save_model
-from jaxvaccine.experiment.attack import AttackedModel
+from jaxvaccine.experiment.attack_config import AttackedModel
 from jaxvaccine.experiment.config import FieldError, make
 from jaxvaccine.experiment.evaluate import EvaluateConfig
 from jaxvaccine.experiment.parts import ModelPart

@@ -28,7 +28,7 @@ from jaxvaccine.evaluation.generate import BLOCK, SMALLEST, joining
 from jaxvaccine.evaluation.sampling import Sampling
 from jaxvaccine.experiment import memory, recipes, stage
 from jaxvaccine.experiment.align import AlignConfig, step_of
-from jaxvaccine.experiment.attack import AttackConfig
+from jaxvaccine.experiment.attack_config import AttackConfig
 from jaxvaccine.experiment.config import FieldError, Part, field, make, parse
 from jaxvaccine.experiment.memory import Decoding, Step, Target
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING, AlignmentMethod, TuningMethod

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from experiments.studies import study
 from jaxvaccine import cli, data, defenses
 from jaxvaccine.defenses.base import Defense, global_norm
-from jaxvaccine.experiment.carry_out import Probes
 from jaxvaccine.experiment.config import field, require
 from jaxvaccine.experiment.lanes import over_lanes
 from jaxvaccine.experiment.methods import Booster
 from jaxvaccine.experiment.parts import check_sources
+from jaxvaccine.experiment.plan_folder import Probes
 from jaxvaccine.experiment.plans import Plan
 from jaxvaccine.llama import Llama
 from jaxvaccine.losses import causal_lm_loss

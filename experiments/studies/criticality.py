@@ -18,8 +18,8 @@ from jaxvaccine import cli, data
 from jaxvaccine.defenses.base import squared_norm
 from jaxvaccine.defenses.vaccine import activation_gradient
 from jaxvaccine.experiment import lanes, stage
-from jaxvaccine.experiment.carry_out import Probes
 from jaxvaccine.experiment.config import field, require
+from jaxvaccine.experiment.plan_folder import Probes
 from jaxvaccine.experiment.plans import Plan
 from jaxvaccine.llama import Llama
 from jaxvaccine.losses import causal_lm_loss

@@ -15,10 +15,10 @@ import jax
 from experiments.studies import study
 from jaxvaccine import cli, data, defenses
 from jaxvaccine.experiment import lanes
-from jaxvaccine.experiment.carry_out import Probes
 from jaxvaccine.experiment.config import field, require
 from jaxvaccine.experiment.methods import Booster, uses
 from jaxvaccine.experiment.parts import check_sources
+from jaxvaccine.experiment.plan_folder import Probes
 from jaxvaccine.llama import Llama
 from jaxvaccine.losses import causal_lm_loss
 from jaxvaccine.report import names

@@ -14,8 +14,8 @@ from experiments.studies import criticality as layers_study
 from experiments.studies import model_statistics, paper_tables, published
 from jaxvaccine.experiment import recipes, stage
 from jaxvaccine.experiment.align import AlignConfig
-from jaxvaccine.experiment.carry_out import Probes
 from jaxvaccine.experiment.config import make
+from jaxvaccine.experiment.plan_folder import Probes
 from jaxvaccine.experiment.plans import Settings, align_folder, cell_configs
 from jaxvaccine.experiment.results import Cell
 from jaxvaccine.experiment.run import run

@@ -18,8 +18,8 @@ import pandas as pd
 
 from experiments.studies import published, study
 from jaxvaccine import cli
-from jaxvaccine.experiment.carry_out import Probes
 from jaxvaccine.experiment.config import field
+from jaxvaccine.experiment.plan_folder import Probes
 from jaxvaccine.report.regime import regime_report
 
 # Beside the small world's recipe. 1500 steps are 15 epochs of its alignment data, 500 are 20 of the user's.

@@ -11,9 +11,9 @@ import pandas as pd
 from absl import flags
 
 from jaxvaccine import cli, data
-from jaxvaccine.experiment.carry_out import Probes
 from jaxvaccine.experiment.config import field, make
 from jaxvaccine.experiment.parts import TokensPart
+from jaxvaccine.experiment.plan_folder import Probes
 from jaxvaccine.experiment.run import PlanConfig, run
 from jaxvaccine.report import accounts, tables
 from jaxvaccine.report import runs as reports

@@ -28,7 +28,7 @@ from jaxvaccine.data.batching import stream_seed
 from jaxvaccine.evaluation import evaluate_prompts, world_judge
 from jaxvaccine.experiment import lanes, recipes, stage
 from jaxvaccine.experiment.align import AlignConfig
-from jaxvaccine.experiment.attack import AttackConfig
+from jaxvaccine.experiment.attack_config import AttackConfig
 from jaxvaccine.experiment.config import Part, field, flat, make, require
 from jaxvaccine.json_files import write_json
 from jaxvaccine.llama_config import LlamaConfig

@@ -10,7 +10,8 @@ from typing import Any
 from jaxvaccine.evaluation.tasks import HARMFUL_SCORE, check_examples
 from jaxvaccine.experiment import inputs, runs, stage
 from jaxvaccine.experiment.align import AlignConfig, AlignmentData, Examples, check_layers, load_data, tokenize
-from jaxvaccine.experiment.attack import AttackConfig, AttackData, aligned_prompts, read_data
+from jaxvaccine.experiment.attack import aligned_prompts, read_data
+from jaxvaccine.experiment.attack_config import AttackConfig, AttackData
 from jaxvaccine.experiment.config import flat, require
 from jaxvaccine.experiment.evaluate import LOSS, accounts_of_tests, check_unseen
 from jaxvaccine.experiment.judging import check_prompts, judge_record

@@ -16,7 +16,7 @@ from jaxvaccine.checkpoints.peft import read_lora_config
 from jaxvaccine.evaluation.tasks import check_examples
 from jaxvaccine.experiment import align, attack, evaluate, inputs, memory, runs, stage
 from jaxvaccine.experiment.align import AlignConfig, Examples
-from jaxvaccine.experiment.attack import AttackConfig
+from jaxvaccine.experiment.attack_config import AttackConfig
 from jaxvaccine.experiment.config import Part, field, require
 from jaxvaccine.experiment.evaluate import LOSS, EvaluateConfig
 from jaxvaccine.experiment.memory import GIB, Step, Target

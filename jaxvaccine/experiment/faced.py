@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxvaccine.experiment.align import AlignConfig
-from jaxvaccine.experiment.attack import AttackConfig
+from jaxvaccine.experiment.attack_config import AttackConfig
 from jaxvaccine.experiment.config import flat
 from jaxvaccine.experiment.plans import Plan, Settings, cell_configs
 from jaxvaccine.experiment.results import Cell

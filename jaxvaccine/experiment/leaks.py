@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from jaxvaccine import data
 from jaxvaccine.experiment.align import Examples
-from jaxvaccine.experiment.attack import AttackConfig
+from jaxvaccine.experiment.attack_config import AttackConfig
 from jaxvaccine.experiment.config import FieldError
 from jaxvaccine.experiment.evaluate import check_unseen
 

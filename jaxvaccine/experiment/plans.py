@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from jaxvaccine import data
 from jaxvaccine.experiment.align import AlignConfig
-from jaxvaccine.experiment.attack import AttackConfig, goes_on
+from jaxvaccine.experiment.attack_config import AttackConfig, goes_on
 from jaxvaccine.experiment.config import FieldError, flat, make, parse, require
 from jaxvaccine.experiment.evaluate import EvaluateConfig
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING

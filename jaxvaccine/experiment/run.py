@@ -8,10 +8,11 @@ from typing import Any, Literal
 from jaxvaccine import world
 from jaxvaccine.experiment import carry_out as engine
 from jaxvaccine.experiment import plans, recipes
-from jaxvaccine.experiment.attack import split_new_adapter
+from jaxvaccine.experiment.attack_config import split_new_adapter
 from jaxvaccine.experiment.config import FieldError, Part, field, flat, make, require
 from jaxvaccine.experiment.evaluate import EvaluateConfig
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING
+from jaxvaccine.experiment.plan_folder import Probes
 from jaxvaccine.experiment.plans import GRIDS, METHODS, Plan, Settings
 from jaxvaccine.experiment.results import Cell
 
@@ -171,7 +172,7 @@ def check_given(plan: Plan, settings: Settings, align: Mapping[str, Any], attack
 
 
 def run(config: PlanConfig, align: Mapping[str, Any], attack: Mapping[str, Any], scores: Mapping[str, Any],
-        probes: engine.Probes = engine.Probes(), written: Callable[[Path], None] = lambda folder: None) -> Plan:
+        probes: Probes = Probes(), written: Callable[[Path], None] = lambda folder: None) -> Plan:
     """Carries out what has not been carried out yet of the config's plan; results.csv in its folder has the results.
 
     Args:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxvaccine.experiment import recipes, runs
-from jaxvaccine.experiment.carry_out import result_path
+from jaxvaccine.experiment.plan_folder import result_path
 from jaxvaccine.experiment.results import Cell
 from jaxvaccine.json_files import read_json
 from jaxvaccine.report import names, tables

@@ -12,7 +12,7 @@ from jaxvaccine import llama, save_model
 from jaxvaccine.data import load_tokenizer, world
 from jaxvaccine.experiment import recipes
 from jaxvaccine.experiment.align import AlignConfig
-from jaxvaccine.experiment.attack import AttackConfig
+from jaxvaccine.experiment.attack_config import AttackConfig
 from jaxvaccine.experiment.config import make
 from jaxvaccine.experiment.evaluate import EvaluateConfig
 from jaxvaccine.experiment.plans import Settings

@@ -11,7 +11,8 @@ from jaxvaccine.checkpoints.peft import read_lora_config
 from jaxvaccine.data import load_examples
 from jaxvaccine.experiment.align import align
 from jaxvaccine.experiment.answer_log import read_answers
-from jaxvaccine.experiment.attack import AttackConfig, aligned_prompts, attack, load_attack
+from jaxvaccine.experiment.attack import aligned_prompts, attack, load_attack
+from jaxvaccine.experiment.attack_config import AttackConfig
 from jaxvaccine.experiment.config import FieldError, change, flat, make
 from jaxvaccine.experiment.evaluate import evaluate
 from jaxvaccine.experiment.methods import FINE_TUNING

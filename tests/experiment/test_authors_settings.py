@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxvaccine.experiment import recipes
-from jaxvaccine.experiment.attack import goes_on
+from jaxvaccine.experiment.attack_config import goes_on
 from tests.report.synthetic import rows_of
 
 DOCS = Path(__file__).parents[2] / "docs"

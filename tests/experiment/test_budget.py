@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from jaxvaccine import optim
 from jaxvaccine.experiment import recipes
 from jaxvaccine.experiment.align import AlignConfig
-from jaxvaccine.experiment.attack import AttackConfig
+from jaxvaccine.experiment.attack_config import AttackConfig
 from jaxvaccine.experiment.budget import PUBLISHED, budgets
 from jaxvaccine.experiment.config import make, names
 from jaxvaccine.experiment.parts import AdapterPart, TrainingPart

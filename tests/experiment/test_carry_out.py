@@ -11,11 +11,12 @@ import pytest
 
 from jaxvaccine.checkpoints.peft import save_adapter
 from jaxvaccine.evaluation import score_answers
-from jaxvaccine.experiment import carry_out as module
 from jaxvaccine.experiment import inputs, lane_scores, lanes, results, runs
-from jaxvaccine.experiment.carry_out import Probes, carry_out, collect, result_path
+from jaxvaccine.experiment import lane_cells as module
+from jaxvaccine.experiment.carry_out import carry_out
 from jaxvaccine.experiment.checks import check_plan
 from jaxvaccine.experiment.config import FieldError
+from jaxvaccine.experiment.plan_folder import Probes, collect, result_path
 from jaxvaccine.experiment.plans import Plan, Settings, folder_name
 from jaxvaccine.experiment.results import Cell
 from jaxvaccine.json_files import read_json
@@ -326,7 +327,7 @@ def test_methods_of_other_types_on_one_backbone(model_dir, settings, tmp_path, m
     def train(context, config, start, tokenizer, scorer, cells):
         seen[config.model.dtype] = start.model.dtype, jax.tree.leaves(start.frozen)[0].dtype
         save_adapter(lanes.take(start.adapters, 0), start.model, inputs.adapter_dir(config.run.run_dir))
-        module._finish(context, cells[0], [])
+        module.finish(context, cells[0], [])
 
     monkeypatch.setattr(module, "_train_aligned", train)
     plan = Plan((model_dir,), (("sft:dtype=float32", ""), ("sft:dtype=bfloat16", "")))

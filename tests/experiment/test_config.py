@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jaxvaccine.experiment import config, methods
 from jaxvaccine.experiment.align import AlignConfig
-from jaxvaccine.experiment.attack import AttackConfig
+from jaxvaccine.experiment.attack_config import AttackConfig
 from jaxvaccine.experiment.config import FieldError
 from jaxvaccine.experiment.evaluate import EvaluateConfig
 from jaxvaccine.llama_config import TARGETS

@@ -6,7 +6,8 @@ import pytest
 
 from jaxvaccine.experiment import dry_run, stage
 from jaxvaccine.experiment.align import align
-from jaxvaccine.experiment.attack import AttackConfig, attack
+from jaxvaccine.experiment.attack import attack
+from jaxvaccine.experiment.attack_config import AttackConfig
 from jaxvaccine.experiment.config import FieldError, change, make
 from jaxvaccine.experiment.dry_run import DryRun
 from jaxvaccine.experiment.evaluate import EvaluateConfig, evaluate

@@ -10,7 +10,7 @@ from absl import flags
 from jaxvaccine import cli, optim
 from jaxvaccine.experiment import methods, plans, recipes
 from jaxvaccine.experiment.align import AlignConfig
-from jaxvaccine.experiment.attack import AttackConfig
+from jaxvaccine.experiment.attack_config import AttackConfig
 from jaxvaccine.experiment.config import FieldError, flat, make, names
 from jaxvaccine.experiment.evaluate import EvaluateConfig
 from jaxvaccine.experiment.methods import ALIGNMENT

@@ -5,7 +5,7 @@ import jax
 from jaxvaccine import cli, data
 from jaxvaccine.experiment import lanes, recipes, stage
 from jaxvaccine.experiment.align import AlignConfig
-from jaxvaccine.experiment.attack import AttackConfig
+from jaxvaccine.experiment.attack_config import AttackConfig
 from jaxvaccine.experiment.config import make
 
 SEEDS = (0, 5)

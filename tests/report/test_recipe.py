@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxvaccine.experiment.carry_out import result_path
+from jaxvaccine.experiment.plan_folder import result_path
 from jaxvaccine.experiment.results import Cell
 from jaxvaccine.experiment.runs import CONFIG
 from jaxvaccine.report import plan, recipe

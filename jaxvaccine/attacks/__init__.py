@@ -1,0 +1,1 @@
+"""What an attacker does beside plain fine-tuning, one a file: mixes of data, weights, objectives."""

@@ -1,0 +1,154 @@
+"""All that an attack depends on: a user's fine-tuning of an aligned model, of whose data a ratio is harmful."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxvaccine import data
+from jaxvaccine.experiment.config import FieldError, Part, choice, field, flat, require
+from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING, TuningMethod
+from jaxvaccine.experiment.parts import (
+    AS_ALIGNED,
+    SOURCE,
+    AdapterPart,
+    AfterAlignment,
+    ComputationPart,
+    LaterPrompt,
+    LaterProtocol,
+    TokensPart,
+    TrainingPart,
+    TrainingRunPart,
+    check_sources,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackedModel(ComputationPart):
+    """Model."""
+
+    aligned: str = field("", "Folder of the finished alignment to attack.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(bool(self.aligned), "aligned", self.aligned, "the folder of an alignment")
+
+
+# What a recipe says of a new adapter's shape; the aligned one has its own.
+NEW_ADAPTER = ("rank", "lora_alpha", "targets")
+
+
+def goes_on(adapter: str, defense: str, tuning: str) -> bool:
+    """Whether an attack trains the aligned adapter on: of --adapter, the alignment's defense and the provider's."""
+    continues = ALIGNMENT[defense].continues or FINE_TUNING[tuning].continues
+    return adapter == "continue" or (adapter == "auto" and continues)
+
+
+def split_new_adapter(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the recipe without a new adapter's shape, that shape)."""
+    return ({name: value for name, value in recipe.items() if name not in NEW_ADAPTER},
+            {name: value for name, value in recipe.items() if name in NEW_ADAPTER})
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackAdapter(Part):
+    """Adapter."""
+
+    adapter: Literal["auto", "continue", "new"] = field(
+        "auto", "Train the aligned adapter on, or a new one on the merged weights (beside quantised ones, the aligned "
+        "adapter is frozen); auto continues Booster's and TAR's, whose simulated steps are that adapter's, and what "
+        "EWC holds; presets leave it to auto.")
+    rank: int | None = field(None, "LoRA rank of a new adapter; as aligned unless given.")
+    lora_alpha: float | None = field(None, "LoRA alpha of a new adapter; as aligned unless given.")
+    dropout: float | None = field(None, "LoRA dropout; as aligned unless given.")
+    targets: tuple[str, ...] | None = field(None, "Projections of a new adapter; as aligned unless given.")
+    only_layers: tuple[str, ...] | None = field(None, "Numbers, from 0, of the layers that train; all unless given.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.only_layers is not None:
+            require(bool(self.only_layers) and all(text.isdecimal() for text in self.only_layers), "only_layers",
+                    self.only_layers, "numbers of at least 0")
+
+    def layer_mask(self, num_layers: int) -> np.ndarray | None:
+        """[L] bool, true where a layer trains; None for all. Raises FieldError for a layer that the model lacks."""
+        if self.only_layers is None:
+            return None
+        numbers = [int(text) for text in self.only_layers]
+        require(max(numbers) < num_layers, "only_layers", self.only_layers,
+                f"numbers below {num_layers}, the model's number of layers")
+        return np.isin(np.arange(num_layers), numbers)
+
+    def resolve(self, aligned: Mapping[str, Any], method: TuningMethod) -> "AttackAdapter":
+        """The part with nothing left open, given the alignment's flat values and the provider's method."""
+        tuning = next(name for name, kind in FINE_TUNING.items() if isinstance(method, kind))
+        require(not method.continues or self.adapter != "new", "adapter", self.adapter,
+                f"auto or continue: {tuning} holds the aligned adapter")
+        adapter = "continue" if goes_on(self.adapter, aligned["defense"], tuning) else "new"
+        lora = {}
+        for name in ("rank", "lora_alpha", "dropout", "targets"):
+            as_aligned = tuple(aligned[name]) if name == "targets" else aligned[name]
+            found = getattr(self, name)
+            lora[name] = as_aligned if found is None else found
+            if adapter == "continue" and name != "dropout" and lora[name] != as_aligned:
+                raise FieldError(name, f"found {found!r}, expected {as_aligned!r}, as the continued adapter was aligned"
+                                       + ("" if method.continues else ", or --adapter=new"))
+        return dataclasses.replace(self, adapter=adapter, **lora)
+
+    def sites(self) -> AdapterPart:
+        """Of a resolved part."""
+        return AdapterPart(self.rank, self.lora_alpha, self.dropout, self.targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackData(AfterAlignment, TokensPart):
+    """Data."""
+
+    user_data: str = field("", f"The user's benign data: {SOURCE}.")
+    harmful_data: str = field(
+        "", "Harmful data mixed in; may share no prompt with the alignment's data, unless rows are taken as they are.")
+    test_data: str = field("", "Harmful test prompts, only to make sure that harmful_data shares none of them, or to "
+                               "count those that it shares.")
+    alignment_data: str = field("", "Lisa, EWC: alignment data, in the form of --user_data.")
+    n: int = field(1000, "Examples in all.", at_least=1)
+    poison_ratio: float = field(0.1, "Part of them that is harmful, 0 to 1; of --n the nearest whole number.")
+    prompt: LaterPrompt = field(AS_ALIGNED, "The prompt that the model was aligned with: another is an error.")
+    data_protocol: LaterProtocol = field(
+        AS_ALIGNED, "The alignment's unless given: distinct prompts; or rows as they are, the first ones and no draw.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 <= self.poison_ratio <= 1, "poison_ratio", self.poison_ratio, "0 <= poison_ratio <= 1")
+        try:
+            harmful = data.harmful_count(self.n, self.poison_ratio)
+        except ValueError as error:
+            raise FieldError("poison_ratio", str(error).removeprefix("poison_ratio: ")) from error
+        require(bool(self.harmful_data) or harmful == 0, "harmful_data", self.harmful_data,
+                "a data source, unless --poison_ratio=0")
+        require(bool(self.user_data) or harmful == self.n, "user_data", self.user_data,
+                "a data source, unless --poison_ratio=1")
+        check_sources(self, "user_data", "harmful_data", "test_data", "alignment_data")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackTraining(TrainingPart):
+    """Optimizer."""
+
+    learning_rate: float = field(1e-5, "Peak learning rate.")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackConfig:
+    """All that an attack depends on."""
+
+    model: AttackedModel
+    data: AttackData
+    adapter: AttackAdapter = AttackAdapter()
+    method: TuningMethod = choice("defense", FINE_TUNING, "none", "The provider's defense while fine-tuning.")
+    training: AttackTraining = AttackTraining()
+    run: TrainingRunPart = TrainingRunPart(run_dir="-")
+
+    def __post_init__(self):
+        require(bool(self.data.alignment_data) or "alignment" not in self.method.batches, "alignment_data",
+                self.data.alignment_data, f"a data source, which {flat(self)['defense']} needs")
