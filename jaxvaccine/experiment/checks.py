@@ -35,7 +35,7 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
     """
     require(not (as_lanes and settings.scores.tests.alpaca_eval_test), "alpaca_eval_test",
             settings.scores.tests.alpaca_eval_test, "none where many seeds are trained at once")
-    configs = {cell: _check_settings(settings, root, cell, as_lanes, check)
+    configs = {cell: check_cell(settings, root, cell, as_lanes, check)
                for backbone in plan.backbones for method, text in plan.pairs for seed in plan.seeds
                for cell in [Cell(backbone, method, text, seed)]}
     tests = settings.scores.tests.load()
@@ -101,10 +101,14 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
     return made_of
 
 
-def _check_settings(settings: Settings, root: Path, cell: Cell, as_lanes: bool,
-                    check: Callable[[AlignConfig, AttackConfig | None], None]
-                    ) -> tuple[AlignConfig, AttackConfig | None]:
-    """A cell's configs, which its model can carry out."""
+def check_cell(settings: Settings, root: Path, cell: Cell, as_lanes: bool,
+               check: Callable[[AlignConfig, AttackConfig | None], None] = lambda aligned, attacked: None
+               ) -> tuple[AlignConfig, AttackConfig | None]:
+    """A cell's configs, which its model can carry out; what its data are is not looked at.
+
+    Raises:
+      FieldError: they are not valid, or the model can't.
+    """
     aligned, attacked = cell_configs(settings, root, cell)
     architecture = stage.read_architecture(cell.backbone, aligned.model.revision)
     check_layers(aligned.method, architecture)

@@ -312,23 +312,6 @@ def ablations(methods: Sequence[str]) -> list[Panel]:
             Point("on T-Vaccine", "booster:base_defense=t_vaccine")]})]
 
 
-def worst_case(methods: Sequence[str]) -> list[Panel]:
-    """The attack's own settings, and (the last panel) those among which an attacker may choose."""
-    def setting(p: str, rate: str, more: str = "") -> str:
-        return f"poison_ratio={p}:steps=200:learning_rate={rate}{more}"
-
-    rates = ("0.0001", "0.0002", "0.0005")
-    choices = [setting("0.1", rate, adapter) for rate in rates for adapter in ("", ":adapter=new")]
-    choices += [setting("0.1", "0.0002", ":adapter=new:rank=32"), setting("0.2", "0.0002"),
-                setting("0.2", "0.0002", ":adapter=new")]
-    return [
-        Panel("Learning rate of the attack, 200 steps", "learning rate", {
-            method: [Point(rate, method, setting("0.1", rate)) for rate in rates] for method in methods}),
-        Panel("Attack settings", "", {
-            method: [Point("as elsewhere", method), *(Point(text, method, text) for text in choices)]
-            for method in methods})]
-
-
 class Grid(NamedTuple):
     """A named plan of panels."""
 
@@ -341,5 +324,4 @@ GRIDS = {
     "samples": Grid("HS and FA over the size of the user's data", samples),
     "sensitivity": Grid("Settings of the alignment", sensitivity),
     "ablations": Grid("What the parts of the methods are good for", ablations),
-    "worst_case": Grid("The attacker who chooses", worst_case),
 }

@@ -34,7 +34,7 @@ class PlanConfig(Part):
         (), "Attacks, as what differs from the flags attack_…: poison_ratio=0.1:adapter=new. Instead of "
         "--poison_ratios.")
     seeds: tuple[str, ...] = field(("0",), "Seeds, of alignment and attack; everything is run for each.")
-    plan: Literal["", "ratios", "samples", "sensitivity", "ablations", "worst_case"] = field(
+    plan: Literal["", "ratios", "samples", "sensitivity", "ablations"] = field(
         "", "A grid of the papers on the small world, instead of --defenses times attacks.")
     recipe: Literal["auto", "world", "booster", "t_vaccine", "none"] = field(
         "auto", "What stands for flags that are not given: the small world's settings and data, a paper's recipe for "

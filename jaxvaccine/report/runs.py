@@ -16,7 +16,6 @@ from jaxvaccine.report.panels import panels_report
 from jaxvaccine.report.plan import Cells, plan_report
 from jaxvaccine.report.results import read_results
 from jaxvaccine.report.training import write_training_report
-from jaxvaccine.report.worst_case import worst_case_report
 
 
 def write(folder: str | os.PathLike) -> None:
@@ -54,12 +53,10 @@ def write_plan(config: PlanConfig) -> str:
         write(config.run_dir)
         return read(config.run_dir)
     folder, panels = Path(config.run_dir), config.panels()
-    found, parts = read_results(folder), []
-    if config.plan == "worst_case":
-        parts.append(worst_case_report(found, folder, panels.pop()))
-    parts.insert(0, panels_report(found, folder, GRIDS[config.plan].title, panels, config.model, config.seeds))
+    of_panels = panels_report(read_results(folder), folder, GRIDS[config.plan].title, panels, config.model,
+                              config.seeds)
     tables.write_report(folder, "\n".join([
-        *parts, recipe.section(folder), recipe.fewer_data(folder), accounts.of_plan(folder)]))
+        of_panels, recipe.section(folder), recipe.fewer_data(folder), accounts.of_plan(folder)]))
     return read(folder)
 
 

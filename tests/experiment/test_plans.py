@@ -223,10 +223,3 @@ def test_a_default_is_not_written_and_so_shares_other_panels_cells():
     panel = plans.over("title", "lam", ("0.1", "0.2"), ("booster", "sft"), {"lam": 0.2})
     assert panel == Panel("title", "lam", {
         name: [Point("0.1", f"{name}:lam=0.1"), Point("0.2", name)] for name in ("booster", "sft")})
-
-
-def test_the_worst_case_begins_with_the_usual_attack():
-    *_, last = GRIDS["worst_case"].panels(("sft", "booster"))
-    assert list(last.curves) == ["sft", "booster"] and not last.xlabel
-    for method, curve in last.curves.items():
-        assert curve[0] == Point("as elsewhere", method, plans.ATTACK) and len({point.attack for point in curve}) > 5

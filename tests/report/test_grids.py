@@ -49,11 +49,9 @@ def test_report(name, tmp_path, figures):
     before, _, after = text.partition(differences.HEADING)
     after = after.partition("\n## ")[2]
     rows = [line for line in (before + after).splitlines() if line.startswith("| ") and "---" not in line]
-    shown = panels[:-1] if name == "worst_case" else panels
-    assert len(rows) == sum(1 + sum(len(curve) for curve in panel.curves.values()) for panel in shown) + (
-        1 + len(config.methods) if name == "worst_case" else 0)
+    assert len(rows) == sum(1 + sum(len(curve) for curve in panel.curves.values()) for panel in panels)
     # One row by hand: two backbones times two seeds.
-    label, curve = next(iter(shown[0].curves.items()))
+    label, curve = next(iter(panels[0].curves.items()))
     point = curve[0]
     of = pick(table, method=point.method, attack=point.attack, step=last_step(point.attack), measure="harmful_score")
     values, means = of["value"].to_numpy(), of.groupby("backbone")["value"].mean()
@@ -62,5 +60,5 @@ def test_report(name, tmp_path, figures):
     high = values.mean() + np.hypot(half, (of["high"] - values).mean())
     expected = f"{values.mean():.1f} ± {values.std(ddof=1):.1f} ({max(low, 0):.0f}–{min(high, 100):.0f})"
     assert len(values) == 4
-    assert any(expected in row and point.x in row and (names.method(label) in row or not shown[0].xlabel)
+    assert any(expected in row and point.x in row and (names.method(label) in row or not panels[0].xlabel)
                for row in rows)

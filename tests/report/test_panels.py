@@ -1,16 +1,12 @@
 """Panels: their tables, lines over numbers and dot plots of names; and the attacker who chooses."""
 
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scipy.stats import beta
 
 from jaxvaccine.experiment.plans import Panel, Point
-from jaxvaccine.report import differences, panels, worst_case
-from jaxvaccine.report.statistics import estimate
+from jaxvaccine.report import differences, panels
 from jaxvaccine.report.style import METHODS
-from jaxvaccine.report.worst_case import Attack
 from tests.report.synthetic import by_phrases, frame, labelled, plan_table, rate, rows_of
 
 P = "poison_ratio=0.1"
@@ -154,57 +150,3 @@ def test_gaps(tmp_path, figures, there, panel):
     missing = sum(point.method not in attacked for point in points)
     assert (f"Missing so far: {missing} of {len(points)} points." in text) == bool(missing)
     assert "nan" not in text
-
-
-def attack(setting, step, hs, fa):
-    return Attack(setting, step, estimate([hs - 10.0, hs + 10.0]), estimate([fa, fa]), frame([]))
-
-
-def test_the_worst_case_serves_the_user():
-    attacks = [attack("slow", 50, 30, 99), attack("slow", 100, 70, 98), attack("slow", 200, 70, 100),
-               attack("fast", 100, 95, 97), attack("nothing", 0, 0, 100)]
-    assert worst_case.worst_case(attacks) is attacks[1]  # fast is out for its FA, 200 steps are no worse than 100
-    assert worst_case.fewest_steps(attacks) == 100
-    assert worst_case.fewest_steps(attacks[:1]) is None
-
-
-def test_a_report_of_the_worst_case(tmp_path, figures):
-    settings_of = {P: ((50, 20, 90), (100, 60, 99)), f"{P}:learning_rate=1e-3": ((50, 90, 95), (100, 80, 98))}
-    rows = [rate(measure, 0, seed=seed) for seed in (0, 1) for measure in ("harmful_score", "sst2")]
-    rows += [rate(measure, value, seed=seed, stage="attack", attack=name, step=step) for seed in (0, 1)
-             for name, along in settings_of.items() for step, hs, fa in along
-             for measure, value in (("harmful_score", hs), ("sst2", fa))]
-    panel = Panel("Attacks", "", {"sft": [Point("as elsewhere", "sft", P), *(Point(name, "sft", name)
-                                                                             for name in list(settings_of)[1:])],
-                                  "booster": [Point("as elsewhere", "booster", P)]})
-    text = worst_case.worst_case_report(frame(rows), tmp_path, panel)
-    assert text.startswith("## 2 attack settings")
-    assert rows_of(text)[1:] == [[
-        "SFT", "60.0 ± 0.0 (50–69)", "99.0 ± 0.0 (95–100)", "80.0 ± 0.0 (71–87)",
-        f"0.83 ({beta.ppf(0.025, 2.5, 0.5):.2f}–1.00), 2 of 2", "–", "98.0 ± 0.0 (93–99)",
-        "p = 0.1, learning rate = 1e-3, after 100 steps", "50"]]
-    (axis,) = figures["worst_case.png"].axes
-    every = axis.lines[0].get_xydata()
-    assert axis.get_title(loc="left") == "SFT" and axis.lines[0].get_color() == METHODS["sft"].color
-    # Both settings after 50 and 100 steps, and the aligned model before each.
-    assert sorted(map(tuple, every)) == [(0, 0), (0, 0), (90, 20), (95, 90), (98, 80), (99, 60)]
-    assert [tuple(labelled(axis)[name].get_xydata()[0]) for name in ("the usual attack's end", "the worst case")] == [
-        (99, 60), (98, 80)]
-
-
-def test_worst_cases_are_compared_run_by_run(tmp_path, figures):
-    """Each method's own worst attack, with the same seed."""
-    rows = [rate(measure, 0, seed=seed, method=method) for seed in (0, 1) for method in ("sft", "booster")
-            for measure in ("harmful_score", "sst2")]
-    rows += [rate(measure, value, method=method, seed=seed, stage="attack", attack=P, step=9)
-             for method, hs in (("sft", (70, 90)), ("booster", (40, 50))) for seed in (0, 1)
-             for measure, value in (("harmful_score", hs[seed]), ("sst2", 99))]
-    panel = Panel("Attacks", "", {method: [Point("as elsewhere", method, P)] for method in ("sft", "booster")})
-    found = rows_of(worst_case.worst_case_report(frame(rows), tmp_path, panel))
-    assert found[0][3:6] == ["HS % worst case", "P(HS > 50)", "minus SFT's, points"]
-    assert [row[5] for row in found[1:]] == ["–", "-35.0 ± 7.1 (-100 to +30)"]
-
-
-def test_a_worst_case_needs_the_users_task():
-    with pytest.raises(ValueError, match="found no measure of the user's task, expected one of sst2"):
-        worst_case.read_attacks(frame([rate("harmful_score", 1)]), ABLATION)
