@@ -13,9 +13,14 @@ from tests.experiments import small
 from tests.report.synthetic import rows_of
 
 
+@pytest.fixture(scope="module")
+def model_dir(world_model):
+    return world_model()
+
+
 def flags(model_dir, root, **more):
     given = {"run_dir": root, "model": model_dir, "seeds": "1", "defenses": "sft,sft+kl", "trials": "3", "top": "1",
-             "sorts": "learning rate", "score_steps": "1", "tune_trials": "1", **more}
+             "score_steps": "1", "tune_trials": "1", **more}
     tests = [f"--{name}={value}" for name, value in small.TESTS.items()]
     own = [flag for flag in small.FLAGS if "--seeds" not in flag and "harmful_test" not in flag]
     return (*own, *small.ATTACK_FLAGS, *tests, *(f"--{name}={value}" for name, value in given.items()))
@@ -54,9 +59,9 @@ def test_methods_that_share_an_alignment_are_one_process_s():
         ["sft", "sft+kl", "sft+lisa"], ["booster"], ["booster:lam=1"]]
 
 
-def test_every_sort_is_an_attack_on_some_method(model_dir, tmp_path):
+def test_every_sort_is_an_attack_on_some_method(world_model, tmp_path):
     """All texts and the ends of all ranges, on the methods that the study has by default."""
-    config = make(WorstCaseConfig, {"run_dir": str(tmp_path), "model": (model_dir,), "recipe": "world"})
+    config = make(WorstCaseConfig, {"run_dir": str(tmp_path), "model": (world_model(6),), "recipe": "world"})
     refused = check(worst_case.search_of(Given(config, {}, {}, small.TESTS)), config.methods)
     assert set(refused) == set(config.methods)
     names = [sort.name for sort in config.chosen_sorts()]
