@@ -1,4 +1,4 @@
-"""The papers' optimizer, clipped AdamW under a schedule, and an attacker's others, with layers that freeze and come back.
+"""The papers' optimizer, clipped AdamW under a schedule, and others; with layers that freeze and come back.
 
 Optimizers, schedules and the masking of one layer are Optax's; ours is the way over all layers of all leaves, and one
 line of PyTorch's clipping.
@@ -29,10 +29,10 @@ class OptimizerConfig:
       warmup_ratio: part of all steps, rounded up, over which the rate rises from 0 (at the first step) to its peak.
       weight_decay: the share lr · weight_decay of a weight is taken off at each step.
       clip_norm: largest global norm of a gradient; 0 turns clipping off.
-      kind: what becomes of a gradient g before it is multiplied by the learning rate, of each layer of a leaf by itself:
-        "sgd" g; "momentum" m ← 0.9 m + g, as `torch.optim.SGD`; "adafactor", "muon" as of `scale_by_adafactor` and
-        `scale_by_muon_or_adam`; "normalised_sgd" g / (‖g‖ + 1e-7), one norm over all that trains and no clipping: the
-        step that Booster simulates. The decay is decoupled of all.
+      kind: what becomes of a gradient g before it is multiplied by the learning rate, of each layer of a leaf by
+        itself: "sgd" g; "momentum" m ← 0.9 m + g, as `torch.optim.SGD`; "adafactor" and "muon" as of
+        `scale_by_adafactor` and `scale_by_muon_or_adam`; "normalised_sgd" g / (‖g‖ + 1e-7), one norm over all that
+        trains and no clipping: the step that Booster simulates. The decay is decoupled of all.
     """
 
     learning_rate: float = 5e-4
@@ -74,13 +74,13 @@ class Scalars(NamedTuple):
 
     Attributes:
       learning_rate: of this step; in `scalars` [steps], of every step of a run.
-      weight_decay: as of `OptimizerConfig`.
-      clip_norm: the same; infinity turns clipping off.
+      weight_decay: as of `OptimizerConfig`; None in the place of 0, which is another program.
+      clip_norm: the same.
     """
 
     learning_rate: optax.ScalarOrSchedule
-    weight_decay: float | jax.Array
-    clip_norm: float | jax.Array
+    weight_decay: float | jax.Array | None = None
+    clip_norm: float | jax.Array | None = None
 
 
 def scalars(config: OptimizerConfig, steps: int) -> Scalars:
@@ -91,8 +91,8 @@ def scalars(config: OptimizerConfig, steps: int) -> Scalars:
                    *_constants(config))
 
 
-def _constants(config: OptimizerConfig) -> tuple[float, float]:
-    return config.weight_decay, config.clip_norm or math.inf
+def _constants(config: OptimizerConfig) -> tuple[float | None, float | None]:
+    return config.weight_decay or None, config.clip_norm or None
 
 
 def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransformation:
@@ -213,10 +213,12 @@ def layer_masked_step(kind: Kind, of: Scalars) -> optax.GradientTransformationEx
     Returns:
       An Optax transformation over layer-stacked trees, whose `update` takes `trainable` as `layer_masked`'s.
     """
+    clip = optax.identity() if of.clip_norm is None else clip_by_global_norm(of.clip_norm)
+    decay = optax.add_decayed_weights(0.0 if of.weight_decay is None else of.weight_decay)
     return optax.chain(
-        normalise() if kind == "normalised_sgd" else clip_by_global_norm(of.clip_norm),
+        normalise() if kind == "normalised_sgd" else clip,
         # The decay is inside the mask: a frozen layer's weights don't shrink either.
-        layer_masked(optax.chain(scale_by_kind(kind), optax.add_decayed_weights(of.weight_decay))),
+        layer_masked(optax.chain(scale_by_kind(kind), decay)),
         optax.scale_by_learning_rate(of.learning_rate),
     )
 

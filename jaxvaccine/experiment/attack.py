@@ -167,7 +167,7 @@ def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda exam
 def step_of(config: AttackConfig, model: Llama, length: int, quantisation: Kind) -> memory.Step:
     """`align.step_of` of an attack with nothing left open."""
     rows, model = config.training.batch_size, config.model.on(model.clone(lora=config.adapter.sites().lora()))
-    return memory.Step(model, config.method, rows, rows, length, quantisation)
+    return memory.Step(model, config.method, rows, rows, length, quantisation, config.training.kind)
 
 
 def attack(config: AttackConfig, look: Callable[[Examples], None] = lambda examples: None) -> Path:

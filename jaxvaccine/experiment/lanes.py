@@ -127,8 +127,7 @@ def compiled(model: Llama, method: Method, optimizer: optim.Kind, steps: int, ow
 
     def init(adapter):
         # Its numbers are no part of an optimizer's state.
-        return training.init_train_state(adapter, defense(None), optim.layer_masked_step(
-            optimizer, optim.Scalars(0.0, 0.0, 0.0)))
+        return training.init_train_state(adapter, defense(None), optim.layer_masked_step(optimizer, optim.Scalars(0.0)))
 
     axes = lane_axes(jax.eval_shape(init, jax.eval_shape(lambda: init_adapter(model, jax.random.key(0)))),
                      defense(None))

@@ -9,6 +9,8 @@ from jaxvaccine.experiment.recipes import UNALIGNED
 
 METHODS = {"none": "as it comes", "sft": "SFT", "vaccine": "Vaccine", "t_vaccine": "T-Vaccine", "booster": "Booster",
            "repnoise": "RepNoise", "tar": "TAR", "lisa": "Lisa", "ewc": "EWC", "kl": "KL"}
+OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD", "momentum": "SGD with momentum", "adafactor": "Adafactor", "muon": "Muon",
+              "normalised_sgd": "normalised SGD"}
 # Settings that say what a method builds on.
 BASE_SETTINGS = ("base_defense", "base")
 ONLY_LAYERS = "only_layers"
@@ -126,7 +128,10 @@ def _plain(defense: str) -> str:
 
 
 def setting(key: str, value: str) -> str:
-    """"lam", "0.2" -> "lam = 0.2"; a switch is its name, or "not" and its name; + separates the items of a list."""
+    """"lam", "0.2" -> "lam = 0.2"; a switch is its name, or "not" and its name; an optimizer is its name; + separates
+    the items of a list."""
+    if key == "optimizer":
+        return OPTIMIZERS.get(value, value)
     key = key.replace("_", " ")
     if value in ("true", "false"):
         return key if value == "true" else f"not {key}"

@@ -134,7 +134,8 @@ def first_step(config, method):
     state = jax.eval_shape(init, start.adapters)
     row = {name: jnp.ones((2, 2, 16), jnp.int32) for name in ("input_ids", "labels", "attention_mask")}
     keys = jax.random.split(jax.random.key(0))
-    jaxpr = jax.make_jaxpr(step)(state, start.frozen, {"alignment": row, "harmful": row}, keys, optim.Scalars(0.1, 0.1, 1.0))
+    batches, scalars = {"alignment": row, "harmful": row}, optim.Scalars(0.1, 0.1, 1.0)
+    jaxpr = jax.make_jaxpr(step)(state, start.frozen, batches, keys, scalars)
     conditions = [eqn for eqn in jaxprs.equations(jaxpr) if eqn.primitive.name == "cond"]
     return state, sum(eqn.invars[0].aval.shape == () for eqn in conditions)
 
