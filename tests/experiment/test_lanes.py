@@ -13,7 +13,8 @@ from jaxvaccine.experiment import inputs, lanes, stage
 from jaxvaccine.experiment.align import align, batch_sources, load_data, tokenize
 from jaxvaccine.experiment.attack import attack
 from jaxvaccine.experiment.config import FieldError, change, flat
-from jaxvaccine.experiment.methods import TVaccine
+from jaxvaccine.experiment.methods import Sft, TVaccine
+from jaxvaccine.llama_config import LoraConfig
 from tests import jaxprs, tiny
 from tests.experiment.small_world import align_config, attack_config
 
@@ -95,6 +96,33 @@ def test_lanes_are_the_runs_of_attack(model_dir, tmp_path, adapter, layers, defe
     assert [step for step, _ in seen] == [0, 1, 2, 3]
     merged = stage.load_base(model_dir, "checkpoint", tmp_path / "attacked").frozen
     assert tiny.relative_difference(found.lane(1)[1], merged) < 1e-3
+
+
+def test_attacks_that_differ_in_numbers_compile_one_step(model_dir):
+    """In learning rate, schedule, steps, decay and clipping, and in layers; not in the optimizer."""
+    base = attack_config("a", "-", bucket=64)
+    tokenized = tokenize(data.load_tokenizer(model_dir), {"user": data.load_examples(base.data.user_data)[:16]},
+                         change(config_of(model_dir), bucket=64).data)
+    start = lanes.fresh(stage.load_base(model_dir, "checkpoint"), LoraConfig(rank=2), config_of(model_dir).model, SEEDS)
+    lanes.compiled.cache_clear()
+    masks = np.array([[True, False, True], [False, True, True]])
+    for given, layers in (({}, masks), ({"learning_rate": 1e-2, "schedule": "cosine", "warmup_ratio": 0.5, "steps": 3,
+                                         "weight_decay": 0.01, "clip_norm": 0.5}, masks[0]),
+                          ({"optimizer": "sgd"}, masks)):
+        config = change(base, **given)
+        found, _ = lanes.train(start, config.method, config.training, 64, [{"user": (tokenized["user"], 4)}] * 2,
+                               SEEDS, layers)
+        for leaf, first in zip(*map(jax.tree.leaves, (found.adapters, start.adapters)), strict=True):
+            moved = np.asarray(leaf != first).any(axis=(2, 3))
+            np.testing.assert_array_equal(moved, np.broadcast_to(layers, (2, 3)))
+    steps = [lanes.compiled(start.model, base.method, kind, 1, False)[1]._cache_size() for kind in ("adamw", "sgd")]
+    assert steps == [1, 1] and lanes.compiled.cache_info().misses == 2
+
+
+def test_lisa_reads_how_many_steps_a_run_makes():
+    given = {"alignment_data": "world_refusal@train"}
+    methods = [attack_config("a", "-", defense=name, **given).method for name in ("lisa", "ewc")] + [Sft()]
+    assert [lanes.steps_read(method, 7) for method in methods] == [7, 1, 1]
 
 
 @pytest.fixture
