@@ -35,7 +35,7 @@ def _rate(of: Mapping[str, Any]) -> str:
 
 
 def _layers(of: Mapping[str, Any]) -> str:
-    return "all layers" if of["only_layers"] is None else f"layers {', '.join(of['only_layers'])} alone"
+    return "all layers" if of["only_layers"] is None else f"{names.layers(of['only_layers'])} alone"
 
 
 def _plain(name: str) -> Callable[[Mapping[str, Any]], str]:
