@@ -64,14 +64,14 @@ def test_lanes_are_the_runs_of_align(model_dir, tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize("adapter, layers, defense", [
-    ("continue", None, "none"), ("new", None, "none"), ("continue", ("2", "0"), "none"),
+    ("continue", None, "none"), ("new", None, "none"), ("continue", ("2", "0"), "none"),  # the latter with Muon
     pytest.param("new", None, "lisa", marks=pytest.mark.long)])
 def test_lanes_are_the_runs_of_attack(model_dir, tmp_path, adapter, layers, defense):
     aligned = config_of(model_dir)
     align(change(aligned, run_dir=str(tmp_path / "aligned"), seed=SEEDS[1]))
     rows = {"alignment_data": "world_refusal@train[0:8]"} if defense == "lisa" else {}
     config = attack_config(tmp_path / "aligned", tmp_path / "attacked", adapter=adapter, only_layers=layers,
-                           seed=SEEDS[1], steps=3, defense=defense, **rows)
+                           seed=SEEDS[1], steps=3, defense=defense, optimizer="muon" if layers else "adamw", **rows)
     attack(config)
     # After it: a new adapter donates the base that it finds loaded.
     start, _ = aligned_lanes(aligned)

@@ -22,7 +22,7 @@ from tests.experiment import small_world
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 METHOD = "t_vaccine:layers=1:sample_every=1:steps=2"
-FROZEN, RAREST = (f"poison_ratio=0.25:steps=1:only_layers={text}" for text in ("frozen", "rarest:1"))
+FROZEN, RAREST = (f"poison_ratio=0.25:adapter=continue:steps=1:only_layers={text}" for text in ("frozen", "rarest:1"))
 SEEDS = (0, 1, 2)
 
 
