@@ -1,6 +1,8 @@
 """The optimizer without PyTorch: what freezing leaves alone, and Optax's own AdamW. See also parity/test_optim.py."""
 
 import dataclasses
+import itertools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +76,97 @@ def test_what_is_frozen_does_not_move_bit_for_bit(per_leaf):
     for name in masks[0]:
         count = of_leaf(name, *after)[1]
         np.testing.assert_array_equal(count, np.sum([step[name] for step in masks], axis=0))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in get_args(optim.Kind) if kind != "adamw"])
+def test_what_is_frozen_does_not_move_whatever_the_optimizer(kind):
+    optimizer = optim.layer_masked_optimizer(dataclasses.replace(CONFIG, kind=kind), 6)
+    masks, before = random_masks(6, ["a", "b", "bias"]), (tree(0), optimizer.init(tree(0)))
+    for mask, after in zip(masks, train(optimizer, 6, masks), strict=True):
+        for name, of in mask.items():
+            for old, new in zip(of_leaf(name, *before), of_leaf(name, *after), strict=True):
+                np.testing.assert_array_equal(old[~of].view(np.int32), new[~of].view(np.int32))
+            assert (before[0][name][of] != after[0][name][of]).all()
+        before = after
+
+
+def newton_schulz(x):
+    """Jordan's quintic iteration of the matrix, in its own orientation."""
+    x = x / (np.linalg.norm(x) + 1e-8)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def test_muon_from_its_equations():
+    """In float64, with NumPy: each layer's matrix by itself, in its own count of steps; vectors by Adam."""
+    config = optim.OptimizerConfig(0.1, weight_decay=0.2, clip_norm=0.0, kind="muon")
+    beta, masks = 0.95, np.array([[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]], bool)
+    with jax.enable_x64(True):
+        start = jax.tree.map(lambda x: x.astype(jnp.float64), tree(0))
+        optimizer = optim.layer_masked_optimizer(config, 4)
+        state, found = optimizer.init(start), start
+        update = jax.jit(optimizer.update)
+        for step, mask in enumerate(masks):
+            grads = jax.tree.map(lambda x: x.astype(jnp.float64), tree(step + 1))
+            updates, state = update(grads, state, found, trainable=mask)
+            found = optax.apply_updates(found, updates)
+        vectors = train(optim.layer_masked_adamw(dataclasses.replace(config, kind="adamw"), 4), 4, masks)[-1][0]
+    for name, layer in itertools.product("ab", range(L)):
+        w, m, t = np.float64(start[name][layer]), 0.0, 0
+        for step in np.flatnonzero(masks[:, layer]):
+            g = np.float64(tree(int(step) + 1)[name][layer])
+            m, t = beta * m + (1 - beta) * g, t + 1
+            direction = beta * m / (1 - beta ** (t + 1)) + (1 - beta) * g / (1 - beta**t)
+            rows, columns = w.shape
+            turned = newton_schulz(direction.T).T if rows > columns else newton_schulz(direction)
+            w = w - 0.1 * (np.sqrt(max(1, columns / rows)) * turned + 0.2 * w)
+        np.testing.assert_allclose(found[name][layer], w, rtol=1e-9)
+    np.testing.assert_allclose(found["bias"], vectors["bias"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [np.arange(L) < 9, np.arange(L) == 2])
+def test_a_normalised_step_is_of_the_learning_rates_length(trained):
+    """Over all that trains; the training step gives zeros for the rest."""
+    config = optim.OptimizerConfig(0.3, weight_decay=0.0, clip_norm=1e-3, kind="normalised_sgd")
+    optimizer = optim.layer_masked_optimizer(config, 1)
+    grads = jax.tree.map(lambda g: 1e4 * g * trained.reshape(-1, *[1] * (g.ndim - 1)), tree(1))
+    updates, _ = optimizer.update(grads, optimizer.init(tree(0)), tree(0), trainable=trained)
+    np.testing.assert_allclose(optax.tree.norm(updates), 0.3, rtol=1e-6)
+    # As Booster's simulated step: −alpha ∇h / ‖∇h‖.
+    np.testing.assert_allclose(updates["a"], -0.3 * grads["a"] / optax.tree.norm(grads), rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("change", [{}, {"weight_decay": 0.0, "clip_norm": 0.0}])
+def test_traced_numbers_are_the_schedules_bit_for_bit(optimized, schedule, change):
+    config = dataclasses.replace(CONFIG, learning_rate=3e-3, schedule=schedule, warmup_ratio=0.3, **change)
+    held, numbers = optim.layer_masked_optimizer(config, 9), optim.scalars(config, 9)
+    assert numbers.learning_rate.dtype == np.float32
+
+    @jax.jit
+    def with_schedule(grads, state, params):
+        updates, state = held.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    @jax.jit
+    def with_numbers(grads, state, params, of):
+        updates, state = optim.layer_masked_step("adamw", of).update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    expected, of_expected = tree(0), held.init(tree(0))
+    found, of_found = tree(0), optim.layer_masked_step("adamw", optim.Scalars(0.0)).init(tree(0))
+    for step in range(9):
+        expected, of_expected = with_schedule(tree(step), of_expected, expected)
+        found, of_found = with_numbers(
+            tree(step), of_found, found, numbers._replace(learning_rate=numbers.learning_rate[step]))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_adamw_is_the_papers_alone():
+    with pytest.raises(ValueError, match="layer_masked_adamw: kind: found 'sgd', expected adamw"):
+        optim.layer_masked_adamw(dataclasses.replace(CONFIG, kind="sgd"), 1)
 
 
 def select_by_hand(inner):
@@ -205,6 +298,7 @@ def test_the_schedule_counts_global_steps(schedule):
     ({"learning_rate": float("nan")}, "learning_rate: found nan"),
     ({"weight_decay": float("inf")}, "weight_decay: found inf"),
     ({"clip_norm": -0.5}, "clip_norm: found -0.5"),
+    ({"kind": "lion"}, "kind: found 'lion', expected one of adamw, sgd, momentum, adafactor, muon, normalised_sgd"),
 ])
 def test_a_config_is_checked(change, message):
     with pytest.raises(ValueError, match=f"^OptimizerConfig.{message}"):

@@ -54,7 +54,7 @@ class Program(NamedTuple):
     step: Any
     backbone: int  # bytes
     memory: Memory
-    arguments: tuple[Any, ...]  # ShapeDtypeStructs: adapters, frozen weights, batches, keys
+    arguments: tuple[Any, ...]  # ShapeDtypeStructs: adapters, frozen weights, batches, keys, the optimizer's numbers
 
 
 def program(config: LanesConfig, count: int, device: jax.Device | None = None) -> Program:
@@ -65,7 +65,7 @@ def program(config: LanesConfig, count: int, device: jax.Device | None = None) -
     model = llama.Llama(named_architecture(config.model), LoraConfig(rank=config.rank), jnp.dtype(config.dtype).type,
                         config.remat)
     turns = None if device is None else False  # what compiles for a GPU here runs on a CPU
-    init, step = lanes.compiled(model, method, optim.OptimizerConfig(), 1000, False, turns)
+    init, step = lanes.compiled(model, method, "adamw", 1, False, turns)
     shapes, tar = llama.tree_shapes(model), uses(method, Tar)
 
     def of_lanes(tree):
@@ -76,7 +76,8 @@ def program(config: LanesConfig, count: int, device: jax.Device | None = None) -
         jax.ShapeDtypeStruct((config.rows * (tar.inner_steps if name == "adversary" else 1), config.length), jnp.int32))
         for name in method.batches}
     adapters, keys = of_lanes(shapes["lora"]), jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
-    arguments = (shapes["params"], of_lanes(batches), keys)
+    scalars = optim.Scalars(*[jax.ShapeDtypeStruct((), jnp.float32)] * 3)
+    arguments = (shapes["params"], of_lanes(batches), keys, scalars)
     of = program_memory(step, jax.eval_shape(init, adapters), *arguments, device=device)
     return Program(init, step, tree_bytes(shapes["params"]), of, (adapters, *arguments))
 
@@ -92,14 +93,14 @@ def seconds(config: LanesConfig, of: Program) -> np.ndarray:
             return jnp.ones(x.shape, x.dtype)
         return jnp.asarray(rng.normal(0, 0.02, x.shape), x.dtype)
 
-    adapters, frozen, batches, keys = jax.tree.map(numbers, of.arguments)
+    adapters, frozen, batches, keys, scalars = jax.tree.map(numbers, of.arguments)
     half = jnp.where(jnp.arange(config.length) < config.length // 2, -100, 1)
     batches = {name: {**batch, "labels": jnp.broadcast_to(half, batch["labels"].shape)}
                for name, batch in batches.items()}
     state, taken = of.init(adapters), []
     for _ in range(1 + config.repeats):
         started = time.perf_counter()
-        state, _ = jax.block_until_ready(of.step(state, frozen, batches, keys))
+        state, _ = jax.block_until_ready(of.step(state, frozen, batches, keys, scalars))
         taken.append(time.perf_counter() - started)
     return np.array(taken[1:])
 

@@ -152,7 +152,7 @@ def step_of(config: AlignConfig, model: Llama, length: int) -> memory.Step:
     """
     return memory.Step(
         config.model.on(model.clone(lora=config.adapter.lora())), config.method, config.training.batch_size,
-        config.data.harmful_batch_size, length, config.model.quantisation)
+        config.data.harmful_batch_size, length, config.model.quantisation, config.training.kind)
 
 
 def align(config: AlignConfig, look: Callable[[Examples], None] = lambda examples: None) -> Path:

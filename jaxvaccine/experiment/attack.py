@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxvaccine import data, defenses
-from jaxvaccine.experiment import inputs, memory, runs, stage
+from jaxvaccine.experiment import inputs, layer_choice, memory, runs, stage
 from jaxvaccine.experiment.align import Examples, tokenize
 from jaxvaccine.experiment.attack_config import AttackConfig, AttackData
 from jaxvaccine.experiment.config import FieldError, require
@@ -145,7 +145,9 @@ def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda exam
                           config.model.aligned if config.adapter.adapter == "new" else "")
     of_model, quantisation = (origin.model, origin.revision), runs.flag(aligned, "quantisation")
     architecture = stage.read_architecture(*of_model)
-    layers = config.adapter.layer_mask(architecture.num_layers)
+    of_alignment = layer_choice.of_alignment(config.adapter.only_layers)
+    layers = config.adapter.layer_mask(architecture.num_layers, layer_choice.active_steps_of_run(
+        config.model.aligned, aligned["steps"]) if of_alignment else None)
     dtype = stage.loaded_dtype(origin.model, config.model.dtype, origin.revision)
     config.model.check_attention(architecture, dtype, here=write)
     tokenizer = stage.load_tokenizer(*of_model)
@@ -157,7 +159,8 @@ def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda exam
         config, config.run, "finetune", examples,
         {"model": inputs.of_model(*of_model), "aligned": inputs.of_run(config.model.aligned)},
         {**stage.training_record(examples, tokenized, poisoned.accounts, poisoned.shared),
-         "poison_ratio": poisoned.poison_ratio, "n": len(tokenized["user"].input_ids), "dtype": dtype},
+         "poison_ratio": poisoned.poison_ratio, "n": len(tokenized["user"].input_ids), "dtype": dtype,
+         **({"layers": layer_choice.numbers(layers)} if of_alignment else {})},
         {"model": origin.model, "revision": origin.revision, "quantisation": quantisation}, write=write)
     fisher = tokenized.pop("alignment") if isinstance(config.method, Ewc) else None
     sources = {name: (rows, config.training.batch_size) for name, rows in tokenized.items()}
@@ -167,7 +170,7 @@ def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda exam
 def step_of(config: AttackConfig, model: Llama, length: int, quantisation: Kind) -> memory.Step:
     """`align.step_of` of an attack with nothing left open."""
     rows, model = config.training.batch_size, config.model.on(model.clone(lora=config.adapter.sites().lora()))
-    return memory.Step(model, config.method, rows, rows, length, quantisation)
+    return memory.Step(model, config.method, rows, rows, length, quantisation, config.training.kind)
 
 
 def attack(config: AttackConfig, look: Callable[[Examples], None] = lambda examples: None) -> Path:

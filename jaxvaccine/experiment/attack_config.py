@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxvaccine import data
+from jaxvaccine.experiment import layer_choice
 from jaxvaccine.experiment.config import FieldError, Part, choice, field, flat, require
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING, TuningMethod
 from jaxvaccine.experiment.parts import (
@@ -63,22 +64,18 @@ class AttackAdapter(Part):
     lora_alpha: float | None = field(None, "LoRA alpha of a new adapter; as aligned unless given.")
     dropout: float | None = field(None, "LoRA dropout; as aligned unless given.")
     targets: tuple[str, ...] | None = field(None, "Projections of a new adapter; as aligned unless given.")
-    only_layers: tuple[str, ...] | None = field(None, "Numbers, from 0, of the layers that train; all unless given.")
+    only_layers: tuple[str, ...] | None = field(
+        None, "Numbers, from 0, of the layers that train; all unless given. frozen: those that T-Vaccine's alignment "
+        "never had active. rarest:N: the N that it had active in the fewest steps.")
 
     def __post_init__(self):
         super().__post_init__()
         if self.only_layers is not None:
-            require(bool(self.only_layers) and all(text.isdecimal() for text in self.only_layers), "only_layers",
-                    self.only_layers, "numbers of at least 0")
+            layer_choice.check_text(self.only_layers)
 
-    def layer_mask(self, num_layers: int) -> np.ndarray | None:
-        """[L] bool, true where a layer trains; None for all. Raises FieldError for a layer that the model lacks."""
-        if self.only_layers is None:
-            return None
-        numbers = [int(text) for text in self.only_layers]
-        require(max(numbers) < num_layers, "only_layers", self.only_layers,
-                f"numbers below {num_layers}, the model's number of layers")
-        return np.isin(np.arange(num_layers), numbers)
+    def layer_mask(self, num_layers: int, active_steps: np.ndarray | None = None) -> np.ndarray | None:
+        """[L] bool, true where a layer trains; None for all. Arguments and errors as of `layer_choice.mask`."""
+        return layer_choice.mask(self.only_layers, num_layers, active_steps)
 
     def resolve(self, aligned: Mapping[str, Any], method: TuningMethod) -> "AttackAdapter":
         """The part with nothing left open, given the alignment's flat values and the provider's method."""

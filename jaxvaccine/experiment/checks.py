@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxvaccine.evaluation.tasks import HARMFUL_SCORE, check_examples
-from jaxvaccine.experiment import inputs, runs, stage
+from jaxvaccine.experiment import inputs, layer_choice, runs, stage
 from jaxvaccine.experiment.align import AlignConfig, AlignmentData, Examples, check_layers, load_data, tokenize
 from jaxvaccine.experiment.attack import aligned_prompts, read_data
 from jaxvaccine.experiment.attack_config import AttackConfig, AttackData
@@ -114,7 +114,7 @@ def check_cell(settings: Settings, root: Path, cell: Cell, as_lanes: bool,
     check_layers(aligned.method, architecture)
     if attacked:
         with errors_of_attack(cell.attack):
-            attacked.adapter.layer_mask(architecture.num_layers)
+            layer_choice.check(attacked.adapter.only_layers, architecture.num_layers, aligned.method)
         require(not (as_lanes and isinstance(attacked.method, Ewc)), "defenses", cell.method,
                 "no EWC where many seeds are trained at once")
     check(aligned, attacked)

@@ -11,7 +11,7 @@ from jaxvaccine.experiment.results import Cell
 
 # What tells attacks apart whose text is the same. The provider's defense is the method's, not the attack's.
 NAMES = ("adapter", "rank", "lora_alpha", "targets", "dropout", "only_layers", "steps", "epochs", "batch_size",
-         "learning_rate", "schedule", "warmup_ratio", "weight_decay", "clip_norm", "max_length", "n")
+         "optimizer", "learning_rate", "schedule", "warmup_ratio", "weight_decay", "clip_norm", "max_length", "n")
 
 
 def faced(aligned: AlignConfig, attacked: AttackConfig) -> dict[str, Any]:

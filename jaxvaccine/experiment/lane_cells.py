@@ -9,9 +9,10 @@ from jaxvaccine import data
 from jaxvaccine.checkpoints.identity import adapter_identity
 from jaxvaccine.checkpoints.peft import load_adapter, save_adapter
 from jaxvaccine.checkpoints.resolve import loadable_name
-from jaxvaccine.experiment import inputs, lanes, memory, results, stage
+from jaxvaccine.experiment import inputs, lanes, layer_choice, memory, results, stage
 from jaxvaccine.experiment.align import AlignConfig, batch_sources, load_data, step_of, tokenize
 from jaxvaccine.experiment.attack import aligned_prompts, read_data
+from jaxvaccine.experiment.attack_config import AttackAdapter
 from jaxvaccine.experiment.budget import budgets
 from jaxvaccine.experiment.config import flat
 from jaxvaccine.experiment.lane_scores import Scorer
@@ -19,6 +20,7 @@ from jaxvaccine.experiment.plan_folder import Context, finish, result_path, say_
 from jaxvaccine.experiment.plans import (
     align_folder,
     cell_configs,
+    errors_of_attack,
     split_method,
 )
 from jaxvaccine.experiment.results import Cell, Row
@@ -73,7 +75,8 @@ def _align_lanes(context: Context, config: AlignConfig, base: stage.Base, tokeni
         for i in new:
             found = read_json(result_path(context.root, cells[i]._replace(method=shared)))
             finish(context, cells[i], [{**row, "method": method} for row in found["rows"]], found["answers"],
-                    **{name: found[name] for name in ("accounts", "shared", "adapter") if name in found})
+                   **{name: found[name] for name in ("accounts", "shared", "adapter", layer_choice.ACTIVE_STEPS)
+                      if name in found})
         new = []
     if new:
         taken = start._replace(adapters=lanes.stack([lanes.take(start.adapters, i) for i in new]))
@@ -106,6 +109,7 @@ def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, to
                                    description=f"align {cells[0].method}")
     for step in range(0, last, METRICS_EVERY):
         add(step, {measure: metrics[name][step].astype(float) for measure, name in METRICS.items() if name in metrics})
+    active = metrics.get(layer_choice.ACTIVE_LAYERS)
     scores, answers = scorer(aligned, seeds)
     budget = budgets(config.training, config.adapter, last)[-1]
     add(last, {results.BUDGET: np.full(len(cells), budget)})
@@ -115,7 +119,9 @@ def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, to
         save_adapter(lanes.take(aligned.adapters, i), aligned.model, folder, loadable_name(config.model.model),
                      config.model.revision)
         finish(context, cell, rows[i] + results.score_rows(cell, "alignment", last, scores[i]),
-                {str(last): answers} if i == 0 else None, **record, adapter=adapter_identity(folder))
+                {str(last): answers} if i == 0 else None, **record, adapter=adapter_identity(folder),
+               **({} if active is None else {
+                   layer_choice.ACTIVE_STEPS: layer_choice.count_active(active[:, i]).tolist()}))
 
 
 def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell], tokenizer, scorer: Scorer) -> None:
@@ -149,8 +155,22 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
                 found[i].extend(results.score_rows(cell, "attack", step, scores[i]))
                 found[i].extend(results.measured_rows(cell, "attack", step, {results.BUDGET: budget[step]}))
 
-    lanes.train(start, config.method, config.training, config.data.bucket, sources, seeds,
-                adapter.layer_mask(start.model.config.num_layers), observe, config.run.progress,
-                f"{cells[0].method} {cells[0].attack}")
+    layers = _layers(context, adapter, cells, start.model.config.num_layers)
+    lanes.train(start, config.method, config.training, config.data.bucket, sources, seeds, layers, observe,
+                config.run.progress, f"{cells[0].method} {cells[0].attack}")
     for i, cell in enumerate(cells):
-        finish(context, cell, found[i], answers if i == 0 else None, **records[i])
+        chosen = layer_choice.of_alignment(adapter.only_layers)
+        finish(context, cell, found[i], answers if i == 0 else None, **records[i],
+               **({"layers": layer_choice.numbers(layers[i])} if chosen else {}))
+
+
+def _layers(context: Context, adapter: AttackAdapter, cells: Sequence[Cell], num_layers: int) -> np.ndarray | None:
+    """Where each lane trains, [N, L] bool, since every seed's alignment had layers of its own active; None for all."""
+    if adapter.only_layers is None:
+        return None
+    with errors_of_attack(cells[0].attack):
+        masks = []
+        for cell in cells:
+            of = read_json(result_path(context.root, cell._replace(attack=""))).get(layer_choice.ACTIVE_STEPS)
+            masks.append(adapter.layer_mask(num_layers, None if of is None else np.array(of)))
+    return np.stack(masks)

@@ -112,36 +112,46 @@ def over_lanes(function: Callable, in_axes: tuple[Axes, ...], turns: bool | None
 
 
 @functools.lru_cache(maxsize=32)
-def compiled(model: Llama, method: Method, optimizer_config: optim.OptimizerConfig, steps: int, own_base: bool,
+def compiled(model: Llama, method: Method, optimizer: optim.Kind, steps: int, own_base: bool,
              turns: bool | None = None):
-    """(init, step) over lanes: init(adapters) -> state, step(state, frozen, batches, keys, layers=None) -> (state,
-    metrics). An attack is of the layers that the step's last argument names. turns: as of `over_lanes`."""
-    optimizer = optim.layer_masked_adamw(optimizer_config, steps)
+    """(init, step) over lanes: init(adapters) -> state, step(state, frozen, batches, keys, scalars, layers=None) ->
+    (state, metrics). An attack is of the layers that the step's last argument names, [N, L] bool. The optimizer's
+    numbers are of one step.
 
+    steps: of a run of the method, which counts where the method reads it (`steps_read`). turns: as of `over_lanes`.
+    """
     def defense(layers) -> Defense:
         if isinstance(method, AlignmentMethod):
             return method.make(model)
         return masked(method.make(model, steps, None), layers)
 
     def init(adapter):
-        return training.init_train_state(adapter, defense(None), optimizer)
+        # Its numbers are no part of an optimizer's state.
+        return training.init_train_state(adapter, defense(None), optim.layer_masked_step(optimizer, optim.Scalars(0.0)))
 
     axes = lane_axes(jax.eval_shape(init, jax.eval_shape(lambda: init_adapter(model, jax.random.key(0)))),
                      defense(None))
 
-    def step_of_lane(own, shared, frozen, batches, key, layers):
+    def step_of_lane(own, shared, frozen, batches, key, scalars, layers):
         state = by_axis(lambda axis, mine, of_all: of_all if axis is None else mine, axes, own, shared)
-        # Layers are traced, so that other ones compile nothing anew.
-        return training.make_train_step(defense(layers), optimizer)(state, frozen, batches, key)
+        # Numbers and layers are traced, so that other ones compile nothing anew.
+        return training.make_train_step(defense(layers), optim.layer_masked_step(optimizer, scalars))(
+            state, frozen, batches, key)
 
-    def step(state, frozen, batches, keys, layers=None):
+    def step(state, frozen, batches, keys, scalars, layers=None):
         own = by_axis(lambda axis, leaf: None if axis is None else leaf, axes, state)
         shared = by_axis(lambda axis, leaf: leaf if axis is None else None, axes, state)
-        state, metrics = over_lanes(step_of_lane, (0, None, base_axes(own_base), 0, 0, None), turns)(
-            own, shared, frozen, batches, keys, layers)
+        state, metrics = over_lanes(step_of_lane, (0, None, base_axes(own_base), 0, 0, None, 0), turns)(
+            own, shared, frozen, batches, keys, scalars, layers)
         return by_axis(lambda axis, leaf: leaf[0] if axis is None else leaf, axes, state), metrics
 
     return jax.jit(jax.vmap(init, out_axes=axes)), jax.jit(step, donate_argnums=0)
+
+
+def steps_read(method: Method, steps: int) -> int:
+    """`steps` of `compiled`: of a run of so many, those that the method reads; else 1, so that runs of any length share
+    a compiled step."""
+    return steps if isinstance(method, TuningMethod) and method.reads_steps else 1
 
 
 def train(lanes: Lanes, method: Method, part: TrainingPart, bucket: int, sources: Sequence[stage.Sources],
@@ -156,7 +166,7 @@ def train(lanes: Lanes, method: Method, part: TrainingPart, bucket: int, sources
       bucket: multiple, in tokens, to which batches are padded.
       sources: of `data.training_batches`, of the same sizes in every lane.
       seeds: of each lane.
-      layers: [L] bool, where an attack trains; None for all.
+      layers: [L] bool, where an attack trains, or [N, L] of each lane; None for all.
       observe: called with the number of steps done, from 0 on, and the lanes as they are then.
       progress: shows a bar, with `description`, of the steps.
 
@@ -172,17 +182,22 @@ def train(lanes: Lanes, method: Method, part: TrainingPart, bucket: int, sources
     if isinstance(method, Ewc):
         raise FieldError("defense", "found 'ewc', expected another where many seeds are trained at once")
     steps = stage.count_steps(part, sources[0])
-    init, step_fn = compiled(lanes.model, method, part.optimizer(), steps, lanes.own_base)
+    optimizer = part.optimizer()
+    init, step_fn = compiled(lanes.model, method, optimizer.kind, steps_read(method, steps), lanes.own_base)
+    scalars = optim.scalars(optimizer, steps)
     lengths = data.batch_lengths(sources, seeds, bucket, steps)
     streams = [data.training_batches(of, seed, bucket, lengths) for of, seed in zip(sources, seeds, strict=True)]
     keys = jnp.stack([stage.training_key(seed) for seed in seeds])
+    if layers is not None:
+        layers = np.broadcast_to(layers, (lanes.count, lanes.model.config.num_layers))
     state, log = init(lanes.adapters), []
     for step in tqdm(range(steps), desc=description, unit="step", disable=not progress, dynamic_ncols=True):
         if observe is not None:
             observe(step, lanes._replace(adapters=state.adapter))
         batches = [stream(step) for stream in streams]
         state, metrics = step_fn(
-            state, lanes.frozen, jax.tree.map(lambda *b: np.stack(b), *batches), keys, layers)
+            state, lanes.frozen, jax.tree.map(lambda *b: np.stack(b), *batches), keys,
+            scalars._replace(learning_rate=scalars.learning_rate[step]), layers)
         log.append(metrics)
     lanes = lanes._replace(adapters=state.adapter)
     metrics = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(log))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxvaccine import memory, memory_model, optim, training
 from jaxvaccine.data.batching import bucket_length
@@ -100,6 +101,7 @@ class Step:
       harmful_rows: of the other batches.
       length: the longest to which a batch is padded.
       quantisation: of the backbone.
+      optimizer: what it keeps beside the adapter, such as AdamW's two moments.
     """
 
     model: Llama
@@ -108,6 +110,7 @@ class Step:
     harmful_rows: int
     length: int
     quantisation: Kind = "none"
+    optimizer: optim.Kind = "adamw"
 
     def defense(self, model: Llama | None = None) -> training.Defense:
         model = model or self.model
@@ -115,9 +118,12 @@ class Step:
             return self.method.make(model, 1, None)
         return self.method.make(model)
 
+    def transformation(self) -> optax.GradientTransformation:
+        return optim.layer_masked_optimizer(optim.OptimizerConfig(kind=self.optimizer), 1000)
+
     def state(self) -> training.TrainState:
         """ShapeDtypeStructs of the train state."""
-        defense, optimizer = self.defense(), optim.layer_masked_adamw(optim.OptimizerConfig(), 1)
+        defense, optimizer = self.defense(), self.transformation()
         return jax.eval_shape(lambda adapter: training.init_train_state(adapter, defense, optimizer),
                               tree_shapes(self.model)["lora"])
 
@@ -140,7 +146,7 @@ class Step:
                  "harmless": self.harmful_rows, "adversary": self.harmful_rows * (tar.inner_steps if tar else 1)}
         read = [name for name in self.method.batches
                 if not (name == "alignment" and isinstance(self.method, methods.Ewc))]  # before the first step
-        step = training.make_train_step(self.defense(), optim.layer_masked_adamw(optim.OptimizerConfig(), 1000))
+        step = training.make_train_step(self.defense(), self.transformation())
         frozen = memory_model.tree_shapes(self.model, self.quantisation)["params"]
         return memory.program_memory(step, self.state(), frozen, {name: batch(sizes[name]) for name in read},
                                      jax.eval_shape(lambda: jax.random.key(0)), device=device)

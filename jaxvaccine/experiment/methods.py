@@ -165,10 +165,12 @@ class TuningMethod(Part):
     """A provider's method while a user fine-tunes.
 
     `make(model, steps, fisher)` is its `Defense` in a run of so many steps; fisher are EWC's weights. `batches` is what
-    it reads, `continues` whether it holds the aligned adapter, which then has to train on."""
+    it reads, `continues` whether it holds the aligned adapter, which then has to train on, `reads_steps` whether steps
+    make a difference: where they don't, runs of any length share a compiled step."""
 
     batches: ClassVar[tuple[str, ...]] = ("user",)
     continues: ClassVar[bool] = False
+    reads_steps: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -182,6 +184,8 @@ class TuningMethod(Part):
 @dataclasses.dataclass(frozen=True)
 class Undefended(TuningMethod):
     """No defense."""
+
+    reads_steps = False
 
     def make(self, model, steps, fisher):
         return defenses.sft(causal_lm_loss(model), batch="user")
@@ -209,6 +213,7 @@ class Ewc(TuningMethod):
 
     batches = ("user", "alignment")
     continues = True
+    reads_steps = False
 
     lam: float = field(1e9, "Weight of the penalty.", name="ewc_lam")
 
@@ -219,6 +224,8 @@ class Ewc(TuningMethod):
 @dataclasses.dataclass(frozen=True)
 class Kl(TuningMethod):
     """KL."""
+
+    reads_steps = False
 
     lam: float = field(0.1, "Weight of the divergence from the aligned model.", name="kl_lam")
 

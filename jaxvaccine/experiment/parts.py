@@ -93,11 +93,14 @@ class AdapterPart(Part):
 class TrainingPart(Part):
     """Optimizer."""
 
+    kind: optim.Kind = field(
+        "adamw", "AdamW, the papers'; SGD, with a momentum of 0.9 or none; Adafactor; Muon; or SGD with steps of the "
+        "learning rate's length, as Booster simulates one. All with decoupled weight decay.", name="optimizer")
     learning_rate: float = field(5e-4, "Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = field("constant", "Learning rate after the warm-up.")
     warmup_ratio: float = field(0.0, "Part of all steps over which the learning rate rises from 0.")
-    weight_decay: float = field(0.1, "Decoupled weight decay of AdamW.")
-    clip_norm: float = field(1.0, "Largest global norm of a gradient; 0 turns clipping off.")
+    weight_decay: float = field(0.1, "Decoupled weight decay.")
+    clip_norm: float = field(1.0, "Largest global norm of a gradient; 0 turns clipping off. normalised_sgd has none.")
     batch_size: int = field(10, "Rows of a batch.", at_least=1)
     epochs: float = field(20.0, "Passes over the data; not used if --steps is given.", above=0)
     steps: int = field(0, "Training steps; 0 takes --epochs.", at_least=0)
@@ -109,7 +112,7 @@ class TrainingPart(Part):
 
     def optimizer(self) -> optim.OptimizerConfig:
         return optim.OptimizerConfig(
-            self.learning_rate, self.schedule, self.warmup_ratio, self.weight_decay, self.clip_norm)
+            self.learning_rate, self.schedule, self.warmup_ratio, self.weight_decay, self.clip_norm, self.kind)
 
     def count_steps(self, examples: int) -> int:
         """How many steps a run on so many examples makes."""

@@ -225,7 +225,7 @@ def train(run_dir: Path, base: Base, model: Llama, adapter: Any, defense: Callab
       of: what the adapter is of.
     """
     steps, estimator = count_steps(part, sources), defense(model)
-    optimizer = optim.layer_masked_adamw(part.optimizer(), steps)
+    optimizer = optim.layer_masked_optimizer(part.optimizer(), steps)
     state = training.init_train_state(adapter, estimator, optimizer)
     lengths = data.batch_lengths([sources], [run.seed], bucket, steps)
     with open_checkpoints(run_dir / "checkpoints") as checkpoints:

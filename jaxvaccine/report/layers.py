@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.lines import Line2D
 
+from jaxvaccine.experiment import layer_choice
 from jaxvaccine.report import differences, names, plots, results, tables
 from jaxvaccine.report.statistics import Correlation, correlation, estimate, probability
 from jaxvaccine.report.style import INK
@@ -68,7 +69,7 @@ def layer_attack(attack: str, num_layers: int) -> tuple[str, str, int] | None:
     """(kind, the attack without its layers, the layer) of "…:only_layers=2" and "…:only_layers=0+1+3"; else None."""
     items = names.split_settings(attack)
     chosen = [item for item in items if item.startswith(f"{names.ONLY_LAYERS}=")]
-    if len(chosen) != 1:
+    if len(chosen) != 1 or layer_choice.of_alignment(chosen[0].partition("=")[2].split("+")):
         return None
     layers = {int(layer) for layer in chosen[0].partition("=")[2].split("+")}
     rest = ":".join(item for item in items if item not in chosen)

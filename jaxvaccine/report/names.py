@@ -1,14 +1,17 @@
 """How people write what the command line and the tables of results spell: methods, attacks, measures, settings."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from jaxvaccine.experiment import layer_choice
 from jaxvaccine.experiment.plans import split_method
 from jaxvaccine.experiment.recipes import UNALIGNED
 
 METHODS = {"none": "as it comes", "sft": "SFT", "vaccine": "Vaccine", "t_vaccine": "T-Vaccine", "booster": "Booster",
            "repnoise": "RepNoise", "tar": "TAR", "lisa": "Lisa", "ewc": "EWC", "kl": "KL"}
+OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD", "momentum": "SGD with momentum", "adafactor": "Adafactor", "muon": "Muon",
+              "normalised_sgd": "normalised SGD"}
 # Settings that say what a method builds on.
 BASE_SETTINGS = ("base_defense", "base")
 ONLY_LAYERS = "only_layers"
@@ -126,11 +129,24 @@ def _plain(defense: str) -> str:
 
 
 def setting(key: str, value: str) -> str:
-    """"lam", "0.2" -> "lam = 0.2"; a switch is its name, or "not" and its name; + separates the items of a list."""
+    """"lam", "0.2" -> "lam = 0.2"; a switch is its name, or "not" and its name; an optimizer is its name; + separates
+    the items of a list."""
+    if key == "optimizer":
+        return OPTIMIZERS.get(value, value)
     key = key.replace("_", " ")
     if value in ("true", "false"):
         return key if value == "true" else f"not {key}"
     return f"{key} = {value.replace('+', ', ')}"
+
+
+def layers(chosen: Sequence[str]) -> str:
+    """Of --only_layers: ("0", "2") -> "layers 0, 2"; or which the alignment left."""
+    if chosen[0] == layer_choice.FROZEN:
+        return "the layers never active in alignment"
+    if chosen[0].startswith(layer_choice.RAREST):
+        count = int(chosen[0].partition(":")[2])
+        return f"the {count} layers least active in alignment" if count > 1 else "the layer least active in alignment"
+    return f"layer{'s' if len(chosen) > 1 else ''} {', '.join(chosen)}"
 
 
 def attack(text: str) -> str:
@@ -143,8 +159,7 @@ def attack(text: str) -> str:
         elif key == "adapter" and value in ("new", "continue"):
             parts.append("new adapter" if value == "new" else "same adapter")
         elif key == ONLY_LAYERS:
-            layers = value.split("+")
-            parts.append(f"only layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}")
+            parts.append(f"only {layers(value.split('+'))}")
         elif key in ("steps", "epochs"):
             if not (key == "steps" and value == "0"):  # 0 steps: the epochs say how many
                 parts.append(f"{value} {key}")

@@ -35,7 +35,7 @@ def _rate(of: Mapping[str, Any]) -> str:
 
 
 def _layers(of: Mapping[str, Any]) -> str:
-    return "all layers" if of["only_layers"] is None else f"layers {', '.join(of['only_layers'])} alone"
+    return "all layers" if of["only_layers"] is None else f"{names.layers(of['only_layers'])} alone"
 
 
 def _plain(name: str) -> Callable[[Mapping[str, Any]], str]:
@@ -47,6 +47,7 @@ _PARTS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], str]] = {
     ("adapter", "rank", "lora_alpha", "targets"): _adapter, ("dropout",): _plain("dropout"),
     ("only_layers",): _layers, ("steps", "epochs"): _length,
     ("batch_size",): lambda of: f"batches of {of['batch_size']}",
+    ("optimizer",): lambda of: names.OPTIMIZERS[of["optimizer"]],
     ("learning_rate", "schedule", "warmup_ratio"): _rate, ("weight_decay",): _plain("weight_decay"),
     ("clip_norm",): _plain("clip_norm"), ("max_length",): lambda of: f"length {of['max_length']}",
     ("n",): lambda of: f"n = {of['n']}",
@@ -60,7 +61,8 @@ def texts(faced: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
     Args:
       faced: as of `experiment.faced.of_plan`.
     """
-    faced = list(faced)
+    # A plan's folder of an earlier version lacks settings that there were not.
+    faced = [{**each, "faced": {**runs.BEFORE, **each["faced"]}} for each in faced]
     by_attack: dict[str, list[Mapping[str, Any]]] = {}
     for each in faced:
         by_attack.setdefault(each["attack"], []).append(each["faced"])

@@ -31,7 +31,8 @@ def values_of(setting):
     if typing.get_origin(setting.hint) is typing.Literal:
         return st.sampled_from(typing.get_args(setting.hint))
     if setting.name == "only_layers":
-        return st.lists(st.integers(0, 40).map(str), min_size=1, max_size=3).map(tuple)
+        return (st.lists(st.integers(0, 40).map(str), min_size=1, max_size=3).map(tuple)
+                | st.sampled_from([("frozen",), ("rarest:3",)]))
     if setting.name == "n":  # so many that of any poison_ratio at least one is harmful
         return st.integers(1000, 5000)
     if setting.name == "targets":

@@ -1,6 +1,7 @@
 """The attack that each method of a plan faced, as its configs have it."""
 
 from jaxvaccine.experiment import faced
+from jaxvaccine.experiment.config import flat
 from jaxvaccine.experiment.plans import cell_configs
 from jaxvaccine.experiment.results import Cell
 from jaxvaccine.experiment.run import PlanConfig, make_settings
@@ -34,5 +35,5 @@ def test_every_setting_of_an_attack_that_may_differ_is_among_them(tmp_path):
     """What is left out is the provider's defense, data and operation, and p, which is in the attack's text."""
     plan, settings, found = of_recipe("booster", ("sft",), tmp_path)
     _, attacked = cell_configs(settings, tmp_path, Cell("m", *plan.pairs[0], 0))
-    names = {name for part in (attacked.adapter, attacked.training) for name in vars(part)}
+    names = {name for part in (attacked.adapter, attacked.training) for name in flat(part)}
     assert names | {"max_length", "n"} == set(faced.NAMES) == set(found["sft"])

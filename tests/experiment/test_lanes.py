@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxvaccine import data, defenses
+from jaxvaccine import data, defenses, optim
 from jaxvaccine.checkpoints.peft import load_adapter
 from jaxvaccine.experiment import inputs, lanes, stage
 from jaxvaccine.experiment.align import align, batch_sources, load_data, tokenize
 from jaxvaccine.experiment.attack import attack
 from jaxvaccine.experiment.config import FieldError, change, flat
-from jaxvaccine.experiment.methods import TVaccine
+from jaxvaccine.experiment.methods import Sft, TVaccine
+from jaxvaccine.llama_config import LoraConfig
 from tests import jaxprs, tiny
 from tests.experiment.small_world import align_config, attack_config
 
@@ -63,14 +64,14 @@ def test_lanes_are_the_runs_of_align(model_dir, tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize("adapter, layers, defense", [
-    ("continue", None, "none"), ("new", None, "none"), ("continue", ("2", "0"), "none"),
+    ("continue", None, "none"), ("new", None, "none"), ("continue", ("2", "0"), "none"),  # the latter with Muon
     pytest.param("new", None, "lisa", marks=pytest.mark.long)])
 def test_lanes_are_the_runs_of_attack(model_dir, tmp_path, adapter, layers, defense):
     aligned = config_of(model_dir)
     align(change(aligned, run_dir=str(tmp_path / "aligned"), seed=SEEDS[1]))
     rows = {"alignment_data": "world_refusal@train[0:8]"} if defense == "lisa" else {}
     config = attack_config(tmp_path / "aligned", tmp_path / "attacked", adapter=adapter, only_layers=layers,
-                           seed=SEEDS[1], steps=3, defense=defense, **rows)
+                           seed=SEEDS[1], steps=3, defense=defense, optimizer="muon" if layers else "adamw", **rows)
     attack(config)
     # After it: a new adapter donates the base that it finds loaded.
     start, _ = aligned_lanes(aligned)
@@ -95,6 +96,33 @@ def test_lanes_are_the_runs_of_attack(model_dir, tmp_path, adapter, layers, defe
     assert [step for step, _ in seen] == [0, 1, 2, 3]
     merged = stage.load_base(model_dir, "checkpoint", tmp_path / "attacked").frozen
     assert tiny.relative_difference(found.lane(1)[1], merged) < 1e-3
+
+
+def test_attacks_that_differ_in_numbers_compile_one_step(model_dir):
+    """In learning rate, schedule, steps, decay and clipping, and in layers; not in the optimizer."""
+    base = attack_config("a", "-", bucket=64)
+    tokenized = tokenize(data.load_tokenizer(model_dir), {"user": data.load_examples(base.data.user_data)[:16]},
+                         change(config_of(model_dir), bucket=64).data)
+    start = lanes.fresh(stage.load_base(model_dir, "checkpoint"), LoraConfig(rank=2), config_of(model_dir).model, SEEDS)
+    lanes.compiled.cache_clear()
+    masks = np.array([[True, False, True], [False, True, True]])
+    for given, layers in (({}, masks), ({"learning_rate": 1e-2, "schedule": "cosine", "warmup_ratio": 0.5, "steps": 3,
+                                         "weight_decay": 0.01, "clip_norm": 0.5}, masks[0]),
+                          ({"optimizer": "sgd"}, masks)):
+        config = change(base, **given)
+        found, _ = lanes.train(start, config.method, config.training, 64, [{"user": (tokenized["user"], 4)}] * 2,
+                               SEEDS, layers)
+        for leaf, first in zip(*map(jax.tree.leaves, (found.adapters, start.adapters)), strict=True):
+            moved = np.asarray(leaf != first).any(axis=(2, 3))
+            np.testing.assert_array_equal(moved, np.broadcast_to(layers, (2, 3)))
+    steps = [lanes.compiled(start.model, base.method, kind, 1, False)[1]._cache_size() for kind in ("adamw", "sgd")]
+    assert steps == [1, 1] and lanes.compiled.cache_info().misses == 2
+
+
+def test_lisa_reads_how_many_steps_a_run_makes():
+    given = {"alignment_data": "world_refusal@train"}
+    methods = [attack_config("a", "-", defense=name, **given).method for name in ("lisa", "ewc")] + [Sft()]
+    assert [lanes.steps_read(method, 7) for method in methods] == [7, 1, 1]
 
 
 @pytest.fixture
@@ -130,11 +158,12 @@ def first_step(config, method):
     """The lanes' state before the first step, and how many branches the step has that all lanes take together."""
     start = lanes.fresh(stage.load_base(config.model.model, "checkpoint"), config.adapter.lora(),
                         dataclasses.replace(config.model, remat="none"), SEEDS)
-    init, step = lanes.compiled(start.model, method, config.training.optimizer(), 6, False)
+    init, step = lanes.compiled(start.model, method, "adamw", 1, False)
     state = jax.eval_shape(init, start.adapters)
     row = {name: jnp.ones((2, 2, 16), jnp.int32) for name in ("input_ids", "labels", "attention_mask")}
     keys = jax.random.split(jax.random.key(0))
-    jaxpr = jax.make_jaxpr(step)(state, start.frozen, {"alignment": row, "harmful": row}, keys, None)
+    batches, scalars = {"alignment": row, "harmful": row}, optim.Scalars(0.1, 0.1, 1.0)
+    jaxpr = jax.make_jaxpr(step)(state, start.frozen, batches, keys, scalars)
     conditions = [eqn for eqn in jaxprs.equations(jaxpr) if eqn.primitive.name == "cond"]
     return state, sum(eqn.invars[0].aval.shape == () for eqn in conditions)
 

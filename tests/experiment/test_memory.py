@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import types
+from typing import get_args
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.benchmarks.memory import SIZES
+from jaxvaccine import optim
 from jaxvaccine.experiment import memory, methods
 from jaxvaccine.experiment.memory import FRACTION, GIB, Step, Target
 from jaxvaccine.llama import Llama
@@ -142,3 +144,15 @@ def test_a_cpu_keeps_products(monkeypatch, pages, remat):
     monkeypatch.setattr(memory.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": pages}.get)
     of = step("llama-3.2-1b", method=methods.Sft(), rows=2, harmful_rows=2, dtype=jnp.float32)
     assert memory.with_remat("auto", of).model.remat == remat
+
+
+def test_each_optimizer_counts_what_it_keeps():
+    """In bytes beside the adapter [L, in, out], at 4 bytes a number; a few counts aside."""
+    adapter = step(method=methods.Sft()).estimate().adapter
+    kept = {kind: dataclasses.replace(step(method=methods.Sft()), optimizer=kind).estimate().optimizer / adapter
+            for kind in get_args(optim.Kind)}
+    assert kept["sgd"] == kept["normalised_sgd"] < 1e-6
+    assert {kind: round(kept[kind], 3) for kind in ("adamw", "momentum", "muon")} == {
+        "adamw": 2, "momentum": 1, "muon": 1}
+    # A mean for each row and each column of a matrix [d, 8].
+    assert 1 / 8 < kept["adafactor"] < 1 / 8 + 0.01

@@ -12,6 +12,7 @@ from tests.report.synthetic import frame, labelled, layers_table, row, rows_of
     ("only_layers=2", ("only", "", 2)), ("learning_rate=1e-3:only_layers=0:steps=60",
                                          ("only", "learning_rate=1e-3:steps=60", 0)),
     ("only_layers=0+1+3", ("all_but", "", 2)), ("poison_ratio=0.1", None), ("only_layers=0+1", None),
+    ("only_layers=frozen", None),
 ])  # fmt: skip
 def test_attacks_on_layers(attack, expected):
     assert layers.layer_attack(attack, 4) == expected

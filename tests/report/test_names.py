@@ -28,6 +28,9 @@ def test_methods(text, expected):
     ("", "no attack"), ("poison_ratio=0.1", "p = 0.1"), ("poison_ratio=0.1:adapter=new", "p = 0.1, new adapter"),
     ("adapter=continue:steps=200:learning_rate=0.0005", "same adapter, 200 steps, learning rate = 0.0005"),
     ("poison_ratio=0.1:n=500:steps=0:epochs=4", "p = 0.1, n = 500, 4 epochs"),
+    ("optimizer=normalised_sgd:learning_rate=1e-3", "normalised SGD, learning rate = 1e-3"),
+    ("only_layers=frozen", "only the layers never active in alignment"),
+    ("only_layers=rarest:1:steps=3", "only the layer least active in alignment, 3 steps"),
     ("only_layers=2", "only layer 2"), ("only_layers=0+1+3:steps=60", "only layers 0, 1, 3, 60 steps"),
 ])  # fmt: skip
 def test_attacks(text, expected):

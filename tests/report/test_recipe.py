@@ -14,7 +14,7 @@ P = "poison_ratio=0.1"
 ATTACK = {"adapter": "new", "rank": 8, "lora_alpha": 1.0, "targets": ["q_proj", "v_proj"], "dropout": 0.1,
           "only_layers": None, "steps": 0, "epochs": 20.0, "batch_size": 10, "learning_rate": 1e-5,
           "schedule": "cosine", "warmup_ratio": 0.1, "weight_decay": 0.1, "clip_norm": 1.0, "max_length": 200,
-          "n": 1000}
+          "n": 1000}  # of a folder from before there was --optimizer
 
 
 def faced(method, attack=P, **changes):
@@ -35,8 +35,9 @@ def write(folder, **operational):
     ({"steps": 40, "epochs": None}, "20 epochs", "40 steps"), ({"max_length": 100}, "length 200", "length 100"),
     ({"epochs": 50.0, "n": 700}, "20 epochs; n = 1000", "50 epochs; n = 700"),
     ({"dropout": 0.0}, "dropout = 0.1", "dropout = 0"), ({"clip_norm": 0.0}, "clip norm = 1", "clip norm = 0"),
-    ({"weight_decay": 0.0}, "weight decay = 0.1", "weight decay = 0"),
+    ({"optimizer": "muon"}, "AdamW", "Muon"), ({"weight_decay": 0.0}, "weight decay = 0.1", "weight decay = 0"),
     ({"only_layers": ["0", "2"]}, "all layers", "layers 0, 2 alone"),
+    ({"only_layers": ["rarest:2"]}, "all layers", "the 2 layers least active in alignment alone"),
     ({"targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
      "new adapter, rank 8, alpha 1, on q, v", "new adapter, rank 8, alpha 1, on all projections"),
 ])  # fmt: skip
