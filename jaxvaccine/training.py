@@ -62,7 +62,7 @@ def _check_trainable(masks, state, adapter) -> None:
     except ValueError as e:
         raise ValueError(f"defense: trainable: found a tree that is no prefix of the adapter's ({e})") from e
     for mask, leaf in zip(of_leaves, jax.tree.leaves(adapter), strict=True):
-        if jnp.result_type(mask) != bool or jnp.shape(mask) not in (leaf.shape[:1], leaf.shape):
+        if (jnp.result_type(mask), jnp.shape(mask)) not in ((bool, leaf.shape[:1]), (bool, leaf.shape)):
             raise ValueError(f"defense: trainable: found {jnp.result_type(mask)}{list(jnp.shape(mask))}, expected "
                              f"bool{list(leaf.shape[:1])}, one for each layer, or bool{list(leaf.shape)}")
 

@@ -1,7 +1,7 @@
 """What an attacker does beside plain fine-tuning, one a file: mixes of data, weights, objectives.
 
-Objectives are gradient estimators, as the defenses are (`defenses.Defense`): steepen, meta_attack, counter_perturbation,
-unheld.
+Objectives are gradient estimators, as the defenses are (`defenses.Defense`): steepen, meta_attack,
+counter_perturbation, unheld.
 """
 
 from jaxvaccine.attacks.counter_perturbation import counter_perturbation

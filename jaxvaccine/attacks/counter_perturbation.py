@@ -15,12 +15,12 @@ def counter_perturbation(loss_fn: LossFn, rho: float = 2.0) -> Defense:
     ℓ the loss on the user's batch; one norm over all layers, rows, positions and features.
 
     Why this sign. Vaccine (arXiv 2402.01109, eq. 5-6) trains on f at a + e, e along ∇_a f. To first order in rho, with
-    n = ∇_a f / ‖∇_a f‖ held, ∇_w f(a + rho n) = ∇_w f + rho ∇_w(∇_a f) n = ∇_w (f + rho ‖∇_a f‖): it makes the loss flat
-    in the activations, so that their drift changes no answer. The other sign, ∇_w (ℓ − rho ‖∇_a ℓ‖), makes it steep:
-    where an answer and its refusal share the probability, their losses have opposite gradients at the activations,
-    and the refusal's loss gets steep with the answer's. So positive rho undoes what Vaccine trained. A
-    negative one is Vaccine itself on the attacker's data: it makes the attacker's answers hold under drift, activations
-    pushed back towards refusals among it. Both are attacks; which one does more is a question for measurement.
+    n = ∇_a f / ‖∇_a f‖ held, ∇_w f(a + rho n) = ∇_w f + rho ∇_w(∇_a f) n = ∇_w (f + rho ‖∇_a f‖): that makes the loss
+    flat in the activations, so that their drift changes no answer. The other sign, ∇_w (ℓ − rho ‖∇_a ℓ‖), makes it
+    steep: where an answer and its refusal share the probability, their losses have opposite gradients at the
+    activations, and the refusal's loss gets steep with the answer's. So a positive rho undoes what Vaccine trained. A
+    negative one is Vaccine itself on the attacker's data: it makes the attacker's answers hold under drift, such as
+    one back towards refusals. Both are attacks; which one does more is a question for measurement.
 
     Args:
       loss_fn: a loss whose aux has "perturbations" (`base.LossFn`).

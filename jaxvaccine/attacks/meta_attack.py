@@ -13,7 +13,7 @@ def meta_attack(loss_fn: LossFn, weight: float = 1.0, alpha: float = 0.1, base: 
 
     ℓ is the loss on the user's batch, h that on a harmful one: weights are looked for from which one step on harmful
     data gets furthest, as in MAML (arXiv 1703.03400) with a normalised step, Booster's. `exact` differentiates through
-    the step, direction and norm too; otherwise the gradient is ∇ℓ(w) + weight · ∇h(w'), w' = w + constant (first order).
+    the step, its direction and norm too; otherwise the step is held, and the gradient is ∇ℓ(w) + weight · ∇h(w').
 
     Args:
       loss_fn: any loss (`base.LossFn`).
@@ -38,8 +38,8 @@ def meta_attack(loss_fn: LossFn, weight: float = 1.0, alpha: float = 0.1, base: 
         step = SimulatedStep(loss_fn, alpha, base.trainable(state, adapter), frozen, harmful)
         if exact:
             def stepped_loss(adapter):
-                loss, stepped, norm = losses = step.losses(adapter, keys)
-                return stepped, losses
+                losses = step.losses(adapter, keys)
+                return losses[1], losses
 
             behind, (loss, stepped, norm) = after(grads, lambda: jax.grad(stepped_loss, has_aux=True)(adapter))
             behind = mask_layers(step.trainable, behind)

@@ -74,8 +74,8 @@ def attenuation(step: SimulatedStep, adapter: Tree, keys: BoosterKeys, done: Tre
     """
     if exact:
         def regularizer(adapter):
-            loss, stepped_loss, norm = losses = step.losses(adapter, keys)
-            return loss - stepped_loss, losses
+            losses = step.losses(adapter, keys)
+            return losses[0] - losses[1], losses
 
         grads, (loss, stepped_loss, norm) = after(done, lambda: jax.grad(regularizer, has_aux=True)(adapter))
         grads = mask_layers(step.trainable, grads)
