@@ -64,7 +64,8 @@ def _check_trainable(masks, state, adapter) -> None:
     for mask, leaf in zip(of_leaves, jax.tree.leaves(adapter), strict=True):
         if (jnp.result_type(mask), jnp.shape(mask)) not in ((bool, leaf.shape[:1]), (bool, leaf.shape)):
             raise ValueError(f"defense: trainable: found {jnp.result_type(mask)}{list(jnp.shape(mask))}, expected "
-                             f"bool{list(leaf.shape[:1])}, one for each layer, or bool{list(leaf.shape)}")
+                             f"bool{list(leaf.shape[:1])}, one for each layer, or bool{list(leaf.shape)}, one for each "
+                             "weight")
 
 
 def step_key(key: jax.Array, step) -> jax.Array:
