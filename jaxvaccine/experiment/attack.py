@@ -99,8 +99,8 @@ def read_data(config: AttackConfig, seed: int, known: Mapping[str, Collection[st
     poisoned = load_attack(config.data, seed, {**known, **own}, tokenizer)
     if "harmful" in config.reads:
         more["harmful"] = poisoned.harmful
-        accounts = dict(poisoned.accounts)
-        poisoned = poisoned._replace(accounts={**accounts, MIXED_IN: accounts.pop("harmful")})
+        poisoned = poisoned._replace(accounts={
+            MIXED_IN if name == "harmful" else name: of for name, of in poisoned.accounts.items()})
     return {"user": poisoned.examples, **more}, poisoned
 
 

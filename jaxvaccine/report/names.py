@@ -12,6 +12,8 @@ METHODS = {"none": "as it comes", "sft": "SFT", "vaccine": "Vaccine", "t_vaccine
 # Settings that say what a method builds on.
 BASE_SETTINGS = ("base_defense", "base")
 ONLY_LAYERS = "only_layers"
+OBJECTIVES = {"plain": "plain fine-tuning", "steepen": "steepening first", "meta": "meta-attack",
+              "counter_perturbation": "counter-perturbation", "unheld": "unheld weights"}
 
 PERCENT = "%"
 NATS = "nats per token"
@@ -145,6 +147,8 @@ def attack(text: str) -> str:
         elif key == ONLY_LAYERS:
             layers = value.split("+")
             parts.append(f"only layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}")
+        elif key == "objective":
+            parts.append(OBJECTIVES.get(value, value.replace("_", " ")))
         elif key in ("steps", "epochs"):
             if not (key == "steps" and value == "0"):  # 0 steps: the epochs say how many
                 parts.append(f"{value} {key}")
