@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from jaxvaccine import attacks, defenses
+from jaxvaccine.conventions import IGNORED
 from jaxvaccine.defenses.booster import booster_keys
+from jaxvaccine.microbatches import in_microbatches
 from tests import tiny
 from tests.defenses import toy
 
@@ -235,6 +237,39 @@ def test_a_negative_one_is_vaccine(problem):
     assert differ(found, expected) < 1e-14
     plain, _, _ = gradient(defenses.sft(toy.no_dropout, "user"), problem)
     assert differ(gradient(attacks.counter_perturbation(toy.no_dropout, 0.0), problem)[0], plain) < 1e-14
+
+
+def small_language_model(size):
+    """A loss of `size` rows at a time."""
+    def mean(adapter, frozen, batch, perturbations, key):
+        h = frozen["table"][batch["input_ids"]]
+        for i in range(2):
+            h = h + jnp.tanh(h @ adapter["a"][i]) + (0 if perturbations is None else perturbations["site"][i])
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(h[:, :-1] @ frozen["table"].T), jnp.maximum(
+            batch["labels"][:, 1:, None], 0), axis=-1)[..., 0]
+        supervised = batch["labels"][:, 1:] != IGNORED
+        return -(log_p * supervised).sum() / jnp.maximum(supervised.sum(), 1)
+
+    def loss_fn(adapter, frozen, batch, perturbations=None, key=None):
+        sites = jnp.zeros((2, *batch["input_ids"].shape, toy.D))
+        loss = in_microbatches(mean, size, adapter, frozen, batch, perturbations, key)
+        return loss, {"perturbations": {"site": sites}}
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("make", [
+    lambda loss_fn: attacks.steepen(loss_fn, WEIGHT, ALPHA),
+    lambda loss_fn: attacks.steepen(loss_fn, WEIGHT, ALPHA, exact=True),
+    lambda loss_fn: attacks.meta_attack(loss_fn, WEIGHT, ALPHA),
+    lambda loss_fn: attacks.meta_attack(loss_fn, WEIGHT, ALPHA, exact=False),
+    lambda loss_fn: attacks.counter_perturbation(loss_fn, RHO)])
+def test_a_few_rows_at_a_time(problem, make):
+    """As all at once, to rounding."""
+    adapter, frozen = {"a": problem[0]["a"][:2]}, {"table": jax.random.normal(jax.random.key(0), (97, toy.D))}
+    rows = {"user": tiny.batch(0, rows=5), "harmful": tiny.batch(1, rows=3)}
+    whole, parts = (gradient(make(small_language_model(size)), (adapter, frozen, rows))[0] for size in (0, 2))
+    assert differ(parts, whole) < 1e-11
 
 
 @pytest.mark.parametrize("make, message", [

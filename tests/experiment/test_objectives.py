@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -18,7 +17,6 @@ from jaxvaccine.experiment.objectives import OBJECTIVES, CounterPerturbation, Me
 from jaxvaccine.experiment.plans import Plan, cell_configs
 from jaxvaccine.experiment.results import Cell
 from jaxvaccine.json_files import read_json, write_json
-from jaxvaccine.llama_config import LlamaConfig
 from jaxvaccine.report.results import read_results
 from tests import tiny
 from tests.experiment import small_world
@@ -83,24 +81,24 @@ def test_what_is_held_has_not_moved(aligned, tmp_path):
         assert (same > 0.99) == (name == "none")
 
 
-def test_lanes_and_runs(model_dir, tmp_path):
-    """Every objective, cell by cell and all seeds at once, leaves models with the same loss on harmful answers."""
-    texts = {name: "poison_ratio=0.25:adapter=continue:steps=3:learning_rate=0.02:" + ":".join(
-        f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in of.items()
-        if key != "alignment_data") for name, of in GIVEN.items()}
+@pytest.mark.parametrize("names", [("steepen", "unheld"), pytest.param(
+    ("meta", "counter_perturbation"), marks=pytest.mark.long)])
+def test_lanes_and_runs(model_dir, tmp_path, names):
+    """Cell by cell and all seeds at once, models are left with the same loss on harmful answers."""
     plain = "poison_ratio=0.25:adapter=continue:steps=3:learning_rate=0.02"
+    texts = [plain, *(":".join([plain, *(f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+                                         for key, value in GIVEN[name].items() if key != "alignment_data")])
+                      for name in names)]
     settings = small_world.settings(model_dir, harmful_test="", sst2_test="")
     losses = []
-    for as_lanes in (False, True):
-        plan = Plan((model_dir,), tuple(("sft", text) for text in (plain, *texts.values())), (0, 1))
+    for as_lanes, seeds in ((False, (1,)), (True, (0, 1))):
+        plan = Plan((model_dir,), tuple(("sft", text) for text in texts), seeds)
         carry_out(plan, settings, tmp_path / str(as_lanes), as_lanes=as_lanes, say=lambda line: None)
         rows = read_results(tmp_path / str(as_lanes))
-        rows = rows[(rows["stage"] == "attack") & (rows["measure"] == "harmful_loss")]
-        losses.append({(row["attack"], row["seed"]): row["value"] for _, row in rows.iterrows()})
-    assert len(losses[0]) == 10 and losses[0].keys() == losses[1].keys()
-    for cell, found in losses[0].items():
-        np.testing.assert_allclose(losses[1][cell], found, rtol=1e-4, err_msg=str(cell))
-    assert len({round(value, 4) for value in losses[0].values()}) == 10
+        rows = rows[(rows["stage"] == "attack") & (rows["measure"] == "harmful_loss") & (rows["seed"] == 1)]
+        losses.append([rows[rows["attack"] == text]["value"].item() for text in texts])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    assert len({round(value, 3) for value in losses[0]}) == 3
 
 
 def test_fisher_weights_of_every_lane():
@@ -128,7 +126,7 @@ def test_a_run_from_before_objectives_goes_on(aligned, tmp_path):
     ({"objective": "unheld", "adapter": "continue"}, "alignment_data: found '', expected a data source, which unheld "
      "needs"),
     ({"objective": "unheld", "defense": "ewc"}, "alignment_data: found '', expected a data source, which ewc needs"),
-    ({"objective": "unheld", "adapter": "auto", **HELD}, "adapter: found 'auto', expected continue, the aligned adapter"),
+    ({"objective": "unheld", "adapter": "auto", **HELD}, "adapter: found 'auto', expected continue, the aligned"),
     ({"objective": "unheld", "adapter": "new", **HELD}, "adapter: found 'new', expected continue"),
     ({"objective": "steepen", "poison_ratio": 0.0, "harmful_data": ""}, "harmful_data: found '', expected a data "
      "source, which steepen needs"),
@@ -196,24 +194,6 @@ def test_settings_reach_the_library(monkeypatch):
     assert Plain().make("M", "B", "F") == "B"
     assert Steepen(5).harmful_rows(4) == 5 and Steepen().harmful_rows(4) == Plain().harmful_rows(4) == 4
     assert make(Steepen, {"steepen_lam": 2.0, "objective_batch_size": 3}) == Steepen(3, lam=2.0)
-
-
-@pytest.mark.parametrize("objective", [
-    Steepen(), CounterPerturbation(0.5), *(pytest.param(of, marks=pytest.mark.long) for of in (
-        Steepen(exact=True), Meta(exact=False), Meta()))], ids=str)
-def test_a_few_rows_at_a_time(objective):
-    """As all at once, to rounding."""
-    with jax.enable_x64(True):
-        model = tiny.model(rank=2, dtype=jnp.float64, targets=("v_proj", "up_proj"), remat="none", config=LlamaConfig(
-            vocab_size=97, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8))
-        adapter, frozen = jax.tree.map(jnp.float64, tiny.trees(model)[0]), tiny.trees(model)[1]
-        rows = {"user": tiny.batch(0, rows=5), "harmful": tiny.batch(1, rows=3)}
-        found = []
-        for size in (0, 2):
-            of = estimator(objective, methods.Undefended(), model.clone(microbatch_size=size), 10, None, None)
-            grads, _, _ = jax.jit(of.gradient)(adapter, frozen, of.init(adapter), rows, None)
-            found.append(grads)
-        assert tiny.relative_difference(*found) < 1e-10
 
 
 def test_a_dry_run_counts_an_objectives_passes():
