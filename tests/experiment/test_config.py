@@ -24,6 +24,8 @@ REQUIRED = {
                    "alignment_data": SOURCES[0]},
     EvaluateConfig: {"model": "m", "run_dir": "r", "harmful_test": SOURCES[0]},
 }
+# Switches, and what has to stay at its default where they are on.
+NOT_TOGETHER = {"exact": "last_term", "merge_adapter": "quantisation"}
 FIXED = {"trained", "model", "alpaca_eval_test", "judge", "judge_options"}
 
 
@@ -55,7 +57,11 @@ def stages(draw):
     chosen |= {"defense": "none"} if objective.alone else {"adapter": "continue"} if objective.takes_fisher else {}
     read = sorted(config.flat(config.make(config_class, {**REQUIRED[config_class], **chosen})))
     names = draw(st.lists(st.sampled_from(sorted({*read} & {*every} - {*chosen})), unique=True, max_size=8))
-    return config_class, {**REQUIRED[config_class], **chosen, **{name: draw(values_of(every[name])) for name in names}}
+    drawn = {name: draw(values_of(every[name])) for name in names}
+    for name, other in NOT_TOGETHER.items():
+        if drawn.get(name):
+            drawn.pop(other, None)
+    return config_class, {**REQUIRED[config_class], **chosen, **drawn}
 
 
 @settings(max_examples=300, deadline=None)
@@ -95,8 +101,9 @@ def test_texts_and_back(stage):
 def test_a_change_is_of_what_is_named_alone(stage, data):
     config_class, values = stage
     made = config.make(config_class, values)
-    # What an objective has to have, such as the aligned adapter, goes with it.
-    free = sorted({*config.flat(made)} - {"defense", "base_defense", "objective", "adapter"} - FIXED)
+    # An objective may need the aligned adapter.
+    bound = {"defense", "base_defense", "objective", "adapter", *NOT_TOGETHER, *NOT_TOGETHER.values()} | FIXED
+    free = sorted({*config.flat(made)} - bound)
     name = data.draw(st.sampled_from(free))
     value = data.draw(values_of(next(s for s in config.settings(config_class) if s.name == name)))
     changed = config.change(made, **{name: value})

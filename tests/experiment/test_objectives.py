@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxvaccine import attacks
-from jaxvaccine.experiment import dry_run, inputs, lanes, methods, objectives
+from jaxvaccine.experiment import dry_run, inputs, lanes, methods, objectives, runs
 from jaxvaccine.experiment.attack import MIXED_IN, attack, estimator
 from jaxvaccine.experiment.carry_out import carry_out
 from jaxvaccine.experiment.config import FieldError, flat, make
@@ -16,11 +16,10 @@ from jaxvaccine.experiment.memory import Step
 from jaxvaccine.experiment.objectives import OBJECTIVES, CounterPerturbation, Meta, Plain, Steepen, Unheld
 from jaxvaccine.experiment.plans import Plan, cell_configs
 from jaxvaccine.experiment.results import Cell
-from jaxvaccine.json_files import read_json, write_json
 from jaxvaccine.report.results import read_results
 from tests import tiny
 from tests.experiment import small_world
-from tests.experiment.small_world import attack_config, metrics, recorded, weights
+from tests.experiment.small_world import attack_config, metrics, recorded
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -73,12 +72,11 @@ def test_what_is_held_has_not_moved(aligned, tmp_path):
     moved = np.concatenate([np.ravel(before[name] != after[name]) for name in before])
     said = metrics(tmp_path / "run")[-1]["trained_share"]
     assert 0.3 <= said < 0.9 and 0 < moved.mean() <= said + 1e-6
-    # Beside no defense the same weights train, and other data hold others.
-    for name, given in (("none", {"defense": "none"}), ("other", {"alignment_data": "world_refusal@train[8:16]"})):
-        attack(config_of(aligned, tmp_path / name, "unheld", **given))
-        again = load_file(inputs.adapter_dir(tmp_path / name) / "adapter_model.safetensors")
-        same = (moved == np.concatenate([np.ravel(before[n] != again[n]) for n in before])).mean()
-        assert (same > 0.99) == (name == "none")
+    # Beside no defense too; other data hold others.
+    attack(config_of(aligned, tmp_path / "other", "unheld", defense="none", alignment_data="world_refusal@train[8:16]"))
+    again = load_file(inputs.adapter_dir(tmp_path / "other") / "adapter_model.safetensors")
+    others = np.concatenate([np.ravel(before[name] != again[name]) for name in before])
+    assert 0 < others.mean() <= metrics(tmp_path / "other")[-1]["trained_share"] + 1e-6 and (others != moved).any()
 
 
 @pytest.mark.parametrize("names", [("steepen", "unheld"), pytest.param(
@@ -86,9 +84,8 @@ def test_what_is_held_has_not_moved(aligned, tmp_path):
 def test_lanes_and_runs(model_dir, tmp_path, names):
     """Cell by cell and all seeds at once, models are left with the same loss on harmful answers."""
     plain = "poison_ratio=0.25:adapter=continue:steps=3:learning_rate=0.02"
-    texts = [plain, *(":".join([plain, *(f"{key}={str(value).lower() if isinstance(value, bool) else value}"
-                                         for key, value in GIVEN[name].items() if key != "alignment_data")])
-                      for name in names)]
+    texts = [":".join([plain, *(f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+                                for key, value in GIVEN[name].items() if key != "alignment_data")]) for name in names]
     settings = small_world.settings(model_dir, harmful_test="", sst2_test="")
     losses = []
     for as_lanes, seeds in ((False, (1,)), (True, (0, 1))):
@@ -98,7 +95,7 @@ def test_lanes_and_runs(model_dir, tmp_path, names):
         rows = rows[(rows["stage"] == "attack") & (rows["measure"] == "harmful_loss") & (rows["seed"] == 1)]
         losses.append([rows[rows["attack"] == text]["value"].item() for text in texts])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
-    assert len({round(value, 3) for value in losses[0]}) == 3
+    assert abs(losses[0][0] - losses[0][1]) > 1e-3
 
 
 def test_fisher_weights_of_every_lane():
@@ -107,15 +104,11 @@ def test_fisher_weights_of_every_lane():
         lanes.train(None, config.method, config.training, 16, [], [], objective=config.objective)
 
 
-def test_a_run_from_before_objectives_goes_on(aligned, tmp_path):
-    config = attack_config(aligned.run.run_dir, tmp_path / "run")
-    attack(config)
-    path, before = tmp_path / "run" / "config.json", weights(tmp_path / "run")
-    found = read_json(path)
-    assert found["flags"].pop("objective") == "plain"
-    write_json(path, found)
-    attack(config)
-    assert weights(tmp_path / "run") == before
+def test_a_run_from_before_objectives_goes_on(tmp_path):
+    runs.open_run(tmp_path / "run", "finetune", {"n": 16}, {})
+    runs.open_run(tmp_path / "run", "finetune", {"n": 16, "objective": "plain"}, {})
+    with pytest.raises(FileExistsError, match='objective: found "plain", expected "meta"'):
+        runs.open_run(tmp_path / "run", "finetune", {"n": 16, "objective": "meta"}, {})
 
 
 @pytest.mark.parametrize("given, message", [
