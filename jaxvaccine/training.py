@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from jaxvaccine.data.batching import check_batch
-from jaxvaccine.defenses.base import Defense, mask_layers, select_layers
+from jaxvaccine.defenses.base import Defense, layers_of, mask_layers, select_layers
 
 # How many steps may be under way while the metrics of an older one are read: enough to keep the device busy, few
 # enough that an interrupt is answered soon.
@@ -62,9 +62,10 @@ def _check_trainable(masks, state, adapter) -> None:
     except ValueError as e:
         raise ValueError(f"defense: trainable: found a tree that is no prefix of the adapter's ({e})") from e
     for mask, leaf in zip(of_leaves, jax.tree.leaves(adapter), strict=True):
-        if (jnp.result_type(mask), jnp.shape(mask)) != (bool, leaf.shape[:1]):
+        if (jnp.result_type(mask), jnp.shape(mask)) not in ((bool, leaf.shape[:1]), (bool, leaf.shape)):
             raise ValueError(f"defense: trainable: found {jnp.result_type(mask)}{list(jnp.shape(mask))}, expected "
-                             f"bool{list(leaf.shape[:1])}, one for each layer")
+                             f"bool{list(leaf.shape[:1])}, one for each layer, or bool{list(leaf.shape)}, one for each "
+                             "weight")
 
 
 def step_key(key: jax.Array, step) -> jax.Array:
@@ -76,9 +77,9 @@ def make_train_step(defense: Defense, optimizer: optax.GradientTransformation) -
     """`train_step(state, frozen, batches, key) -> (state, metrics)`, jitted; `state` is donated.
 
     What the defense does not train keeps its values bit for bit, whatever the optimizer; one that takes the extra
-    argument `trainable`, as `optim.layer_masked`, is told, and keeps its moments and counts too. The step's randomness
-    is `step_key(key, state.step)`. Metrics are the defense's and gradient_norm, before clipping. Recompiles for new
-    batch shapes only.
+    argument `trainable`, as `optim.layer_masked`, is told which layers have anything that trains, and keeps the others'
+    moments and counts too. The step's randomness is `step_key(key, state.step)`. Metrics are the defense's and
+    gradient_norm, before clipping. Recompiles for new batch shapes only.
 
     Raises:
       ValueError: by the step, for frozen weights in float16, in which the gradients of a small loss are zero.
@@ -93,7 +94,8 @@ def make_train_step(defense: Defense, optimizer: optax.GradientTransformation) -
         grads, defense_state, metrics = defense.gradient(state.adapter, frozen, state.defense, batches, key)
         trainable = defense.trainable(defense_state, state.adapter)
         grads = mask_layers(trainable, grads)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.adapter, trainable=trainable)
+        updates, optimizer_state = optimizer.update(
+            grads, state.optimizer, state.adapter, trainable=layers_of(trainable))
         adapter = select_layers(trainable, optax.apply_updates(state.adapter, updates), state.adapter)
         metrics = {**metrics, "gradient_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, adapter, optimizer_state, defense_state), metrics

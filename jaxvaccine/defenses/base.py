@@ -33,9 +33,10 @@ class Defense(NamedTuple):
         a PRNG key, or None for no dropout where nothing else is drawn; metrics are scalars and [L] arrays, "loss" the
         alignment loss, at the fine-tuning stage that of the batch that is trained on.
       trainable: (state, adapter) -> what trains in the step whose `gradient` returned this state: a tree prefix of the
-        adapter with [L] bool leaves, or None if nothing is frozen. Where it is false, gradients are zero and the
-        training step leaves that layer of those leaves as it is. By default nothing is frozen; a state that has
-        active_layers in it, at whatever depth, needs its own.
+        adapter with [L] bool leaves, or with leaves of a leaf's whole shape where single weights are frozen; or None if
+        nothing is. Where it is false, gradients are zero and the training step leaves that layer of those leaves, or
+        that weight, as it is. By default nothing is frozen; a state that has active_layers in it, at whatever depth,
+        needs its own.
       counters: names of fields of the state, a NamedTuple, that only count steps. Where many seeds are trained at once
         they share these numbers, so that a branch on one stays a branch (under `jax.vmap`, both sides of a branch on
         numbers that may differ are computed). One that is not named costs time and nothing else.
@@ -128,16 +129,32 @@ def scale_tree(factor: jax.Array, tree: Tree) -> Tree:
 
 
 def mask_layers(masks: Tree | None, tree: Tree) -> Tree:
-    """The tree with zeros where axis 0 of a leaf is a layer that its mask leaves out.
+    """The tree with zeros where axis 0 of a leaf is a layer that its mask leaves out, or single weights are.
 
-    masks: [L] bool for all leaves, or a prefix of the tree with such leaves; None leaves nothing out.
+    masks: [L] bool for all leaves, or a prefix of the tree with such leaves or with bools of a leaf's shape; None
+      leaves nothing out.
     """
     return select_layers(masks, tree, jax.tree.map(lambda x: jnp.zeros((), x.dtype), tree))
 
 
 def select_layers(masks: Tree | None, tree: Tree, other: Tree) -> Tree:
-    """The tree, with `other`'s values where axis 0 of a leaf is a layer that its mask leaves out; masks as above."""
+    """The tree, with `other`'s values where `mask_layers` has zeros."""
     if masks is None:
         return tree
-    return jax.tree.map(lambda mask, x, y: jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), x, y),
+    return jax.tree.map(lambda mask, x, y: jnp.where(_along(mask, x.ndim), x, y),
                         jax.tree.broadcast(masks, tree), tree, other)
+
+
+def _along(mask: jax.Array, ndim: int) -> jax.Array:
+    """The mask with axes of 1 behind its own."""
+    return mask.reshape(*mask.shape, *[1] * (ndim - mask.ndim))
+
+
+def both_train(one: Tree, layers: jax.Array) -> Tree:
+    """Masks that are true where those of the tree `one` are, in the layers of [L] bool."""
+    return jax.tree.map(lambda mask: mask & _along(layers, mask.ndim), one)
+
+
+def layers_of(masks: Tree | None) -> Tree | None:
+    """The masks as [L] bool: whether anything of a layer trains."""
+    return jax.tree.map(lambda mask: mask.any(axis=tuple(range(1, mask.ndim))), masks)

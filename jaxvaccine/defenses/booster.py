@@ -9,6 +9,7 @@ from jaxvaccine.defenses.base import (
     NORM_EPSILON,
     Defense,
     LossFn,
+    Tree,
     after,
     check_not_negative,
     global_norm,
@@ -34,6 +35,58 @@ def booster_keys(key: jax.Array | None) -> BoosterKeys:
 
 def _step(adapter, factor, grads):
     return jax.tree.map(lambda w, g: w - (factor * g).astype(w.dtype), adapter, grads)
+
+
+class SimulatedStep(NamedTuple):
+    """w' = w − alpha · ∇h(w) / (‖∇h(w)‖ + 1e-7), one normalised gradient step on a harmful batch, of what trains.
+
+    trainable: as of `base.mask_layers`; norm, step and gradients are those of what it says.
+    """
+
+    loss_fn: LossFn
+    alpha: float
+    trainable: Tree | None
+    frozen: Tree
+    batch: Tree
+
+    def gradient(self, adapter: Tree, key) -> tuple[jax.Array, Tree]:
+        """(h, ∇h)."""
+        loss, grads = loss_gradient(self.loss_fn, adapter, self.frozen, self.batch, key=key)
+        return loss, mask_layers(self.trainable, grads)
+
+    def taken(self, adapter: Tree, grads: Tree, norm: jax.Array) -> Tree:
+        """w' of w, ∇h(w) and its norm."""
+        return _step(adapter, self.alpha / (norm + NORM_EPSILON), grads)
+
+    def losses(self, adapter: Tree, keys: BoosterKeys) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(h(w), h(w'), ‖∇h(w)‖), to be differentiated through the step."""
+        loss, grads = self.gradient(adapter, keys.first)
+        norm = global_norm(grads)
+        stepped_loss, _ = self.loss_fn(self.taken(adapter, grads, norm), self.frozen, self.batch, key=keys.second)
+        return loss, stepped_loss, norm
+
+
+def attenuation(step: SimulatedStep, adapter: Tree, keys: BoosterKeys, done: Tree, exact: bool = False,
+                last_term: bool = True) -> tuple[Tree, dict[str, jax.Array]]:
+    """(the gradient of Booster's regularizer h(w) − h(w'), metrics); exact and last_term as of `booster`.
+
+    done: what is computed first, as of `base.after`.
+    """
+    if exact:
+        def regularizer(adapter):
+            losses = step.losses(adapter, keys)
+            return losses[0] - losses[1], losses
+
+        grads, (loss, stepped_loss, norm) = after(done, lambda: jax.grad(regularizer, has_aux=True)(adapter))
+        grads = mask_layers(step.trainable, grads)
+    else:
+        loss, first = after(done, lambda: step.gradient(adapter, keys.first))
+        grads, norm = first, global_norm(first)
+        if last_term:
+            stepped_loss, second = after(norm, lambda: step.gradient(step.taken(adapter, first, norm), keys.second))
+            grads = jax.tree.map(jnp.subtract, first, second)
+    simulated = {"perturbed_harmful_loss": stepped_loss} if last_term else {}
+    return grads, simulated | {"harmful_loss": loss, "harmful_gradient_norm": norm}
 
 
 def booster(
@@ -69,39 +122,11 @@ def booster(
 
     def gradient(adapter, frozen, state, batches, key):
         harmful = take_batch(batches, "harmful", "booster")
-        base_key, first_key, second_key = booster_keys(key)
-        grads, state, metrics = base.gradient(adapter, frozen, state, batches, base_key)
-        trainable = base.trainable(state, adapter)
-
-        def harmful_gradient(adapter, key):
-            loss, grads = loss_gradient(loss_fn, adapter, frozen, harmful, key=key)
-            return loss, mask_layers(trainable, grads)
-
-        def normalised(grads):
-            norm = global_norm(grads)
-            return norm, alpha / (norm + NORM_EPSILON)
-
-        if exact:
-            def regularizer(adapter):
-                loss, grads = harmful_gradient(adapter, first_key)
-                norm, factor = normalised(grads)
-                perturbed_loss, _ = loss_fn(_step(adapter, factor, grads), frozen, harmful, key=second_key)
-                return loss - perturbed_loss, (loss, perturbed_loss, norm)
-
-            attenuation, (loss, perturbed_loss, norm) = after(
-                grads, lambda: jax.grad(regularizer, has_aux=True)(adapter))
-            attenuation = mask_layers(trainable, attenuation)
-        else:
-            loss, harmful_grads = after(grads, lambda: harmful_gradient(adapter, first_key))
-            norm, factor = normalised(harmful_grads)
-            attenuation = harmful_grads
-            if last_term:
-                perturbed_loss, perturbed_grads = after(
-                    norm, lambda: harmful_gradient(_step(adapter, factor, harmful_grads), second_key))
-                attenuation = jax.tree.map(jnp.subtract, harmful_grads, perturbed_grads)
-
-        grads = jax.tree.map(lambda g, r: g + lam * r, grads, attenuation)
-        simulated = {"perturbed_harmful_loss": perturbed_loss} if last_term else {}
-        return grads, state, metrics | simulated | {"harmful_loss": loss, "harmful_gradient_norm": norm}
+        keys = booster_keys(key)
+        grads, state, metrics = base.gradient(adapter, frozen, state, batches, keys.base)
+        step = SimulatedStep(loss_fn, alpha, base.trainable(state, adapter), frozen, harmful)
+        regularizer, of_step = attenuation(step, adapter, keys, grads, exact, last_term)
+        grads = jax.tree.map(lambda g, r: g + lam * r, grads, regularizer)
+        return grads, state, metrics | of_step
 
     return base._replace(gradient=gradient)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxvaccine.defenses.base import Defense, mask_layers
+from jaxvaccine.defenses.base import Defense, both_train, mask_layers
 
 
 def only_layers(defense: Defense, layers) -> Defense:
@@ -32,6 +32,6 @@ def only_layers(defense: Defense, layers) -> Defense:
 
     def trainable(state, adapter):
         own = defense.trainable(state, adapter)
-        return layers if own is None else jax.tree.map(lambda mask: mask & layers, own)
+        return layers if own is None else both_train(own, layers)
 
     return defense._replace(init=init, gradient=gradient, trainable=trainable)

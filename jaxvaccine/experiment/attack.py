@@ -14,13 +14,15 @@ from jaxvaccine.experiment import inputs, layer_choice, memory, runs, stage
 from jaxvaccine.experiment.align import Examples, tokenize
 from jaxvaccine.experiment.attack_config import AttackConfig, AttackData
 from jaxvaccine.experiment.config import FieldError, require
-from jaxvaccine.experiment.methods import Ewc
+from jaxvaccine.experiment.methods import TuningMethod
+from jaxvaccine.experiment.objectives import Objective
 from jaxvaccine.llama import Llama, init_adapter
 from jaxvaccine.llama_config import LlamaConfig
 from jaxvaccine.losses import causal_lm_loss
 from jaxvaccine.quantisation import Kind
 
 TEST = "the test prompts"  # among what an attack's data may not share a prompt with
+MIXED_IN = "harmful, mixed in"  # the account of that part, where an objective reads all of the harmful examples
 
 
 class PoisonedData(NamedTuple):
@@ -88,12 +90,17 @@ def load_attack(config: AttackData, seed: int, known: Mapping[str, Collection[st
 def read_data(config: AttackConfig, seed: int, known: Mapping[str, Collection[str]], tokenizer: Any = None
               ) -> tuple[Examples, PoisonedData]:
     """(what the attack and the provider's method train on, the former in detail). Arguments and errors as of
-    `load_attack`; the harmful part shares no prompt with the provider's alignment data either."""
+    `load_attack`; the harmful part shares no prompt with the provider's alignment data either. An objective's harmful
+    batches are of all harmful examples."""
     more: Examples = {}
-    if "alignment" in config.method.batches:
+    if "alignment" in config.reads:
         more["alignment"] = data.load_examples(config.data.alignment_data, config.data.protocol)
     own = {f"the {name} data of the fine-tuning": stage.prompts_of(rows) for name, rows in more.items()}
     poisoned = load_attack(config.data, seed, {**known, **own}, tokenizer)
+    if "harmful" in config.reads:
+        more["harmful"] = poisoned.harmful
+        poisoned = poisoned._replace(accounts={
+            MIXED_IN if name == "harmful" else name: of for name, of in poisoned.accounts.items()})
     return {"user": poisoned.examples, **more}, poisoned
 
 
@@ -107,9 +114,25 @@ def masked(defense: defenses.Defense, layers) -> defenses.Defense:
     return defense if layers is None else defenses.only_layers(defense, layers)
 
 
+def estimator(objective: Objective, method: TuningMethod, model: Llama | None, steps: int, fisher, layers
+              ) -> defenses.Defense:
+    """What an attack trains with: the attacker's objective on the provider's method; arguments as of their `make`, and
+    of `masked`, by which an objective's own steps are of these layers too."""
+    return masked(objective.make(model, masked(method.make(model, steps, fisher), layers), fisher), layers)
+
+
+def attack_sources(config: AttackConfig, tokenized: Mapping[str, data.TokenizedExamples]
+                   ) -> tuple[stage.Sources, data.TokenizedExamples | None]:
+    """(what a step's batches are drawn from, what Fisher weights are taken on, if there are any)."""
+    rows = config.training.batch_size
+    sizes = dict.fromkeys(config.batches, rows) | {"harmful": config.objective.harmful_rows(rows)}
+    sources = {name: (of, sizes[name]) for name, of in tokenized.items() if name in config.batches}
+    return sources, tokenized["alignment"] if config.takes_fisher else None
+
+
 def alignment_fisher(model: Llama, adapter, frozen, alignment: data.TokenizedExamples, batch_size: int, bucket: int,
                      seed: int):
-    """EWC's Fisher weights, of the adapter that training starts from, on one pass over the alignment data."""
+    """Fisher weights of the adapter that training starts from, on one pass over the alignment data."""
     steps = data.steps_for(len(alignment.input_ids), batch_size, 1)
     batches = data.training_batches({"alignment": (alignment, batch_size)}, seed, bucket)
     return defenses.diagonal_fisher(
@@ -122,7 +145,7 @@ class Prepared(NamedTuple):
     config: AttackConfig  # with nothing left open
     run_dir: Path
     sources: stage.Sources  # of its batches
-    fisher: data.TokenizedExamples | None  # what EWC's weights are taken on
+    fisher: data.TokenizedExamples | None  # what Fisher weights are taken on
     architecture: LlamaConfig
     layers: np.ndarray | None  # as of `AttackAdapter.layer_mask`
     origin: stage.Origin
@@ -162,15 +185,15 @@ def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda exam
          "poison_ratio": poisoned.poison_ratio, "n": len(tokenized["user"].input_ids), "dtype": dtype,
          **({"layers": layer_choice.numbers(layers)} if of_alignment else {})},
         {"model": origin.model, "revision": origin.revision, "quantisation": quantisation}, write=write)
-    fisher = tokenized.pop("alignment") if isinstance(config.method, Ewc) else None
-    sources = {name: (rows, config.training.batch_size) for name, rows in tokenized.items()}
+    sources, fisher = attack_sources(config, tokenized)
     return Prepared(config, run_dir, sources, fisher, architecture, layers, origin, dtype, quantisation)
 
 
 def step_of(config: AttackConfig, model: Llama, length: int, quantisation: Kind) -> memory.Step:
     """`align.step_of` of an attack with nothing left open."""
     rows, model = config.training.batch_size, config.model.on(model.clone(lora=config.adapter.sites().lora()))
-    return memory.Step(model, config.method, rows, rows, length, quantisation, config.training.kind)
+    return memory.Step(model, config.method, rows, config.objective.harmful_rows(rows), length, quantisation,
+                       config.training.kind, config.objective)
 
 
 def attack(config: AttackConfig, look: Callable[[Examples], None] = lambda examples: None) -> Path:
@@ -196,6 +219,6 @@ def attack(config: AttackConfig, look: Callable[[Examples], None] = lambda examp
                                              config.data.bucket, config.run.seed)
     steps = stage.count_steps(config.training, sources)
     stage.train(run_dir, base, model, adapter,
-                lambda model: masked(config.method.make(model, steps, fisher), layers), sources, config.training,
-                config.run, config.data.bucket, origin)
+                lambda model: estimator(config.objective, config.method, model, steps, fisher, layers), sources,
+                config.training, config.run, config.data.bucket, origin)
     return run_dir

@@ -9,7 +9,8 @@ import numpy as np
 from jaxvaccine import data
 from jaxvaccine.experiment import layer_choice
 from jaxvaccine.experiment.config import FieldError, Part, choice, field, flat, require
-from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING, TuningMethod
+from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING, TuningMethod, Undefended
+from jaxvaccine.experiment.objectives import OBJECTIVES, Objective, Unheld
 from jaxvaccine.experiment.parts import (
     AS_ALIGNED,
     SOURCE,
@@ -107,7 +108,7 @@ class AttackData(AfterAlignment, TokensPart):
         "", "Harmful data mixed in; may share no prompt with the alignment's data, unless rows are taken as they are.")
     test_data: str = field("", "Harmful test prompts, only to make sure that harmful_data shares none of them, or to "
                                "count those that it shares.")
-    alignment_data: str = field("", "Lisa, EWC: alignment data, in the form of --user_data.")
+    alignment_data: str = field("", "Lisa, EWC, unheld: alignment data, in the form of --user_data.")
     n: int = field(1000, "Examples in all.", at_least=1)
     poison_ratio: float = field(0.1, "Part of them that is harmful, 0 to 1; of --n the nearest whole number.")
     prompt: LaterPrompt = field(AS_ALIGNED, "The prompt that the model was aligned with: another is an error.")
@@ -145,7 +146,34 @@ class AttackConfig:
     method: TuningMethod = choice("defense", FINE_TUNING, "none", "The provider's defense while fine-tuning.")
     training: AttackTraining = AttackTraining()
     run: TrainingRunPart = TrainingRunPart(run_dir="-")
+    objective: Objective = choice("objective", OBJECTIVES, "plain", "What the attacker descends.")
+
+    @property
+    def takes_fisher(self) -> bool:
+        """Whether Fisher weights are taken on alignment data before the first step."""
+        return self.method.takes_fisher or self.objective.takes_fisher
+
+    @property
+    def batches(self) -> tuple[str, ...]:
+        """What a step reads."""
+        return self.method.batches + self.objective.batches
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What is read beside the user's data: of "alignment" and "harmful" what a step or Fisher weights need."""
+        return tuple(name for name in ("alignment", "harmful")
+                     if name in self.batches or (name == "alignment" and self.takes_fisher))
 
     def __post_init__(self):
-        require(bool(self.data.alignment_data) or "alignment" not in self.method.batches, "alignment_data",
-                self.data.alignment_data, f"a data source, which {flat(self)['defense']} needs")
+        chosen = flat(self)
+        of_method = self.method.takes_fisher or "alignment" in self.method.batches
+        require(bool(self.data.alignment_data) or "alignment" not in self.reads, "alignment_data",
+                self.data.alignment_data,
+                f"a data source, which {chosen['defense' if of_method else 'objective']} needs")
+        require(bool(self.data.harmful_data) or "harmful" not in self.reads, "harmful_data", self.data.harmful_data,
+                f"a data source, which {chosen['objective']} needs")
+        require(isinstance(self.method, Undefended) or not self.objective.alone, "objective", chosen["objective"],
+                f"plain or unheld beside {chosen['defense']}: with the others the attacker does the training")
+        # A new adapter's A has no gradient before B has moved: what alignment doesn't hold there would never train.
+        require(not isinstance(self.objective, Unheld) or self.adapter.adapter == "continue" or self.method.continues,
+                "adapter", self.adapter.adapter, "continue, the aligned adapter, of whose weights unheld trains a part")

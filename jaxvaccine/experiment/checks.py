@@ -16,7 +16,6 @@ from jaxvaccine.experiment.config import flat, require
 from jaxvaccine.experiment.evaluate import LOSS, accounts_of_tests, check_unseen
 from jaxvaccine.experiment.judging import check_prompts, judge_record
 from jaxvaccine.experiment.leaks import check_leaks
-from jaxvaccine.experiment.methods import Ewc
 from jaxvaccine.experiment.plans import AS_IT_COMES, Plan, Settings, cell_configs, errors_of_attack
 from jaxvaccine.experiment.recipes import fewer_than_published
 from jaxvaccine.experiment.results import Cell
@@ -61,7 +60,7 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
         return _hashes(examples)
 
     @_once
-    def attack(of: tuple[str, AlignConfig, AttackConfig], part: AttackData, batches: tuple[str, ...], seed: int,
+    def attack(of: tuple[str, AlignConfig, AttackConfig], part: AttackData, reads: tuple[str, ...], seed: int,
                aligned_part: AlignmentData, aligned_batches: tuple[str, ...], *of_model: str) -> dict[str, str]:
         text, aligned, attacked = of
         _, known = aligned_on(aligned, aligned_part, aligned_batches)
@@ -96,7 +95,7 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
         made_of[cell._replace(attack="")] = before
         if attacked:
             made_of[cell] = {**before, "attack": attack(
-                (cell.attack, aligned, attacked), attacked.data, tuple(attacked.method.batches), cell.seed, *read,
+                (cell.attack, aligned, attacked), attacked.data, attacked.reads, cell.seed, *read,
                 *of_model)}
     return made_of
 
@@ -115,8 +114,6 @@ def check_cell(settings: Settings, root: Path, cell: Cell, as_lanes: bool,
     if attacked:
         with errors_of_attack(cell.attack):
             layer_choice.check(attacked.adapter.only_layers, architecture.num_layers, aligned.method)
-        require(not (as_lanes and isinstance(attacked.method, Ewc)), "defenses", cell.method,
-                "no EWC where many seeds are trained at once")
     check(aligned, attacked)
     return aligned, attacked
 

@@ -11,7 +11,7 @@ from jaxvaccine.checkpoints.peft import load_adapter, save_adapter
 from jaxvaccine.checkpoints.resolve import loadable_name
 from jaxvaccine.experiment import inputs, lanes, layer_choice, memory, results, stage
 from jaxvaccine.experiment.align import AlignConfig, batch_sources, load_data, step_of, tokenize
-from jaxvaccine.experiment.attack import aligned_prompts, read_data
+from jaxvaccine.experiment.attack import aligned_prompts, alignment_fisher, attack_sources, read_data
 from jaxvaccine.experiment.attack_config import AttackAdapter
 from jaxvaccine.experiment.budget import budgets
 from jaxvaccine.experiment.config import flat
@@ -130,16 +130,21 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
     adapter = config.adapter.resolve(flat(align_config), config.method)
     prompts = {name: stage.prompts_of(rows) for name, rows in load_data(
         align_config.data, align_config.method).items()}
-    sources, records = [], []
+    sources, for_fisher, records = [], [], []
     for cell in cells:
         read, poisoned = read_data(config, cell.seed, aligned_prompts(prompts), tokenizer)
         tokenized = tokenize(tokenizer, read, config.data)
         records.append(scorer.beside(
             stage.training_record(read, tokenized, poisoned.accounts, poisoned.shared), prompts))
-        sources.append({name: (rows, config.training.batch_size) for name, rows in tokenized.items()})
+        of_steps, of_fisher = attack_sources(config, tokenized)
+        sources.append(of_steps)
+        for_fisher.append(of_fisher)
     seeds = [cell.seed for cell in cells]
     last = stage.count_steps(config.training, sources[0])
     start = lanes.merged(aligned, adapter.sites().lora(), seeds) if adapter.adapter == "new" else aligned
+    fishers = lanes.stack([
+        alignment_fisher(start.model, *start.lane(i), of, config.training.batch_size, config.data.bucket, seed)
+        for i, (of, seed) in enumerate(zip(for_fisher, seeds, strict=True))]) if config.takes_fisher else None
     probe = context.probes.attack and context.probes.attack(align_config, config, tokenizer, seeds)
     found: list[list[Row]] = [[] for _ in cells]
     budget, answers = budgets(config.training, adapter.sites(), last), {}
@@ -157,7 +162,7 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
 
     layers = _layers(context, adapter, cells, start.model.config.num_layers)
     lanes.train(start, config.method, config.training, config.data.bucket, sources, seeds, layers, observe,
-                config.run.progress, f"{cells[0].method} {cells[0].attack}")
+                config.run.progress, f"{cells[0].method} {cells[0].attack}", config.objective, fishers)
     for i, cell in enumerate(cells):
         chosen = layer_choice.of_alignment(adapter.only_layers)
         finish(context, cell, found[i], answers if i == 0 else None, **records[i],

@@ -17,9 +17,9 @@ import numpy as np
 from jaxvaccine import data, optim, training
 from jaxvaccine.defenses import Defense
 from jaxvaccine.experiment import stage
-from jaxvaccine.experiment.attack import masked
-from jaxvaccine.experiment.config import FieldError
-from jaxvaccine.experiment.methods import AlignmentMethod, Ewc, TuningMethod
+from jaxvaccine.experiment.attack import estimator
+from jaxvaccine.experiment.methods import AlignmentMethod, TuningMethod
+from jaxvaccine.experiment.objectives import Objective, Plain
 from jaxvaccine.experiment.parts import ComputationPart, TrainingPart
 from jaxvaccine.llama import Llama, init_adapter
 from jaxvaccine.llama_config import LoraConfig
@@ -113,21 +113,23 @@ def over_lanes(function: Callable, in_axes: tuple[Axes, ...], turns: bool | None
 
 @functools.lru_cache(maxsize=32)
 def compiled(model: Llama, method: Method, optimizer: optim.Kind, steps: int, own_base: bool,
-             turns: bool | None = None):
-    """(init, step) over lanes: init(adapters) -> state, step(state, frozen, batches, keys, scalars, layers=None) ->
-    (state, metrics). An attack is of the layers that the step's last argument names, [N, L] bool. The optimizer's
-    numbers are of one step.
+             turns: bool | None = None, objective: Objective = Plain()):
+    """(init, step) over lanes: init(adapters, fishers=None) -> state, step(state, frozen, batches, keys, scalars,
+    layers=None) -> (state, metrics). An attack is of the layers that the step's last argument names, [N, L] bool. The
+    optimizer's numbers are of one step. fishers: of every lane, where something takes Fisher weights, which are then in
+    the state.
 
     steps: of a run of the method, which counts where the method reads it (`steps_read`). turns: as of `over_lanes`.
     """
-    def defense(layers) -> Defense:
+    def defense(layers, fisher=None) -> Defense:
         if isinstance(method, AlignmentMethod):
             return method.make(model)
-        return masked(method.make(model, steps, None), layers)
+        return estimator(objective, method, model, steps, fisher, layers)
 
-    def init(adapter):
+    def init(adapter, fisher=None):
         # Its numbers are no part of an optimizer's state.
-        return training.init_train_state(adapter, defense(None), optim.layer_masked_step(optimizer, optim.Scalars(0.0)))
+        return training.init_train_state(adapter, defense(None, fisher),
+                                         optim.layer_masked_step(optimizer, optim.Scalars(0.0)))
 
     axes = lane_axes(jax.eval_shape(init, jax.eval_shape(lambda: init_adapter(model, jax.random.key(0)))),
                      defense(None))
@@ -156,7 +158,8 @@ def steps_read(method: Method, steps: int) -> int:
 
 def train(lanes: Lanes, method: Method, part: TrainingPart, bucket: int, sources: Sequence[stage.Sources],
           seeds: Sequence[int], layers: np.ndarray | None = None, observe: Callable[[int, Lanes], None] | None = None,
-          progress: bool = False, description: str = "") -> tuple[Lanes, dict[str, np.ndarray]]:
+          progress: bool = False, description: str = "", objective: Objective = Plain(), fishers: Tree | None = None
+          ) -> tuple[Lanes, dict[str, np.ndarray]]:
     """Trains all lanes; lane i sees sources[i] in the order of seeds[i].
 
     Args:
@@ -169,28 +172,32 @@ def train(lanes: Lanes, method: Method, part: TrainingPart, bucket: int, sources
       layers: [L] bool, where an attack trains, or [N, L] of each lane; None for all.
       observe: called with the number of steps done, from 0 on, and the lanes as they are then.
       progress: shows a bar, with `description`, of the steps.
+      objective: of an attack.
+      fishers: adapters' Fisher weights, [N, L, ...], where the method or the objective takes them.
 
     Returns:
       The trained lanes, and every metric of every step, [steps, N, ...].
 
     Raises:
-      FieldError: EWC, whose weights are another tree for every lane.
+      ValueError: Fisher weights are missing.
       FloatingPointError: the loss of a lane is not finite.
     """
     from tqdm import tqdm
 
-    if isinstance(method, Ewc):
-        raise FieldError("defense", "found 'ewc', expected another where many seeds are trained at once")
+    if fishers is None and (objective.takes_fisher or getattr(method, "takes_fisher", False)):
+        raise ValueError(f"fishers: found none, expected Fisher weights of every lane, which {method} with {objective} "
+                         "takes")
     steps = stage.count_steps(part, sources[0])
     optimizer = part.optimizer()
-    init, step_fn = compiled(lanes.model, method, optimizer.kind, steps_read(method, steps), lanes.own_base)
+    init, step_fn = compiled(lanes.model, method, optimizer.kind, steps_read(method, steps), lanes.own_base,
+                             objective=objective)
     scalars = optim.scalars(optimizer, steps)
     lengths = data.batch_lengths(sources, seeds, bucket, steps)
     streams = [data.training_batches(of, seed, bucket, lengths) for of, seed in zip(sources, seeds, strict=True)]
     keys = jnp.stack([stage.training_key(seed) for seed in seeds])
     if layers is not None:
         layers = np.broadcast_to(layers, (lanes.count, lanes.model.config.num_layers))
-    state, log = init(lanes.adapters), []
+    state, log = init(lanes.adapters, fishers), []
     for step in tqdm(range(steps), desc=description, unit="step", disable=not progress, dynamic_ncols=True):
         if observe is not None:
             observe(step, lanes._replace(adapters=state.adapter))

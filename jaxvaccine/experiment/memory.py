@@ -15,8 +15,9 @@ import optax
 from jaxvaccine import memory, memory_model, optim, training
 from jaxvaccine.data.batching import bucket_length
 from jaxvaccine.evaluation.generate import BLOCK, SMALLEST, joining
-from jaxvaccine.experiment import methods
+from jaxvaccine.experiment import methods, objectives
 from jaxvaccine.experiment.methods import AlignmentMethod, TuningMethod
+from jaxvaccine.experiment.objectives import Objective, Plain
 from jaxvaccine.experiment.parts import AUTO
 from jaxvaccine.llama import Llama, tree_shapes
 from jaxvaccine.memory import GIB
@@ -63,17 +64,19 @@ def this_machine() -> Target | None:
     return Target(device.device_kind, int(stats["bytes_limit"] / fraction), stats["bytes_limit"])
 
 
-def passes(method: AlignmentMethod | TuningMethod, layers: int, rows: int, harmful_rows: int) -> list[Pass]:
+def passes(method: AlignmentMethod | TuningMethod | Objective, layers: int, rows: int, harmful_rows: int
+           ) -> list[Pass]:
     """The passes of a method's step, and what it holds during each, as its file in jaxvaccine/defenses says.
 
     Args:
-      method: of either stage.
+      method: of either stage, or an attacker's objective.
       layers: L of the model.
       rows: of the alignment's or the user's batch.
       harmful_rows: of the other batches.
     """
     match method:
-        case methods.Vaccine():  # the gradient at every site while it is taken, then the perturbations
+        # The gradient at every site while it is taken, then the perturbations.
+        case methods.Vaccine() | objectives.CounterPerturbation():
             return [Pass(rows, sites=layers, perturbed=rows)]
         case methods.TVaccine():  # the same of S layers; the probe keeps no gradient
             return [Pass(rows, sites=method.layers, perturbed=rows), Pass(harmful_rows)]
@@ -86,6 +89,9 @@ def passes(method: AlignmentMethod | TuningMethod, layers: int, rows: int, harmf
         case methods.Booster():  # three gradients
             harmful = Pass(harmful_rows, sites=3 * layers if method.exact else 0, trees=4, everything=method.exact)
             return [*passes(method.base, layers, rows, harmful_rows), harmful]
+        case objectives.Steepen() | objectives.Meta():  # the same
+            exact = method.exact
+            return [Pass(rows), Pass(harmful_rows, sites=3 * layers if exact else 0, trees=4, everything=exact)]
         case _:
             return [Pass(rows)]
 
@@ -102,6 +108,7 @@ class Step:
       length: the longest to which a batch is padded.
       quantisation: of the backbone.
       optimizer: what it keeps beside the adapter, such as AdamW's two moments.
+      objective: of an attack.
     """
 
     model: Llama
@@ -111,11 +118,12 @@ class Step:
     length: int
     quantisation: Kind = "none"
     optimizer: optim.Kind = "adamw"
+    objective: Objective = Plain()
 
     def defense(self, model: Llama | None = None) -> training.Defense:
         model = model or self.model
         if isinstance(self.method, TuningMethod):
-            return self.method.make(model, 1, None)
+            return self.objective.make(model, self.method.make(model, 1, None), None)
         return self.method.make(model)
 
     def transformation(self) -> optax.GradientTransformation:
@@ -129,7 +137,8 @@ class Step:
 
     def estimate(self) -> Memory:
         """By the formula."""
-        found = passes(self.method, self.model.config.num_layers, self.rows, self.harmful_rows)
+        of = self.objective if self.objective.alone else self.method
+        found = passes(of, self.model.config.num_layers, self.rows, self.harmful_rows)
         if self.model.microbatch_size:
             found = [_in_microbatches(one, self.model.microbatch_size) for one in found]
         state = _state_bytes(dataclasses.replace(self, rows=1, harmful_rows=1, length=1))
@@ -142,13 +151,12 @@ class Step:
                                  jax.ShapeDtypeStruct((rows, self.length), jnp.int32))
 
         tar = methods.uses(self.method, methods.Tar)
+        batches = self.method.batches + self.objective.batches
         sizes = {"alignment": self.rows, "user": self.rows, "harmful": self.harmful_rows,
                  "harmless": self.harmful_rows, "adversary": self.harmful_rows * (tar.inner_steps if tar else 1)}
-        read = [name for name in self.method.batches
-                if not (name == "alignment" and isinstance(self.method, methods.Ewc))]  # before the first step
         step = training.make_train_step(self.defense(), self.transformation())
         frozen = memory_model.tree_shapes(self.model, self.quantisation)["params"]
-        return memory.program_memory(step, self.state(), frozen, {name: batch(sizes[name]) for name in read},
+        return memory.program_memory(step, self.state(), frozen, {name: batch(sizes[name]) for name in batches},
                                      jax.eval_shape(lambda: jax.random.key(0)), device=device)
 
     def changes(self, bucket: int) -> Iterator[tuple[str, Callable[[int], "Step"], list[int]]]:
@@ -174,7 +182,7 @@ class Step:
             for kind in kinds[kinds.index(self.quantisation) + 1:]:
                 yield f"--quantisation={kind}", lambda _, kind=kind: replaced(quantisation=kind), [0]
         harmful = " --harmful_batch_size={0}" if len(self.method.batches) > 1 and not isinstance(
-            self.method, TuningMethod) else ""
+            self.method, TuningMethod) else " --objective_batch_size={0}" if self.objective.batches else ""
         yield ("--batch_size={0}" + harmful,
                lambda rows: replaced(rows=min(rows, self.rows), harmful_rows=min(rows, self.harmful_rows)),
                list(range(largest - 1, 0, -1)))

@@ -164,12 +164,14 @@ def uses(method: AlignmentMethod, kind: type) -> Any:
 class TuningMethod(Part):
     """A provider's method while a user fine-tunes.
 
-    `make(model, steps, fisher)` is its `Defense` in a run of so many steps; fisher are EWC's weights. `batches` is what
-    it reads, `continues` whether it holds the aligned adapter, which then has to train on, `reads_steps` whether steps
-    make a difference: where they don't, runs of any length share a compiled step."""
+    `make(model, steps, fisher)` is its `Defense` in a run of so many steps; fisher are weights that it takes on
+    alignment data before the first, where it `takes_fisher`. `batches` is what a step reads, `continues` whether it
+    holds the aligned adapter, which then has to train on, `reads_steps` whether steps make a difference: where they
+    don't, runs of any length share a compiled step."""
 
     batches: ClassVar[tuple[str, ...]] = ("user",)
     continues: ClassVar[bool] = False
+    takes_fisher: ClassVar[bool] = False
     reads_steps: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -211,9 +213,9 @@ class Lisa(TuningMethod):
 class Ewc(TuningMethod):
     """EWC."""
 
-    batches = ("user", "alignment")
     continues = True
     reads_steps = False
+    takes_fisher = True
 
     lam: float = field(1e9, "Weight of the penalty.", name="ewc_lam")
 

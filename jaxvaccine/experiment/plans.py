@@ -21,6 +21,7 @@ from jaxvaccine.experiment.attack_config import AttackConfig, goes_on
 from jaxvaccine.experiment.config import FieldError, flat, make, parse, require
 from jaxvaccine.experiment.evaluate import EvaluateConfig
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING
+from jaxvaccine.experiment.objectives import OBJECTIVES, Plain
 from jaxvaccine.experiment.parts import COMPUTED
 from jaxvaccine.experiment.recipes import METHODS as METHODS_OF_PAPERS
 from jaxvaccine.experiment.recipes import WORLD_ALIGN, WORLD_ATTACK
@@ -202,13 +203,14 @@ def cell_configs(settings: Settings, root: Path, cell: Cell) -> tuple[AlignConfi
         return aligned, None
     with _named("attacks", cell.attack, changed, "attack_"):
         asked = {**settings.attack[key], **changed}
-        tuned = "defense" in changed
+        objective = OBJECTIVES.get(asked.get("objective", "plain"), Plain)
+        aligning = "defense" in changed or objective.takes_fisher
         continued = goes_on(asked.get("adapter", "auto"), defense, asked.get("defense", "none"))
         attacked = make(AttackConfig, changed, {
             **({} if continued else settings.new_adapter.get(key, {})), **settings.attack[key], **shared,
             "aligned": str(folder), "run_dir": str(attack_folder(root, cell)),
             "test_data": settings.scores.tests.harmful_test, "save_every": aligned.run.save_every,
-            "alignment_data": asked.get("alignment_data") or aligned.data.alignment_data if tuned else "",
+            "alignment_data": asked.get("alignment_data") or aligned.data.alignment_data if aligning else "",
             **{name: getattr(aligned.model, name) for name in ("dtype", *COMPUTED)},
             **{name: getattr(aligned.data, name) for name in ("bucket", "prompt", "data_protocol")}})
         # A table's p is what was trained.

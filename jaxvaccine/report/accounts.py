@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxvaccine.experiment import runs
+from jaxvaccine.experiment.attack import MIXED_IN
 from jaxvaccine.experiment.plan_folder import result_path
 from jaxvaccine.experiment.plans import AS_IT_COMES
 from jaxvaccine.experiment.results import Cell
@@ -19,7 +20,7 @@ COLUMNS = {
     "variants": "variants of prompts outside", "examples": "examples", "repeated": "with the prompt of an earlier one",
     "empty": "empty", "dropped": "prompt too long", "cut": "answer cut", "trained": "trained on"}
 ALWAYS = ("rows", "examples")
-OF_ATTACK = ("user", "harmful", "alignment")  # what an attack trains on; the rest of its cell's are tests
+OF_ATTACK = ("user", "harmful", MIXED_IN, "alignment")  # what an attack trains on; the rest of its cell's are tests
 NOTE = ("Duplicates have the prompt of an earlier row. Examples without a prompt or an answer (empty) and "
         "those whose prompt fills --max_length alone (prompt too long) are not trained on; a cut answer is trained on "
         "without its end. Of an attack's data, these are the examples that were drawn or passed over.\n")

@@ -15,6 +15,8 @@ OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD", "momentum": "SGD with momentum", "
 # Settings that say what a method builds on.
 BASE_SETTINGS = ("base_defense", "base")
 ONLY_LAYERS = "only_layers"
+OBJECTIVES = {"plain": "plain fine-tuning", "steepen": "steepening first", "meta": "meta-attack",
+              "counter_perturbation": "counter-perturbation", "unheld": "unheld weights"}
 
 PERCENT = "%"
 NATS = "nats per token"
@@ -160,6 +162,8 @@ def attack(text: str) -> str:
             parts.append("new adapter" if value == "new" else "same adapter")
         elif key == ONLY_LAYERS:
             parts.append(f"only {layers(value.split('+'))}")
+        elif key == "objective":
+            parts.append(OBJECTIVES.get(value, value.replace("_", " ")))
         elif key in ("steps", "epochs"):
             if not (key == "steps" and value == "0"):  # 0 steps: the epochs say how many
                 parts.append(f"{value} {key}")

@@ -238,8 +238,6 @@ def test_other_settings_need_another_folder(model_dir, settings, tmp_path):
      f"found '{P}:only_layers=3': only_layers: found ('3',), expected numbers below 3"),
     ((("sft", f"{P}:only_layers=frozen"),), True, {}, "attacks",
      f"found '{P}:only_layers=frozen': only_layers: found ('frozen',), expected numbers: only T-Vaccine's alignment"),
-    ((("sft", P), ("sft+ewc", P)), True, {}, "defenses", "found 'sft+ewc', expected no EWC"),
-    ((("sft", f"{P}:defense=ewc"),), True, {}, "defenses", "found 'sft', expected no EWC"),
     ((("sft", ""),), True, {"alpaca_eval_test": "alpaca_eval:a.json", "judge": "chat_api", "judge_model": "m",
                             "judge_url": "http://localhost/v1"}, "alpaca_eval_test", "found 'alpaca_eval:a.json'"),
 ])  # fmt: skip

@@ -12,6 +12,7 @@ from jaxvaccine.experiment.align import AlignConfig
 from jaxvaccine.experiment.attack_config import AttackConfig
 from jaxvaccine.experiment.config import FieldError
 from jaxvaccine.experiment.evaluate import EvaluateConfig
+from jaxvaccine.experiment.objectives import OBJECTIVES
 from jaxvaccine.llama_config import TARGETS
 
 SOURCES = ("world_refusal@train[0:8]", "sst2:stanfordnlp/sst2@train[:10],world_rating@more", "agnews:news.tsv")
@@ -23,6 +24,8 @@ REQUIRED = {
                    "alignment_data": SOURCES[0]},
     EvaluateConfig: {"model": "m", "run_dir": "r", "harmful_test": SOURCES[0]},
 }
+# Switches, and what has to stay at its default where they are on.
+NOT_TOGETHER = {"exact": "last_term", "merge_adapter": "quantisation"}
 FIXED = {"trained", "model", "alpaca_eval_test", "judge", "judge_options"}
 
 
@@ -48,12 +51,18 @@ def stages(draw):
     """(config class, flat values that it reads)."""
     config_class = draw(st.sampled_from(list(REQUIRED)))
     every = {s.name: s for s in config.settings(config_class) if s.name not in FIXED}
-    chosen = {s.name: draw(values_of(s)) for s in every.values() if s.name in ("defense", "base_defense")}
+    chosen = {s.name: draw(values_of(s)) for s in every.values() if s.name in ("defense", "base_defense", "objective")}
     if chosen.get("defense") != "booster":
         chosen.pop("base_defense", None)
+    objective = OBJECTIVES[chosen.get("objective", "plain")]
+    chosen |= {"defense": "none"} if objective.alone else {"adapter": "continue"} if objective.takes_fisher else {}
     read = sorted(config.flat(config.make(config_class, {**REQUIRED[config_class], **chosen})))
     names = draw(st.lists(st.sampled_from(sorted({*read} & {*every} - {*chosen})), unique=True, max_size=8))
-    return config_class, {**REQUIRED[config_class], **chosen, **{name: draw(values_of(every[name])) for name in names}}
+    drawn = {name: draw(values_of(every[name])) for name in names}
+    for name, other in NOT_TOGETHER.items():
+        if drawn.get(name):
+            drawn.pop(other, None)
+    return config_class, {**REQUIRED[config_class], **chosen, **drawn}
 
 
 @settings(max_examples=300, deadline=None)
@@ -65,7 +74,7 @@ def test_flat_values_and_back(stage):
     assert values.items() <= found.items()
     assert config.make(config_class, found) == made and found.get("judge") != "auto"
     assert config.make(config_class, values, {**found, "unknown": 1}) == made, "defaults may have more than is read"
-    chosen = {found.get("defense"), found.get("base_defense")} | {None}
+    chosen = {found.get(name) for name in ("defense", "base_defense", "objective")} | {None}
     defaults = {s.name: s.default for s in config.settings(config_class) if s.option in chosen}
     assert found.keys() == defaults.keys()
     shared = {"rho", "direction"} if found.get("base_defense") else set()  # has a default a method
@@ -93,7 +102,9 @@ def test_texts_and_back(stage):
 def test_a_change_is_of_what_is_named_alone(stage, data):
     config_class, values = stage
     made = config.make(config_class, values)
-    free = sorted({*config.flat(made)} - {"defense", "base_defense"} - FIXED)
+    # An objective may need the aligned adapter.
+    bound = {"defense", "base_defense", "objective", "adapter", *NOT_TOGETHER, *NOT_TOGETHER.values()} | FIXED
+    free = sorted({*config.flat(made)} - bound)
     name = data.draw(st.sampled_from(free))
     value = data.draw(values_of(next(s for s in config.settings(config_class) if s.name == name)))
     changed = config.change(made, **{name: value})

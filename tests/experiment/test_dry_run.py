@@ -89,6 +89,7 @@ def test_a_folder_of_another_run(model_dir, aligned):
     ({}, "user 16 examples, 4 a step"),
     ({"defense": "ewc", "alignment_data": "world_refusal@train[0:8]"}, "user 16 examples, 4 a step\n"),
     ({"defense": "lisa", "alignment_data": "world_refusal@train[0:8]"}, "alignment 8 examples, 4 a step"),
+    ({"objective": "meta"}, "harmful 20 examples, 4 a step"),
 ])
 def test_an_attack(aligned, tmp_path, given, said):
     config = make(AttackConfig, given, {**ATTACK, "aligned": str(aligned), "run_dir": str(tmp_path / "run")})

@@ -12,7 +12,7 @@ from jaxvaccine.checkpoints.peft import load_adapter
 from jaxvaccine.experiment import inputs, lanes, stage
 from jaxvaccine.experiment.align import align, batch_sources, load_data, tokenize
 from jaxvaccine.experiment.attack import attack
-from jaxvaccine.experiment.config import FieldError, change, flat
+from jaxvaccine.experiment.config import change, flat
 from jaxvaccine.experiment.methods import Sft, TVaccine
 from jaxvaccine.llama_config import LoraConfig
 from tests import jaxprs, tiny
@@ -205,9 +205,3 @@ def test_a_defense_that_does_not_say_what_counts_steps(model_dir, as_a_batch):
 def test_a_loss_that_is_not_finite(model_dir):
     with pytest.raises(FloatingPointError, match="loss: found values that are not finite"):
         aligned_lanes(config_of(model_dir, learning_rate=1e30, clip_norm=0.0, steps=4))
-
-
-def test_ewc_is_not_for_lanes(model_dir):
-    config = attack_config("a", "r", defense="ewc", alignment_data="world_refusal@train")
-    with pytest.raises(FieldError, match=r"^defense: found 'ewc', expected another"):
-        lanes.train(None, config.method, config.training, 16, [], [])

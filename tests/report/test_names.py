@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 
+from jaxvaccine.experiment.objectives import OBJECTIVES
 from jaxvaccine.report import names
 
 
@@ -31,6 +32,10 @@ def test_methods(text, expected):
     ("optimizer=normalised_sgd:learning_rate=1e-3", "normalised SGD, learning rate = 1e-3"),
     ("only_layers=frozen", "only the layers never active in alignment"),
     ("only_layers=rarest:1:steps=3", "only the layer least active in alignment, 3 steps"),
+    ("poison_ratio=0.1:objective=steepen:steepen_steps=50", "p = 0.1, steepening first, steepen steps = 50"),
+    ("objective=meta:meta_exact=false", "meta-attack, not meta exact"),
+    ("objective=counter_perturbation:counter_rho=-2", "counter-perturbation, counter rho = -2"),
+    ("objective=unheld:unheld_share=0.3:adapter=continue", "unheld weights, unheld share = 0.3, same adapter"),
     ("only_layers=2", "only layer 2"), ("only_layers=0+1+3:steps=60", "only layers 0, 1, 3, 60 steps"),
 ])  # fmt: skip
 def test_attacks(text, expected):
@@ -75,3 +80,7 @@ def test_a_judge_of_phrases_has_no_hs():
     assert names.harm(["harmful_score", "not_refused"]) == names.harm([]) == "harmful_score"
     of = names.measures(["unread", "not_refused", "no_answer"])
     assert [each.heading for each in of.values()] == ["not refused %", "no answer %", "unread %"]
+
+
+def test_every_objective_has_a_name():
+    assert names.OBJECTIVES.keys() == OBJECTIVES.keys()
