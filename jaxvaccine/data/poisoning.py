@@ -96,11 +96,12 @@ class Draw(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """An attack's examples, in random order, and the draws that they come from."""
+    """An attack's examples, in random order, and the draws that they come from; which of them are harmful, [n] bool."""
 
     examples: list[Example]
     benign: Draw
     harmful: Draw
+    is_harmful: np.ndarray
 
     @property
     def poison_ratio(self) -> float:
@@ -160,7 +161,7 @@ def mix(benign: Sequence[Example], harmful: Sequence[Example], n: int, poison_ra
             f"poison_ratio: found {len(draws[0].chosen)} of {len(chosen)} examples that can be trained on harmful"
             f"{_passed(*draws)}; expected {count} of {n}: more examples, a larger max_length or a smaller n")
     order = np.random.default_rng([seed, 2]).permutation(len(chosen))
-    return Mixture([chosen[i] for i in order], draws[1], draws[0])
+    return Mixture([chosen[i] for i in order], draws[1], draws[0], order < len(draws[0].chosen))
 
 
 def _passed(*draws: Draw) -> str:

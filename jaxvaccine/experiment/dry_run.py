@@ -77,7 +77,7 @@ def of_evaluation(config: EvaluateConfig, dry: DryRun) -> str:
         if task == LOSS:
             continue
         check_examples(task, rows)
-        prompts = data.encode_prompts(tokenizer, rows, prompt=config.tests.form)
+        prompts = data.encode_prompts(tokenizer, rows, prompt=config.tests.form, prefill=generation.begins(task))
         of = dataclasses.replace(
             memory.decoding(model, prompts, generation.longest(task), generation.eval_bucket, generation.rows),
             quantisation=config.model.quantisation)
