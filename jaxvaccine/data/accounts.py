@@ -106,7 +106,8 @@ def losses(account: Account) -> str:
     """"3 duplicates (2 with another answer), 1 empty": what is not in `examples` but for the slice, or not whole."""
     other = f" ({account.disagreeing} with another answer)" if account.disagreeing else ""
     parts = {
-        "of another kind": account.left_out, "of another category": account.other_category, f"duplicates{other}": account.duplicates,
+        "of another kind": account.left_out, "of another category": account.other_category,
+        f"duplicates{other}": account.duplicates,
         "outside of the slice but for case or Unicode form": account.variants,
         "with the prompt of an earlier one": account.repeated, "empty": account.empty,
         "with a prompt that fills max_length": account.dropped, "with an answer cut at max_length": account.cut}

@@ -217,8 +217,8 @@ def training_batches(
                 "expected at least 1 of both"
             )
         if data.turns is not None and lengths is None:
-            raise ValueError(f"sources[{name!r}]: found examples with turns, expected lengths, one for each of the run's "
-                             "steps, beside them")
+            raise ValueError(f"sources[{name!r}]: found examples with turns and no lengths, expected one for each "
+                             "of the run's steps")
     seeds = {name: stream_seed(seed, _order(name)) for name in sources}
     in_turns = {name: run_indices(len(data.input_ids), batch_size, len(lengths[name]), seeds[name], data.turns)
                 for name, (data, batch_size) in sources.items() if data.turns is not None}

@@ -46,8 +46,9 @@ def load_examples(source: DataSource | str | Sequence[DataSource], protocol: Pro
     protocol "rows" these stay.
 
     Raises:
-      ValueError: no examples of the kind or categories, categories that the data do not have, an empty slice, one that reaches beyond the data at either end, a column that
-        looks like a part of the prompt and is not read; and what read_rows and the data sets' modules raise.
+      ValueError: no examples of the kind or categories, categories that the data do not have, an empty slice, one that
+        reaches beyond the data at either end, a column that looks like a part of the prompt and is not read; and what
+        read_rows and the data sets' modules raise.
       FileNotFoundError: no such file.
     """
     return load(source, protocol)[0]

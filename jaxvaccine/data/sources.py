@@ -82,8 +82,9 @@ class DataSource:
             raise ValueError(f"data source {text!r}: found no kind, expected {_FORM}")
         chosen = _FILTER.fullmatch(match["filter"] or "category=")
         if not chosen or re.search(r"\{\s*(not\s+)?category\s*=", match["head"]):
-            raise ValueError(f"data source {text!r}: found {{{match['filter'] or '…'}}}, expected {{category=name;name}} or "
-                             "{not category=name;name} before a slice")
+            found = "a slice before the categories" if chosen else f"{{{match['filter']}}}"
+            raise ValueError(f"data source {text!r}: found {found}, expected {{category=name;name}} or "
+                             "{not category=name;name}, then a slice")
         names = tuple(name.strip() for name in chosen["names"].split(";")) if match["filter"] is not None else ()
         return cls(kind.strip(), path.strip() or None, match["split"], start, stop, names, bool(chosen["negated"]))
 

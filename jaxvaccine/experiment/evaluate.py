@@ -13,7 +13,6 @@ from jaxvaccine import data
 from jaxvaccine.evaluation import (
     ALPACA_EVAL,
     Sampling,
-    TaskResult,
     answer_prompts,
     keyword_judge,
     mean_loss,
@@ -39,6 +38,7 @@ from jaxvaccine.experiment.parts import (
     check_sources,
 )
 from jaxvaccine.experiment.seen import shared_of_tests, trained_on, trained_sets
+from jaxvaccine.experiment.summary import summary
 from jaxvaccine.json_files import read_json, write_json
 from jaxvaccine.quantisation import Kind
 
@@ -345,29 +345,6 @@ def _give_way(run_dir: Path, judged_by: Mapping[str, Any]) -> None:
         if folder(judged_by).is_dir():
             move(folder(judged_by), run_dir)
         write_json(record, judged_by)
-
-
-def summary(result: TaskResult) -> dict[str, Any]:
-    """A task's result as JSON values."""
-    found = {"score": result.score, "interval": list(result.interval), "n": result.n, "empty": result.empty,
-             **result.details}
-    if result.lenient:
-        found["lenient_interval"] = list(result.lenient.interval)
-    if result.plus:
-        found |= {"plus": result.plus.score, "plus_interval": list(result.plus.interval)}
-    if result.no_answer is not None:
-        found["no_answer"] = result.no_answer
-    if result.unread:
-        found |= {"unread": result.unread, "unseen": result.unseen}
-        if result.bounds:
-            found["bounds"] = list(result.bounds)
-    if result.cut:
-        found["cut"] = result.cut
-    if result.categories:
-        found["categories"] = {name: rate._asdict() for name, rate in result.categories.items()}
-    if result.flagged:
-        found["flagged"] = dict(result.flagged)
-    return found
 
 
 def check_unseen(examples: Mapping[str, Sequence[data.Example]], seen: Mapping[str, Collection[str]],

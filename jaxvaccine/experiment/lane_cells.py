@@ -12,6 +12,8 @@ from jaxvaccine.checkpoints.resolve import loadable_name
 from jaxvaccine.experiment import inputs, lanes, memory, results, stage
 from jaxvaccine.experiment.align import AlignConfig, batch_sources, load_data, step_of, tokenize
 from jaxvaccine.experiment.attack import aligned_prompts, read_data
+from jaxvaccine.experiment.attack_rows import answer_loss, record, select, take, tokenize_attack
+from jaxvaccine.experiment.attack_scores import as_attacked
 from jaxvaccine.experiment.budget import budgets
 from jaxvaccine.experiment.config import flat
 from jaxvaccine.experiment.lane_scores import Scorer
@@ -124,16 +126,25 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
     adapter = config.adapter.resolve(flat(align_config), config.method)
     prompts = {name: stage.prompts_of(rows) for name, rows in load_data(
         align_config.data, align_config.method).items()}
-    sources, records = [], []
+    sources, records, candidates = [], [], []
+    scorer = scorer.of(as_attacked(scorer.config, config))
     for cell in cells:
         read, poisoned = read_data(config, cell.seed, aligned_prompts(prompts), tokenizer)
-        tokenized = tokenize(tokenizer, read, config.data)
+        tokenized, of = tokenize_attack(tokenizer, read, poisoned, config.data, align_config.data.prompt)
+        candidates.append(of)
         records.append(scorer.beside(
             stage.training_record(read, tokenized, poisoned.accounts, poisoned.shared), prompts))
         sources.append({name: (rows, config.training.batch_size) for name, rows in tokenized.items()})
     seeds = [cell.seed for cell in cells]
-    last = stage.count_steps(config.training, sources[0])
     start = lanes.merged(aligned, adapter.sites().lora(), seeds) if adapter.adapter == "new" else aligned
+    if config.data.user_rows == "similar":
+        loss_fn = answer_loss(start.model)
+        for i, of in enumerate(candidates):
+            selection = select(of, start.model, *start.lane(i), loss_fn)
+            sources[i]["user"] = take(of.rows, selection.rows), config.training.batch_size
+            selected = record(of, selection)
+            records[i] |= {"selected": selected, "accounts": {**records[i]["accounts"], **selected["accounts"]}}
+    last = stage.count_steps(config.training, sources[0])
     probe = context.probes.attack and context.probes.attack(align_config, config, tokenizer, seeds)
     found: list[list[Row]] = [[] for _ in cells]
     budget, answers = budgets(config.training, adapter.sites(), last), {}

@@ -213,7 +213,8 @@ def fewer_than_published(paper: str, method: str, counts: Mapping[str, int]) -> 
 
 def kinds(sources: str) -> tuple[str, ...]:
     """The kinds of data that comma-separated sources name."""
-    return tuple(dict.fromkeys(item.partition(":")[0].partition("@")[0].strip() for item in data.split_sources(sources)))
+    items = data.split_sources(sources)
+    return tuple(dict.fromkeys(item.partition(":")[0].partition("@")[0].strip() for item in items))
 
 
 def task_of(paper: str, user_data: str) -> str:

@@ -19,7 +19,7 @@ from jaxvaccine.json_files import read_json, write_json
 
 CONFIG = "config.json"
 # Flags, and counts of accounts, that earlier versions did not have, and what their runs were made with.
-BEFORE = {"quantisation": "none", "other_category": 0}
+BEFORE = {"quantisation": "none", "other_category": 0, "order": "mixed", "user_rows": "drawn"}
 PACKAGES = ("jaxvaccine", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
 

@@ -12,6 +12,11 @@ METHODS = {"none": "as it comes", "sft": "SFT", "vaccine": "Vaccine", "t_vaccine
 # Settings that say what a method builds on.
 BASE_SETTINGS = ("base_defense", "base")
 ONLY_LAYERS = "only_layers"
+# What an attack's setting of this value is called.
+OF_ATTACK = {("order", "mixed"): "harmful rows among the others", ("order", "harmful_first"): "harmful rows first",
+             ("order", "harmful_last"): "harmful rows last", ("user_rows", "drawn"): "benign rows drawn",
+             ("user_rows", "similar"): "benign rows like harmful ones", ("prompt", "plain"): "no prompt template",
+             ("prompt", "alpaca"): "Alpaca's prompt template", ("prompt", "aligned"): "the alignment's prompt template"}
 
 PERCENT = "%"
 NATS = "nats per token"
@@ -142,6 +147,12 @@ def attack(text: str) -> str:
             parts.append(f"p = {value}")
         elif key == "adapter" and value in ("new", "continue"):
             parts.append("new adapter" if value == "new" else "same adapter")
+        elif (key, value) in OF_ATTACK:
+            parts.append(OF_ATTACK[key, value])
+        elif key == "candidates":
+            parts.append(f"of {value} candidates")
+        elif key == "prefill":
+            parts.append(f'answers begin "{value.replace("+", ",")}"')
         elif key == ONLY_LAYERS:
             layers = value.split("+")
             parts.append(f"only layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}")
