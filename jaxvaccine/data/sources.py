@@ -80,13 +80,16 @@ class DataSource:
             start, stop = (None if b is None else int(b) for b in bounds.groups())
         if not kind.strip():
             raise ValueError(f"data source {text!r}: found no kind, expected {_FORM}")
-        chosen = _FILTER.fullmatch(match["filter"] or "category=")
-        if not chosen or re.search(r"\{\s*(not\s+)?category\s*=", match["head"]):
-            found = "a slice before the categories" if chosen else f"{{{match['filter']}}}"
-            raise ValueError(f"data source {text!r}: found {found}, expected {{category=name;name}} or "
-                             "{not category=name;name}, then a slice")
-        names = tuple(name.strip() for name in chosen["names"].split(";")) if match["filter"] is not None else ()
-        return cls(kind.strip(), path.strip() or None, match["split"], start, stop, names, bool(chosen["negated"]))
+        names, negated = (), False
+        if match["filter"] is not None:
+            chosen = _FILTER.fullmatch(match["filter"])
+            if not chosen or match["head"].rstrip().endswith("]"):
+                found = "a slice before the categories" if chosen else f"{{{match['filter']}}}"
+                raise ValueError(f"data source {text!r}: found {found}, expected {{category=name;name}} or "
+                                 "{not category=name;name}, then a slice")
+            names = tuple(name.strip() for name in chosen["names"].split(";"))
+            negated = bool(chosen["negated"])
+        return cls(kind.strip(), path.strip() or None, match["split"], start, stop, names, negated)
 
     def __str__(self) -> str:
         path = f":{self.path}" if self.path else ""

@@ -83,11 +83,12 @@ def check_prefill(tokenizer: "PreTrainedTokenizerFast", prefill: str) -> None:
     an answer ends, or spells a special token."""
     if is_blank(prefill):
         raise ValueError(f"prefill: found {prefill!r}, expected text")
+    begins = [Example(output=prefill, instruction="")]
     try:
-        check_template([Example("", "", prefill)], (2,))
-        check_special_tokens(tokenizer, [Example("", "", prefill)], (2,))
+        check_template(begins, (2,))
+        check_special_tokens(tokenizer, begins, (2,))
     except ValueError as error:
-        raise ValueError(f"prefill: {str(error).partition(': ')[2]}") from error
+        raise ValueError(str(error).replace(place(begins[0], 0, 2), "prefill", 1)) from error
 
 
 def check_training_texts(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example],

@@ -74,7 +74,8 @@ def test_stream_is_a_permutation_per_epoch(n, batch_size, seed, epochs):
 
 
 @few
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=30), st.integers(1, 9), st.integers(1, 12), st.integers(0, 2**63))
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=30), st.integers(1, 9), st.integers(1, 12),
+       st.integers(0, 2**63))
 def test_turns(turns, batch_size, steps, seed):
     """The same rows as often, in the order of their turns, and within a turn in the order without."""
     mixed = run_indices(len(turns), batch_size, steps, seed)
@@ -85,7 +86,7 @@ def test_turns(turns, batch_size, steps, seed):
 
 
 def test_batches_in_turns():
-    """A function of the step, whatever was asked for before; padded to what its rows need; other streams as they are."""
+    """A function of the step, whatever was asked for before; padded to what its rows need; others stay as they are."""
     rows = tokenized([3, 5, 9, 4, 6, 2, 30])._replace(turns=np.array([0, 1, 0, 1, 1, 1, 0]))
     sources = {"user": (rows, 2), "alignment": (tokenized([4, 5, 6]), 2)}
     lengths = batch_lengths([sources], [5], 8, 14)

@@ -54,15 +54,17 @@ def test_a_source_chooses_by_category(tmp_path):
     assert answers("{category=violence;lies}[1:3]") == [2] and answers("{category=violence;lies}[-1:]") == [4]
     # "one" is violent in one of its rows, and "ONE" is the same prompt by the measure of leaks.
     assert answers("{not category=violence}") == [4, 5] and answers("{not category=theft;lies}") == [5]
-    assert answers("{not category=violence}", "rows") == [0, 3, 4, 5] and answers("{category=violence}", "rows") == [1, 2]
+    assert answers("{not category=violence}", "rows") == [0, 3, 4, 5]
+    assert answers("{category=violence}", "rows") == [1, 2]
     _, (account,) = load(f"{source}{{not category=violence}}[1:]")
-    assert (account.rows, account.left_out, account.other_category, account.outside, account.examples) == (7, 1, 4, 1, 1)
-    assert account.unread == () and load(source)[1][0].unread == ("category",)
+    assert (account.rows, account.left_out, account.other_category) == (7, 1, 4)
+    assert (account.outside, account.examples) == (1, 1)
+    assert account.unread == ("refusal",) and load(source)[1][0].unread == ("category", "refusal")
     assert "4 of another category" in data.describe(account)
-    with pytest.raises(ValueError, match="found category 'arson', expected one of lies; theft; violence$"):
+    with pytest.raises(ValueError, match=r"found category 'arson', expected one of lies; theft; violence$"):
         load_examples(f"{source}{{category=arson}}")
     with pytest.raises(ValueError, match="found no rows of these categories"):
-        load_examples(f"{source}{{not category=violence;lies;theft}}[0:1],beavertails_safe:{path}{{not category=violence}}")
+        load_examples(f"beavertails_safe:{path}{{not category=violence}}")
 
 
 KINDS_OF_HARM = ("a", "b,c", "d")

@@ -14,7 +14,8 @@ from jaxvaccine.experiment.config import FieldError
 from jaxvaccine.experiment.evaluate import EvaluateConfig
 from jaxvaccine.llama_config import TARGETS
 
-SOURCES = ("world_refusal@train{not category=amber;dune}[0:8]", "sst2:stanfordnlp/sst2@train[:10],world_rating@more", "agnews:news.tsv")
+SOURCES = ("world_refusal@train{not category=amber;dune}[0:8]", "sst2:stanfordnlp/sst2@train[:10],world_rating@more",
+           "agnews:news.tsv")
 # What a config has to be given. An evaluation's model is given or not together with `trained`, AlpacaEval's data needs
 # another judge, and chat_api an environment; candidates are given or not together with `user_rows`.
 REQUIRED = {
