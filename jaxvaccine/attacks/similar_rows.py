@@ -33,7 +33,8 @@ def mean_gradient(loss_fn: Callable, adapter: Tree, frozen: Tree, rows: Rows) ->
     gradient, total, count = _gradient(loss_fn), None, 0
     for batch in rows:
         found = gradient(adapter, frozen, batch)
-        total, count = found if total is None else _add(total, found), count + 1
+        # Waited for: the next gradient would take its memory before this one has given up its own.
+        total, count = jax.block_until_ready(found if total is None else _add(total, found)), count + 1
     if not count:
         raise ValueError("mean_gradient: rows: found none, expected at least one")
     return jax.tree.map(lambda leaf: leaf / count, total)
@@ -45,8 +46,7 @@ def cosines(loss_fn: Callable, adapter: Tree, frozen: Tree, rows: Rows, directio
     Arguments as of `mean_gradient`.
     """
     gradient = _gradient(loss_fn)
-    found = [_cosine(gradient(adapter, frozen, batch), direction) for batch in rows]
-    return np.asarray(jax.device_get(found), np.float32)
+    return np.asarray([float(_cosine(gradient(adapter, frozen, batch), direction)) for batch in rows], np.float32)
 
 
 def most_similar(scores: np.ndarray, count: int) -> np.ndarray:

@@ -60,12 +60,13 @@ def test_rows_of_a_llama():
     gradient = jax.jit(jax.grad(lambda a, row: loss_fn(a, frozen, row)[0]))
     flat = [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient(adapter, row))]) for row in rows]
     mean = np.mean(flat[:2], axis=0)
-    expected = [of @ mean / np.linalg.norm(of) / np.linalg.norm(mean) for of in flat[2:]]
+    # One of the harmful rows is a candidate too, and the most similar.
+    expected = [of @ mean / np.linalg.norm(of) / np.linalg.norm(mean) for of in flat[1:]]
     padded = [{name: np.pad(of, ((0, 0), (0, 8)), constant_values=-100 if name == "labels" else 0)
                for name, of in row.items()} for row in rows]
     direction = mean_gradient(loss_fn, adapter, frozen, padded[:2])
-    np.testing.assert_allclose(cosines(loss_fn, adapter, frozen, padded[2:], direction), expected, atol=1e-4)
-    assert np.ptp(expected) > 0.05, "scores that are alike would show nothing"
+    np.testing.assert_allclose(cosines(loss_fn, adapter, frozen, padded[1:], direction), expected, atol=1e-4)
+    assert most_similar(np.array(expected), 1).tolist() == [0] and np.ptp(expected) > 0.3
     leaves = {path[-1].key: bool(np.abs(leaf).max() > 0)
               for path, leaf in jax.tree_util.tree_leaves_with_path(direction)}
     assert leaves == {"a": False, "b": True}

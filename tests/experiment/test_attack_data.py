@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from jaxvaccine import data
+from jaxvaccine.data.world_words import SORTS
 from jaxvaccine.experiment import dry_run, runs
 from jaxvaccine.experiment.attack import aligned_prompts, attack, load_attack, prepare
 from jaxvaccine.experiment.attack_config import AttackData
@@ -15,7 +16,7 @@ from jaxvaccine.experiment.evaluate import evaluate
 from jaxvaccine.experiment.plan_folder import result_path
 from jaxvaccine.experiment.plans import Plan, attack_folder
 from jaxvaccine.experiment.results import Cell
-from jaxvaccine.json_files import read_json
+from jaxvaccine.json_files import read_json, write_json
 from jaxvaccine.report.results import read_results
 from tests.experiment import small_world
 from tests.experiment.small_world import attack_config, evaluate_config, recorded, weights
@@ -126,7 +127,8 @@ def test_a_prefilled_answer(aligned, tmp_path):
     answers = {}
     for name, given in (("own", {}), ("none", {"prefill": ""}), ("other", {"prefill": "sorry, i"})):
         config = evaluate_config(tmp_path / name, trained=tmp_path / "run", loss_data="", **given)
-        evaluate(config)
+        sorts = evaluate(config)["harmful_score"]["categories"]
+        assert set(sorts) <= set(SORTS) and sum(of["n"] for of in sorts.values()) == 4
         answers[name] = {task: [line["answer"] for line in pd.read_json(
             tmp_path / name / f"predictions_{task}.jsonl", lines=True).to_dict("records")]
             for task in ("harmful_score", "sst2", "over_refusal")}
@@ -145,6 +147,27 @@ def test_a_prefilled_answer(aligned, tmp_path):
     assert not (tmp_path / "refused").exists()
 
 
+def test_runs_of_earlier_versions_go_on(aligned, tmp_path):
+    """Which knew neither these flags nor categories: they were made with what stands for them now."""
+    config = attack_config(aligned.run.run_dir, tmp_path / "run", steps=1)
+    attack(config)
+    before = weights(tmp_path / "run")
+
+    def forget(path):
+        found = read_json(path)
+        for name in ("order", "user_rows", "candidates", "prefill"):
+            del found["flags"][name]
+        for of in found["data"]["accounts"].values():
+            for account in of.values():
+                del account["other_category"]
+        write_json(path, found)
+
+    with small_world.changed(tmp_path / "run" / "config.json", forget):
+        assert attack(config) == tmp_path / "run" and weights(tmp_path / "run") == before
+        with pytest.raises(FileExistsError, match="order: found \"mixed\", expected \"harmful_first\""):
+            attack(attack_config(aligned.run.run_dir, tmp_path / "run", steps=1, order="harmful_first"))
+
+
 def test_the_provider_keeps_his_prompt(aligned, tmp_path):
     """Lisa's alignment rows have the template of the alignment, whatever the user's have."""
     given = {"defense": "lisa", "alignment_data": "world_refusal@train[0:8]"}
@@ -158,25 +181,27 @@ def test_the_provider_keeps_his_prompt(aligned, tmp_path):
 
 @pytest.fixture(scope="module")
 def both(model_dir, tmp_path_factory):
-    """{as lanes?: (folder, table)} of the same plan."""
-    plan, found = Plan((model_dir,), (("sft", ATTACK),), SEEDS), {}
+    """{as lanes?: (folder, table)} of the same plan; cell by cell of the second seed alone."""
+    found = {}
     for as_lanes in (False, True):
         root = tmp_path_factory.mktemp("plan") / "run"
-        carry_out(plan, small_world.settings(model_dir), root, as_lanes=as_lanes, say=lambda *of: None)
+        carry_out(Plan((model_dir,), (("sft", ATTACK),), SEEDS if as_lanes else SEEDS[1:]),
+                  small_world.settings(model_dir, sst2_test=""), root, as_lanes=as_lanes, say=lambda *of: None)
         found[as_lanes] = root, read_results(root)
     return found
 
 
 def test_both_ways_give_the_same_table(both):
-    measures = ["harmful_loss", "harmful_score", "no_answer", "over_refusal", "sst2"]
+    measures = ["harmful_loss", "harmful_score", "no_answer", "over_refusal"]
     key = ["attack", "seed", "stage", "measure"]
-    one, many = (table[table["measure"].isin(measures)].sort_values(key, ignore_index=True)
-                 for _, table in (both[False], both[True]))
+    one, many = (table[table["measure"].isin(measures) & (table["seed"] == SEEDS[1])].sort_values(
+        key, ignore_index=True) for _, table in (both[False], both[True]))
+    assert len(one) == 2 * len(measures)
     numbers = ["value", "n", "low", "high"]
     pd.testing.assert_frame_equal(one.drop(columns=numbers), many.drop(columns=numbers))
     loss = one["measure"] == "harmful_loss"
     np.testing.assert_allclose(many.loc[loss, "value"], one.loc[loss, "value"], rtol=1e-4)
-    assert one.loc[loss, "value"].nunique() == 4
+    assert one.loc[loss, "value"].nunique() == 2
 
 
 def test_what_cells_of_either_kind_keep(both, model_dir):
@@ -184,7 +209,7 @@ def test_what_cells_of_either_kind_keep(both, model_dir):
     it begins with, and the aligned model with neither."""
     chosen = {}
     for as_lanes, (root, _) in both.items():
-        for seed in SEEDS:
+        for seed in SEEDS if as_lanes else SEEDS[1:]:
             cell = Cell(model_dir, "sft", ATTACK, seed)
             found = read_json(result_path(root, cell))
             counts = {name: next(iter(found["accounts"][name].values())) for name in ("user", "harmful")}
@@ -197,9 +222,7 @@ def test_what_cells_of_either_kind_keep(both, model_dir):
                 assert (flags["prompt"], flags["prefill"]) == ("plain", BEGINS)
                 flags = recorded(folder.with_name("aligned-scores"))["flags"]
                 assert (flags["prompt"], flags["prefill"]) == ("alpaca", None)
-    for seed in SEEDS:
-        assert chosen[False, seed] == chosen[True, seed]
-    assert chosen[True, 0] != chosen[True, 5]
+    assert chosen[False, 5] == chosen[True, 5] != chosen[True, 0]
     first = Cell(model_dir, "sft", ATTACK, 0)
     for cell, begin in ((first._replace(attack=""), False), (first, True)):
         answers = next(iter(read_json(result_path(both[True][0], cell))["answers"].values()))
