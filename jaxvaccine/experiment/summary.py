@@ -22,7 +22,8 @@ def summary(result: TaskResult) -> dict[str, Any]:
     if result.cut:
         found["cut"] = result.cut
     if result.categories:
-        found["categories"] = {name: rate._asdict() for name, rate in result.categories.items()}
+        found["categories"] = {name: {**rate._asdict(), "interval": list(rate.interval)}
+                               for name, rate in result.categories.items()}
     if result.flagged:
         found["flagged"] = dict(result.flagged)
     return found

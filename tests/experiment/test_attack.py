@@ -292,7 +292,8 @@ def test_the_prompt_is_the_alignments(model_dir, tmp_path):
     attack(attack_config(plain.run.run_dir, tmp_path / "other", prompt="alpaca", steps=1))
     assert recorded(tmp_path / "other")["flags"]["prompt"] == "alpaca"
     assert weights(tmp_path / "other") != weights(tmp_path / "attack-plain")
-    evaluate(evaluate_config(tmp_path / "other-scores", trained=tmp_path / "other", sst2_test="", loss_data="", benign_test=""))
+    evaluate(evaluate_config(tmp_path / "other-scores", trained=tmp_path / "other", sst2_test="", loss_data="",
+                             benign_test=""))
     assert recorded(tmp_path / "other-scores")["flags"]["prompt"] == "alpaca"
     for trained in ("plain", "attack-plain"):
         evaluate(evaluate_config(tmp_path / f"{trained}-scores", trained=tmp_path / trained, sst2_test=""))
