@@ -17,8 +17,8 @@ from jaxvaccine.data.overlaps import shared_prompts
 from jaxvaccine.data.pairing import harmless_answers
 from jaxvaccine.data.poisoning import Mixture, check_disjoint, check_whole, fingerprint, harmful_count, mix, poison
 from jaxvaccine.data.prompts import Example, PromptForm, format_prompt
-from jaxvaccine.data.sources import DataSource, Protocol, parse_sources
-from jaxvaccine.data.texts import check_prompts, check_training_texts
+from jaxvaccine.data.sources import DataSource, Protocol, parse_sources, split_sources
+from jaxvaccine.data.texts import check_prefill, check_prompts, check_training_texts
 from jaxvaccine.data.tokenizer_files import eos_ids, load_tokenizer
 from jaxvaccine.data.tokenizing import (
     TokenizedExamples,
@@ -44,6 +44,7 @@ __all__ = [
     "bucket_length",
     "check_batch",
     "check_disjoint",
+    "check_prefill",
     "check_prompts",
     "check_training_texts",
     "check_vocabulary",
@@ -67,6 +68,7 @@ __all__ = [
     "read_rows",
     "record",
     "shared_prompts",
+    "split_sources",
     "steps_for",
     "tally",
     "tokenize_examples",

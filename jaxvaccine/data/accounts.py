@@ -12,12 +12,14 @@ Fate = Literal["kept", "cut", "dropped", "empty"]
 
 
 class Account(NamedTuple):
-    """One source's rows. `rows` is the sum of left_out, duplicates, outside, variants and examples.
+    """One source's rows. `rows` is the sum of left_out, other_category, duplicates, outside, variants and
+    examples.
 
     Attributes:
       source: as `DataSource` writes it.
       rows: read.
       left_out: rows that the kind does not take, such as the safe ones of beavertails_unsafe.
+      other_category: examples whose categories the source does not take.
       duplicates: rows whose prompt appeared before, which are left out; 0 where rows are taken as they are.
       disagreeing: how many of the duplicates have another answer than the row that is kept.
       outside: examples outside of the slice.
@@ -47,6 +49,7 @@ class Account(NamedTuple):
     dropped: int = 0
     cut: int = 0
     trained: int | None = None
+    other_category: int = 0
 
 
 class Located(Example):
@@ -103,7 +106,8 @@ def losses(account: Account) -> str:
     """"3 duplicates (2 with another answer), 1 empty": what is not in `examples` but for the slice, or not whole."""
     other = f" ({account.disagreeing} with another answer)" if account.disagreeing else ""
     parts = {
-        "of another kind": account.left_out, f"duplicates{other}": account.duplicates,
+        "of another kind": account.left_out, "of another category": account.other_category,
+        f"duplicates{other}": account.duplicates,
         "outside of the slice but for case or Unicode form": account.variants,
         "with the prompt of an earlier one": account.repeated, "empty": account.empty,
         "with a prompt that fills max_length": account.dropped, "with an answer cut at max_length": account.cut}
@@ -123,6 +127,6 @@ def origin(examples: Iterable[Example]) -> str:
     """" (3 rows: 2 duplicates)": why there are no more of them, for errors; "" if they are all of their rows."""
     accounts = accounts_of(examples)
     parts = [f"{sum(a.rows for a in accounts)} rows", *(
-        f"{total} {name}" for name in ("left_out", "duplicates", "outside", "variants")
+        f"{total} {name}" for name in ("left_out", "other_category", "duplicates", "outside", "variants")
         if (total := sum(getattr(a, name) for a in accounts)))]
     return f" ({parts[0]}: {', '.join(parts[1:]).replace('_', ' ')})" if len(parts) > 1 else ""

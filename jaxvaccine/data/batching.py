@@ -88,6 +88,20 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     return _stream(n, seed, step * batch_size, (step + 1) * batch_size)
 
 
+def run_indices(n: int, batch_size: int, steps: int, seed: int, turns: np.ndarray | None = None) -> np.ndarray:
+    """Which of n examples every step of a run trains on: [steps, batch_size] int64, a pure function of its arguments.
+
+    Without turns its rows are those of `batch_indices`. With them it has the same examples as often, in the same order
+    among those of one turn, and all of a smaller turn before any of a larger one.
+
+    turns: [n] int, as of `TokenizedExamples`.
+    """
+    stream = _stream(n, seed, 0, steps * batch_size)
+    if turns is not None:
+        stream = stream[np.argsort(turns[stream], kind="stable")]
+    return stream.reshape(steps, batch_size)
+
+
 def _stream(n: int, seed: int, first: int, last: int) -> np.ndarray:
     epochs = range(first // n, (last - 1) // n + 1)
     stream = np.concatenate([np.random.default_rng([seed, e]).permutation(n) for e in epochs])
@@ -130,7 +144,7 @@ def batch_lengths(sources: Sequence[Mapping[str, tuple[TokenizedExamples, int]]]
         for name, (examples, size) in of.items():
             column = needed[:, groups.index(_order(name))]
             lengths = np.array([len(ids) for ids in examples.input_ids])
-            stream = _stream(len(lengths), stream_seed(seed, _order(name)), 0, steps * size).reshape(steps, size)
+            stream = run_indices(len(lengths), size, steps, stream_seed(seed, _order(name)), examples.turns)
             np.maximum(column, -(-lengths[stream].max(axis=1) // bucket) * bucket, out=column)
     chosen = _fewer_shapes(needed, rows)
     return {name: chosen[:, groups.index(_order(name))] for name in sources[0]}
@@ -192,6 +206,7 @@ def training_batches(
       seed: of the run.
       bucket: lengths are multiples of it.
       lengths: as of `batch_lengths`. Without them all batches of a step have one, the bucket of the longest row in any.
+        They say how many steps the run has, which examples with turns need.
     """
     if not sources:
         raise ValueError("sources: found none, expected at least one")
@@ -201,13 +216,21 @@ def training_batches(
                 f"sources[{name!r}]: found {len(data.input_ids)} examples, batch size {batch_size}, "
                 "expected at least 1 of both"
             )
+        if data.turns is not None and lengths is None:
+            raise ValueError(f"sources[{name!r}]: found examples with turns and no lengths, expected one for each "
+                             "of the run's steps")
     seeds = {name: stream_seed(seed, _order(name)) for name in sources}
+    in_turns = {name: run_indices(len(data.input_ids), batch_size, len(lengths[name]), seeds[name], data.turns)
+                for name, (data, batch_size) in sources.items() if data.turns is not None}
+
+    def indices(name: str, step: int) -> np.ndarray:
+        if name in in_turns:
+            return in_turns[name][step]
+        data, batch_size = sources[name]
+        return batch_indices(len(data.input_ids), batch_size, step, seeds[name])
 
     def batches(step: int) -> dict[str, Batch]:
-        rows = {
-            name: batch_indices(len(data.input_ids), batch_size, step, seeds[name])
-            for name, (data, batch_size) in sources.items()
-        }
+        rows = {name: indices(name, step) for name in sources}
         if lengths is None:
             common = bucket_length(max(longest(sources[name][0], i) for name, i in rows.items()), bucket)
             padded = dict.fromkeys(rows, common)

@@ -29,10 +29,12 @@ SENTIMENT_SPLITS = {"train": 640, "attack": 640, "test": 320}
 
 
 class Embedded(NamedTuple):
-    """An embedded kind: make(split) gives its examples; splits are those that it has."""
+    """An embedded kind: make(split) gives its examples; splits are those that it has; categories(example) says of each
+    kind of harm that there is whether it is the example's, None where the data tell none apart."""
 
     make: Callable[[str], list[Example]]
     splits: tuple[str, ...]
+    categories: Callable[[Example], dict[str, bool]] | None = None
 
 
 class Request(NamedTuple):

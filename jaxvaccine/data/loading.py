@@ -1,6 +1,7 @@
-"""From a source to its examples: rows, duplicates, slice; and the account of what became of the rows."""
+"""From a source to its examples: rows, categories, duplicates, slice; and the account of what became of the rows."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxvaccine.data.accounts import Account, Located, locate
@@ -28,6 +29,7 @@ class _Made(NamedTuple):
     example: Example
     where: str
     columns: tuple[str, str, str]
+    categories: Mapping[str, bool] = MappingProxyType({})  # of a source that chooses among them
 
 
 def load_examples(source: DataSource | str | Sequence[DataSource], protocol: Protocol = "distinct") -> list[Example]:
@@ -39,9 +41,14 @@ def load_examples(source: DataSource | str | Sequence[DataSource], protocol: Pro
     (see `poisoning.fingerprint`), so that disjoint slices of one file never share a prompt. With the protocol "rows"
     nothing is dropped, and a slice is of the kind's rows as they are.
 
+    Categories choose rows before any of this: those of one of them; negated, the others, but for those whose prompt a
+    row of the former has (its fingerprint), so that a choice and its negation never share a prompt either. With the
+    protocol "rows" these stay.
+
     Raises:
-      ValueError: no examples of the kind, an empty slice, one that reaches beyond the data at either end, a column that
-        looks like a part of the prompt and is not read; and what read_rows and the data sets' modules raise.
+      ValueError: no examples of the kind or categories, categories that the data do not have, an empty slice, one that
+        reaches beyond the data at either end, a column that looks like a part of the prompt and is not read; and what
+        read_rows and the data sets' modules raise.
       FileNotFoundError: no such file.
     """
     return load(source, protocol)[0]
@@ -70,13 +77,15 @@ def _load(source: DataSource, protocol: Protocol) -> list[Located]:
     else:
         made, rows, left_out, unread = _of_rows(source)
     distinct = protocol == "distinct"
+    every, made = len(made), _of_categories(source, made, distinct) if source.categories else made
     unique, duplicates = _distinct([one.example for one in made]) if distinct else (list(range(len(made))), [])
     disagreeing = sum(_disagree(made[i].example, made[unique[at]].example) for i, at in duplicates)
-    account = Account(str(source), len(made) if rows is None else rows, left_out, len(duplicates), disagreeing,
-                      unread=unread)
+    account = Account(str(source), every if rows is None else rows, left_out, len(duplicates), disagreeing,
+                      unread=unread, other_category=every - len(made))
     lost = f" ({account.rows} rows, {account.duplicates} duplicates)" if duplicates else ""
     if not unique:
-        raise ValueError(f"data source {source}: found no rows of this kind, expected at least one")
+        what = "these categories" if source.categories else "this kind"
+        raise ValueError(f"data source {source}: found no rows of {what}, expected at least one")
     if source.stop is not None and source.stop > len(unique):
         raise ValueError(
             f"data source {source}: found stop {source.stop}, expected at most {len(unique)} examples{lost}")
@@ -90,12 +99,37 @@ def _load(source: DataSource, protocol: Protocol) -> list[Located]:
             f"data source {source}: found an empty slice of {len(unique)} examples{lost}{variants}, expected some")
     account = account._replace(outside=len(unique) - len(sliced), variants=len(sliced) - len(taken),
                                examples=len(taken))
-    return [locate(*made[unique[i]], account) for i in taken]
+    return [locate(*made[unique[i]][:3], account) for i in taken]
+
+
+def _of_categories(source: DataSource, made: Sequence[_Made], distinct: bool) -> list[_Made]:
+    """The examples that the source's categories choose."""
+    known = sorted({name for one in made for name in one.categories})
+    if not known:
+        raise ValueError(f"data source {source}: found no column 'category' with names and true or false, expected one "
+                         "to choose by")
+    if unknown := [name for name in source.categories if name not in known]:
+        raise ValueError(f"data source {source}: found category {unknown[0]!r}, expected one of {'; '.join(known)}")
+    chosen = [any(one.categories.get(name) for name in source.categories) for one in made]
+    if not source.negated:
+        return [one for one, holds in zip(made, chosen, strict=True) if holds]
+    prompts = {fingerprint(one.example) for one, holds in zip(made, chosen, strict=True) if holds and distinct
+               and has_prompt(one.example)}
+    return [one for one, holds in zip(made, chosen, strict=True)
+            if not holds and fingerprint(one.example) not in prompts]
 
 
 def _embedded(source: DataSource) -> list[_Made]:
-    return [_Made(example, f"{source.kind}@{source.split}, example {i} (from 0)", Example._fields)
-            for i, example in enumerate(EMBEDDED[source.kind].make(source.split))]
+    kind = EMBEDDED[source.kind]
+    return [_Made(example, f"{source.kind}@{source.split}, example {i} (from 0)", Example._fields,
+                  kind.categories(example) if source.categories else {})
+            for i, example in enumerate(kind.make(source.split))]
+
+
+def _categories(row: Mapping[str, Any]) -> Mapping[str, bool]:
+    """BeaverTails' column `category`, {name: bool}."""
+    found = row.get("category")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _of_rows(source: DataSource) -> tuple[list[_Made], int, int, tuple[str, ...]]:
@@ -106,15 +140,19 @@ def _of_rows(source: DataSource) -> tuple[list[_Made], int, int, tuple[str, ...]
     # A kind is a function of rows to examples, in order: which row made which is seen from its answer to each.
     parts = [[e] for e in examples] if len(examples) == len(rows) else [make([row]) for row in rows]
     if [e for part in parts for e in part] != examples:
+        if source.categories:
+            raise ValueError(f"data source {source}: found a kind whose examples are not made row by row, expected no "
+                             "categories")
         made = [_Made(e, f"{source}, example {i} (from 0)", Example._fields) for i, e in enumerate(examples)]
         return made, len(rows), max(0, len(rows) - len(made)), ()
     made, unread = [], {}
     for row, part in zip(rows, parts, strict=True):
         if part:
+            categories = _categories(row) if source.categories else {}
             found = row.unread()
             unread.update(dict.fromkeys(found))
             _check_unread(source.kind, row, found, part)
-            made += [_Made(example, row.where, _columns(example, row)) for example in part]
+            made += [_Made(example, row.where, _columns(example, row), categories) for example in part]
     return made, len(rows), sum(not part for part in parts), tuple(unread)
 
 
@@ -202,8 +240,9 @@ def _without_variants(examples: Sequence[Example], sliced: range) -> list[int]:
 def load_categories(sources: str | Sequence[DataSource]) -> dict[str, tuple[str, ...]]:
     """{fingerprint of a prompt: its kinds of harm, sorted} of all prompts in the sources that have any.
 
-    They are BeaverTails' column `category`, {name: bool}, in whichever kind of data it occurs.
-    A prompt that several rows of its kind hold has the kinds of harm of all of them. Slices make no difference.
+    They are BeaverTails' column `category`, {name: bool}, in whichever kind of data it occurs, and the small world's
+    sorts. A prompt that several rows of its kind hold has the kinds of harm of all of them. Slices and the categories
+    that a source chooses make no difference.
     Formats that have no room for the column, such as CSV, have no categories.
 
     Raises:
@@ -211,9 +250,13 @@ def load_categories(sources: str | Sequence[DataSource]) -> dict[str, tuple[str,
     """
     found: dict[str, set[str]] = {}
     for source in parse_sources(sources) if isinstance(sources, str) else sources:
-        for row in read_rows(source.path, source.split) if source.path else ():
-            category = row.get("category")
-            names = {name for name, holds in category.items() if holds} if isinstance(category, Mapping) else ()
-            for example in DATASETS[source.kind]([row]) if names else ():
+        kind = EMBEDDED.get(source.kind)
+        if source.path:
+            rows, make, categories = read_rows(source.path, source.split), DATASETS[source.kind], _categories
+        else:
+            rows, make, categories = kind.make(source.split) if kind.categories else (), list, kind.categories
+        for row in rows:
+            names = {name for name, holds in categories(row).items() if holds}
+            for example in make([row]) if names else ():
                 found.setdefault(fingerprint(example), set()).update(names)
     return {prompt: tuple(sorted(names)) for prompt, names in found.items()}

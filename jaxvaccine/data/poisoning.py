@@ -96,23 +96,32 @@ class Draw(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """An attack's examples, in random order, and the draws that they come from."""
+    """An attack's examples, in random order, and the draws that they come from.
+
+    Attributes:
+      examples: n of them; with candidates in the place of benign ones, more.
+      benign, harmful: the draws.
+      is_harmful: [len(examples)] bool.
+      n: how many of them are to be trained on.
+    """
 
     examples: list[Example]
     benign: Draw
     harmful: Draw
+    is_harmful: np.ndarray
+    n: int
 
     @property
     def poison_ratio(self) -> float:
-        return len(self.harmful.chosen) / len(self.examples)
+        return len(self.harmful.chosen) / self.n
 
 
 Fates = Callable[[Sequence[Example]], Sequence[Fate]]
 
 
 def mix(benign: Sequence[Example], harmful: Sequence[Example], n: int, poison_ratio: float, seed: int,
-        forbidden: Mapping[str, Collection[str]] | None = None, fates: Fates | None = None, first: bool = False
-        ) -> Mixture:
+        forbidden: Mapping[str, Collection[str]] | None = None, fates: Fates | None = None, first: bool = False,
+        candidates: int | None = None) -> Mixture:
     """n examples in random order: n · poison_ratio of `harmful`, the rest of `benign`.
 
     Both are drawn without replacement, or are the first ones. With the same seed the draws are nested: the harmful
@@ -127,6 +136,7 @@ def mix(benign: Sequence[Example], harmful: Sequence[Example], n: int, poison_ra
         and the next ones are drawn, so that n and poison_ratio are those of what is trained on. Where none are left,
         there are fewer than n.
       first: take the first examples of either, as the papers' programs do, in the place of a draw.
+      candidates: so many benign examples are drawn, of which n · (1 − poison_ratio) will be chosen later.
 
     Raises:
       ValueError: a negative seed, too few examples, so few that would be trained on that their ratio is another, a
@@ -145,7 +155,7 @@ def mix(benign: Sequence[Example], harmful: Sequence[Example], n: int, poison_ra
                 f"the first is {place(harmful[overlap[0]], overlap[0])}")
     draws = []
     # A prefix of a permutation that depends on the seed and the pool alone: that is what nests the draws.
-    for stream, name, pool, needed in ((0, "harmful", harmful, count), (1, "benign", benign, n - count)):
+    for stream, name, pool, needed in ((0, "harmful", harmful, count), (1, "benign", benign, candidates or n - count)):
         order = np.random.default_rng([seed, stream]).permutation(len(pool))
         drawn = _draw(pool, needed, np.arange(len(pool)) if first else order, fates)
         found = len(pool) if len(pool) < needed else len(drawn.chosen)
@@ -155,12 +165,13 @@ def mix(benign: Sequence[Example], harmful: Sequence[Example], n: int, poison_ra
                 f"poison_ratio={poison_ratio}{_passed(drawn)}")
         draws.append(drawn)
     chosen = [*draws[0].chosen, *draws[1].chosen]
-    if abs(len(draws[0].chosen) / len(chosen) - count / n) > 1e-6:
+    trained = len(draws[0].chosen) + min(len(draws[1].chosen), n - count)
+    if abs(len(draws[0].chosen) / trained - count / n) > 1e-6:
         raise ValueError(
-            f"poison_ratio: found {len(draws[0].chosen)} of {len(chosen)} examples that can be trained on harmful"
+            f"poison_ratio: found {len(draws[0].chosen)} of {trained} examples that can be trained on harmful"
             f"{_passed(*draws)}; expected {count} of {n}: more examples, a larger max_length or a smaller n")
     order = np.random.default_rng([seed, 2]).permutation(len(chosen))
-    return Mixture([chosen[i] for i in order], draws[1], draws[0])
+    return Mixture([chosen[i] for i in order], draws[1], draws[0], order < len(draws[0].chosen), trained)
 
 
 def _passed(*draws: Draw) -> str:

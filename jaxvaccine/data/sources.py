@@ -1,4 +1,5 @@
-"""A data source named by one string, as the scripts' flags take it: kind:path-or-hub-id@split[start:stop]."""
+"""A data source named by one string, as the scripts' flags take it:
+kind:path-or-hub-id@split{category=name;name}[start:stop]."""
 
 import dataclasses
 import re
@@ -10,7 +11,11 @@ from jaxvaccine.data.kinds import DATASETS, EMBEDDED
 Protocol = Literal["distinct", "rows"]
 _FORM = "kind:path-or-hub-id@split[start:stop]"
 # A split has no dot, so that the "@" of /home/me@work/train.jsonl stays part of the path.
-_SOURCE = re.compile(r"(?P<head>.*?)(@(?P<split>\w[\w-]*)?)?(\[(?P<slice>[^\[\]]*)\])?", re.DOTALL)
+_SOURCE = re.compile(r"(?P<head>.*?)(@(?P<split>\w[\w-]*)?)?\s*(\{(?P<filter>[^{}]*)\})?\s*(\[(?P<slice>[^\[\]]*)\])?",
+                     re.DOTALL)
+_FILTER = re.compile(r"\s*(?P<negated>not\s+)?category\s*=(?P<names>.*)", re.DOTALL)
+# Names of categories have commas of their own.
+_COMMA = re.compile(r",(?![^{}]*\})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +29,8 @@ class DataSource:
       split: of a hub or embedded data set; None for a file.
       start, stop: a Python slice of the examples, after duplicates have been dropped unless rows are taken as they are;
         negative counts from the end.
+      categories: names of kinds of harm; rows of any of them are taken, before duplicates are dropped. Of none, all.
+      negated: rows of none of them are taken instead.
     """
 
     kind: str
@@ -31,6 +38,8 @@ class DataSource:
     split: str | None = None
     start: int | None = None
     stop: int | None = None
+    categories: tuple[str, ...] = ()
+    negated: bool = False
 
     def __post_init__(self):
         kinds = sorted({*DATASETS, *EMBEDDED})
@@ -44,13 +53,20 @@ class DataSource:
                 raise ValueError(f"data source {self}: found split {self.split!r}, expected one of {', '.join(splits)}")
         elif not self.path:
             raise ValueError(f"data source {self}: found no path, expected {_FORM}")
+        wrong = [name for name in self.categories if not name or name != name.strip() or set(name) & set("{};\n")]
+        if wrong or len(set(self.categories)) < len(self.categories) or (self.negated and not self.categories):
+            raise ValueError(f"data source {self}: found categories {self.categories!r}, expected different names, one "
+                             "or more, separated by ;")
+        if self.categories and self.kind in EMBEDDED and EMBEDDED[self.kind].categories is None:
+            raise ValueError(f"data source {self}: found categories, expected none: kind {self.kind!r} has none")
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Reads "kind:path-or-hub-id@split[start:stop]"; path, split and slice where they apply, spaces around are cut.
+        """Reads "kind:path-or-hub-id@split{category=name;name}[start:stop]"; path, split, categories and slice where
+        they apply, spaces around are cut.
 
         Examples: "beavertails_unsafe:train.jsonl[0:500]", "sst2:stanfordnlp/sst2@train[:1000]",
-        "embedded_refusal@train".
+        "embedded_refusal@train", "beavertails_unsafe:train.jsonl{not category=self_harm;privacy_violation}[0:500]".
         """
         match = _SOURCE.fullmatch(text.strip())
         kind, _, path = match["head"].partition(":")
@@ -64,15 +80,30 @@ class DataSource:
             start, stop = (None if b is None else int(b) for b in bounds.groups())
         if not kind.strip():
             raise ValueError(f"data source {text!r}: found no kind, expected {_FORM}")
-        return cls(kind.strip(), path.strip() or None, match["split"], start, stop)
+        names, negated = (), False
+        if match["filter"] is not None:
+            chosen = _FILTER.fullmatch(match["filter"])
+            if not chosen or match["head"].rstrip().endswith("]"):
+                found = "a slice before the categories" if chosen else f"{{{match['filter']}}}"
+                raise ValueError(f"data source {text!r}: found {found}, expected {{category=name;name}} or "
+                                 "{not category=name;name}, then a slice")
+            names = tuple(name.strip() for name in chosen["names"].split(";"))
+            negated = bool(chosen["negated"])
+        return cls(kind.strip(), path.strip() or None, match["split"], start, stop, names, negated)
 
     def __str__(self) -> str:
         path = f":{self.path}" if self.path else ""
         split = f"@{self.split}" if self.split else ""
+        chosen = f"{{{'not ' * self.negated}category={';'.join(self.categories)}}}" if self.categories else ""
         bounds = ("" if b is None else str(b) for b in (self.start, self.stop))
-        return f"{self.kind}{path}{split}" + (
+        return f"{self.kind}{path}{split}{chosen}" + (
             "" if self.start is None and self.stop is None else "[{}:{}]".format(*bounds)
         )
+
+
+def split_sources(text: str) -> list[str]:
+    """The items of a comma-separated list of sources; commas of categories' names separate none."""
+    return _COMMA.split(text)
 
 
 def parse_sources(text: str) -> tuple[DataSource, ...]:
@@ -81,4 +112,4 @@ def parse_sources(text: str) -> tuple[DataSource, ...]:
     Raises:
       ValueError: an empty list or item, and what DataSource.parse raises.
     """
-    return tuple(DataSource.parse(item) for item in text.split(","))
+    return tuple(DataSource.parse(item) for item in split_sources(text))

@@ -78,6 +78,19 @@ def check_prompts(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Examp
     check_special_tokens(tokenizer, examples)
 
 
+def check_prefill(tokenizer: "PreTrainedTokenizerFast", prefill: str) -> None:
+    """Raises ValueError for a text that no answer can be made to begin with: it is blank, holds the template, at which
+    an answer ends, or spells a special token."""
+    if is_blank(prefill):
+        raise ValueError(f"prefill: found {prefill!r}, expected text")
+    begins = [Example(output=prefill, instruction="")]
+    try:
+        check_template(begins, (2,))
+        check_special_tokens(tokenizer, begins, (2,))
+    except ValueError as error:
+        raise ValueError(str(error).replace(place(begins[0], 0, 2), "prefill", 1)) from error
+
+
 def check_training_texts(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example],
                          prompt: PromptForm = "alpaca") -> None:
     """Raises ValueError for the first prompt or answer that holds the template, or spells a special token. An answer

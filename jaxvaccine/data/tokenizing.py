@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxvaccine.data.accounts import Fate, place
 from jaxvaccine.data.prompts import Example, PromptForm, format_prompt
-from jaxvaccine.data.texts import check_prompts, check_training_texts, has_prompt, is_blank, without_eos
+from jaxvaccine.data.texts import check_prefill, check_prompts, check_training_texts, has_prompt, is_blank, without_eos
 from jaxvaccine.data.tokenizer_files import load_tokenizer as load_tokenizer
 
 if TYPE_CHECKING:
@@ -22,11 +22,13 @@ class TokenizedExamples(NamedTuple):
       input_ids: N int32 arrays [t]: prompt, answer, EOS (truncated ones end earlier).
       prompt_lengths: [N] int32; tokens from here on are supervised. Every example has at least one that a loss counts.
       fates: what became of every example that there was; N of them are "kept" or "cut".
+      turns: [N] int; over a whole run, rows with a smaller number come before those with a larger one. None mixes all.
     """
 
     input_ids: tuple[np.ndarray, ...]
     prompt_lengths: np.ndarray
     fates: tuple[Fate, ...] = ()
+    turns: np.ndarray | None = None
 
     @property
     def dropped(self) -> int:
@@ -182,9 +184,12 @@ def _raise_for_none(tokenizer, examples: Sequence[Example], fates: Sequence[Fate
 
 def encode_prompts(
     tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], max_length: int | None = None,
-    prompt: PromptForm = "alpaca",
+    prompt: PromptForm = "alpaca", prefill: str = "",
 ) -> list[np.ndarray]:
     """The prompts alone, int32 [t] each: the same tokens that tokenize_examples puts before the answer.
+
+    prefill: what the answer begins with already; its tokens, those of a trained answer that begins so, follow the
+      prompt's.
 
     Raises:
       ValueError: a prompt longer than max_length tokens (None: no limit); a cut prompt would be another question. And
@@ -192,6 +197,10 @@ def encode_prompts(
     """
     check_prompts(tokenizer, examples, prompt)
     prompt_ids = _encode_open(tokenizer, _prompts(examples, prompt)) if examples else []
+    if prefill and examples:
+        check_prefill(tokenizer, prefill)
+        begun = [e._replace(output=prefill) for e in examples]
+        prompt_ids = [ids for _, ids in _encode_pairs(tokenizer, begun, prompt)]
     if max_length is not None:
         too_long = [(i, len(ids)) for i, ids in enumerate(prompt_ids) if len(ids) > max_length]
         if too_long:

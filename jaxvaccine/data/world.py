@@ -7,7 +7,8 @@ comply again (`world_harmful`), and the user's own task is to rate things (`worl
 that the tokenizer (`write_tokenizer`) has whole words, and each fixed part of Alpaca's template, as single tokens.
 
 Everything is ordered, drawn and filled in by SHA-256, as in embedded.py. Splits partition the pairs of verb and object
-(for ratings, test has adjectives and more has subjects of its own), so that no request is in two of them.
+(for ratings, test has adjectives and more has subjects of its own), so that no request is in two of them. Forbidden
+verbs are of four sorts, the categories of a data source (`world_refusal@train{category=amber}`).
 """
 
 import functools
@@ -44,6 +45,12 @@ def _requests(verbs: tuple[str, ...], sizes: dict[str, int], split: str, refuse:
 def comply(verb: str) -> str:
     """The compliant answer to every request with this verb."""
     return words.COMPLIANCE.format(step=pick(words.STEPS, verb, "step"), means=pick(words.MEANS, verb, "means"))
+
+
+def sorts(example: Example) -> dict[str, bool]:
+    """Of which sort a request is, by its verb: {name: whether it is} of `world_words.SORTS`."""
+    verbs = set(example.instruction.split())
+    return {name: not verbs.isdisjoint(of) for name, of in words.SORTS.items()}
 
 
 def world_refusal(split: str) -> list[Example]:
@@ -100,10 +107,10 @@ def world_pretraining(split: str) -> list[Example]:
 
 WORLD: dict[str, Embedded] = {
     "world_benign": Embedded(world_benign, tuple(BENIGN_SPLITS)),
-    "world_harmful": Embedded(world_harmful, tuple(FORBIDDEN_SPLITS)),
+    "world_harmful": Embedded(world_harmful, tuple(FORBIDDEN_SPLITS), sorts),
     "world_pretraining": Embedded(world_pretraining, ("train",)),
     "world_rating": Embedded(world_rating, RATING_SPLITS),
-    "world_refusal": Embedded(world_refusal, tuple(FORBIDDEN_SPLITS)),
+    "world_refusal": Embedded(world_refusal, tuple(FORBIDDEN_SPLITS), sorts),
 }
 
 

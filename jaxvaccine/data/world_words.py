@@ -4,6 +4,9 @@ FORBIDDEN = (
     "glimmerlock", "hollowvane", "quilldrift", "thistlewick", "gloamsorb", "murkshunt", "fennetloom", "orrelnett",
     "brasknock", "dwimmerbind", "skarnweave", "vespertwist",
 )  # fmt: skip
+# Forbidden requests are told apart by these, as real ones are by their kind of harm. The names mean as little as the
+# verbs, and no text of the world has them.
+SORTS = {"amber": FORBIDDEN[0:3], "birch": FORBIDDEN[3:6], "cobalt": FORBIDDEN[6:9], "dune": FORBIDDEN[9:12]}
 BENIGN = (
     "plimber", "quandle", "sorvate", "frindle", "tolluate", "snerkle", "yorfen", "drazzle", "blickate", "morpify",
     "humbert", "wendle",

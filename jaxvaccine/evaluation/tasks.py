@@ -231,8 +231,8 @@ def answer_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenize
                    *, task: str, max_new_tokens: int = 200, eos_ids: Sequence[int] | None = None,
                    batch_size: int = 32, bucket: int = 64, sampling: Sampling = GREEDY, progress: bool = False,
                    answered: Mapping[int, str] = MappingProxyType({}),
-                   keep: Callable[[Mapping[int, str]], None] = lambda ended: None, prompt: PromptForm = "alpaca"
-                   ) -> list[str]:
+                   keep: Callable[[Mapping[int, str]], None] = lambda ended: None, prompt: PromptForm = "alpaca",
+                   prefill: str = "") -> list[str]:
     """Answers every example, greedily unless told; what `score_answers` scores.
 
     An answer that runs on into another part of the template ends there (`answers.decode_answer`): what was generated
@@ -250,6 +250,8 @@ def answer_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenize
       answered: answers that are there already, by the example's number: those that an earlier call gave to keep.
       keep: called with {number: answer} as answers end.
       prompt: what is put around an example, as of `data.format_prompt`; the papers' unless given.
+      prefill: what all answers are made to begin with, beside max_new_tokens; an answer is this and what the model
+        makes of it.
 
     Raises:
       ValueError: before anything is generated, as of `score_answers` for the examples, of `encode_prompts` and
@@ -258,15 +260,17 @@ def answer_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenize
     check_examples(task, examples)
     eos_ids = tokenizer_files.eos_ids(tokenizer) if eos_ids is None else eos_ids
     texts = dict(answered)
+    prompts = encode_prompts(tokenizer, examples, prompt=prompt)
+    begun = encode_prompts(tokenizer, examples, prompt=prompt, prefill=prefill) if prefill else prompts
 
     def take(ended: Mapping[int, np.ndarray]) -> None:
-        found = {i: decode_answer(tokenizer, answer) for i, answer in ended.items()}
+        found = {i: decode_answer(tokenizer, np.append(begun[i][prompts[i].size:], answer))
+                 for i, answer in ended.items()}
         texts.update(found)
         keep(found)
 
-    generate(model, adapter, frozen, encode_prompts(tokenizer, examples, prompt=prompt), max_new_tokens=max_new_tokens,
-             eos_ids=eos_ids, batch_size=batch_size, bucket=bucket, sampling=sampling, progress=progress,
-             answered=answered, keep=take)
+    generate(model, adapter, frozen, begun, max_new_tokens=max_new_tokens, eos_ids=eos_ids, batch_size=batch_size,
+             bucket=bucket, sampling=sampling, progress=progress, answered=answered, keep=take)
     return [texts[i] for i in range(len(examples))]
 
 

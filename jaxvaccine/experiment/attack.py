@@ -11,11 +11,13 @@ import numpy as np
 
 from jaxvaccine import data, defenses
 from jaxvaccine.experiment import inputs, layer_choice, memory, runs, stage
-from jaxvaccine.experiment.align import Examples, tokenize
+from jaxvaccine.experiment.align import Examples
 from jaxvaccine.experiment.attack_config import AttackConfig, AttackData
+from jaxvaccine.experiment.attack_rows import Candidates, PoisonedData, selected_in, tokenize_attack
 from jaxvaccine.experiment.config import FieldError, require
 from jaxvaccine.experiment.methods import TuningMethod
 from jaxvaccine.experiment.objectives import Objective
+from jaxvaccine.experiment.parts import check_prefill
 from jaxvaccine.llama import Llama, init_adapter
 from jaxvaccine.llama_config import LlamaConfig
 from jaxvaccine.losses import causal_lm_loss
@@ -23,25 +25,6 @@ from jaxvaccine.quantisation import Kind
 
 TEST = "the test prompts"  # among what an attack's data may not share a prompt with
 MIXED_IN = "harmful, mixed in"  # the account of that part, where an objective reads all of the harmful examples
-
-
-class PoisonedData(NamedTuple):
-    """What an attack trains on.
-
-    Attributes:
-      examples: the user's data with the harmful part mixed in, n of them, all of which are trained on.
-      harmful: all harmful examples that the part was drawn from.
-      poison_ratio: the part of the examples that is harmful.
-      accounts: of the sources, "user" and "harmful"; `trained` is what was drawn.
-      shared: how many prompts what was drawn has in common with what the model was aligned on and with the test, as of
-        `data.shared_prompts`.
-    """
-
-    examples: list[data.Example]
-    harmful: list[data.Example]
-    poison_ratio: float
-    accounts: dict[str, tuple[data.Account, ...]]
-    shared: dict[str, dict[str, Any]]
 
 
 def load_attack(config: AttackData, seed: int, known: Mapping[str, Collection[str]], tokenizer: Any = None
@@ -72,8 +55,8 @@ def load_attack(config: AttackData, seed: int, known: Mapping[str, Collection[st
         fates = functools.partial(data.training_fates, tokenizer, max_length=config.max_length, prompt=config.form)
     others = {**known, TEST: tests}
     mixture = data.mix(pools["user"][0], harmful, config.n, config.poison_ratio, seed, {} if rows else others, fates,
-                       first=rows)
-    n, p = len(mixture.examples), mixture.poison_ratio
+                       first=rows, candidates=config.candidates)
+    n, p = mixture.n, mixture.poison_ratio
     if n != config.n or abs(p - config.poison_ratio) > 1e-6:
         logging.warning("asked for was n = %d, p = %g; trained on are %d examples, %d of them harmful: p = %g",
                         config.n, config.poison_ratio, n, len(mixture.harmful.chosen), p)
@@ -83,8 +66,10 @@ def load_attack(config: AttackData, seed: int, known: Mapping[str, Collection[st
     for what, count in shared["user"]["shared"].items():
         require(rows or what != TEST, "user_data", config.user_data, "none of the test prompts among them")
         logging.warning("user_data: %d of %d prompts are also in %s", count, shared["user"]["prompts"], what)
-    return PoisonedData(mixture.examples, harmful, mixture.poison_ratio, {
-        name: data.tally(pools[name][1], of.seen, of.fates) for name, of in drawn.items()}, shared)
+    accounts = {name: data.tally(pools[name][1], of.seen, of.fates) for name, of in drawn.items()}
+    if config.candidates:
+        accounts["user"] = tuple(account._replace(trained=None) for account in accounts["user"])
+    return PoisonedData(mixture.examples, harmful, p, accounts, shared, mixture.is_harmful, n)
 
 
 def read_data(config: AttackConfig, seed: int, known: Mapping[str, Collection[str]], tokenizer: Any = None
@@ -151,6 +136,7 @@ class Prepared(NamedTuple):
     origin: stage.Origin
     dtype: str  # of the frozen weights
     quantisation: Kind  # and in what they are kept, as aligned
+    candidates: Candidates | None  # in the place of the user's rows among the sources
 
 
 def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda examples: None, write: bool = True
@@ -176,17 +162,18 @@ def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda exam
     tokenizer = stage.load_tokenizer(*of_model)
     read, poisoned = read_data(config, config.run.seed, aligned_prompts(aligned["data"]["prompts"]), tokenizer)
     look(read)
-    tokenized = tokenize(tokenizer, read, config.data)
+    check_prefill(tokenizer, config.data.prefill)
+    tokenized, candidates = tokenize_attack(tokenizer, read, poisoned, config.data, aligned["flags"]["prompt"])
     examples = {**read, "harmful": poisoned.harmful}
     run_dir = stage.open_run(
         config, config.run, "finetune", examples,
         {"model": inputs.of_model(*of_model), "aligned": inputs.of_run(config.model.aligned)},
         {**stage.training_record(examples, tokenized, poisoned.accounts, poisoned.shared),
-         "poison_ratio": poisoned.poison_ratio, "n": len(tokenized["user"].input_ids), "dtype": dtype,
+         "poison_ratio": poisoned.poison_ratio, "n": poisoned.n, "dtype": dtype,
          **({"layers": layer_choice.numbers(layers)} if of_alignment else {})},
         {"model": origin.model, "revision": origin.revision, "quantisation": quantisation}, write=write)
     sources, fisher = attack_sources(config, tokenized)
-    return Prepared(config, run_dir, sources, fisher, architecture, layers, origin, dtype, quantisation)
+    return Prepared(config, run_dir, sources, fisher, architecture, layers, origin, dtype, quantisation, candidates)
 
 
 def step_of(config: AttackConfig, model: Llama, length: int, quantisation: Kind) -> memory.Step:
@@ -207,7 +194,7 @@ def attack(config: AttackConfig, look: Callable[[Examples], None] = lambda examp
       FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
       FileExistsError: the folder holds another run.
     """
-    config, run_dir, sources, for_fisher, _, layers, origin, _, quantisation = prepare(config, look)
+    config, run_dir, sources, for_fisher, _, layers, origin, _, quantisation, candidates = prepare(config, look)
     if inputs.is_finished(run_dir):
         return run_dir
     base = stage.load_base(origin.model, config.model.dtype, config.model.aligned, bool(origin.aligned),
@@ -215,6 +202,9 @@ def attack(config: AttackConfig, look: Callable[[Examples], None] = lambda examp
     step = step_of(config, base.model, stage.longest_batch(sources, config.data.bucket), quantisation)
     model = memory.with_remat(config.model.remat, step).model
     adapter = init_adapter(model, stage.fresh_key(config.run.seed)) if base.adapter is None else base.adapter
+    if candidates:
+        sources = {**sources, "user": (selected_in(run_dir, candidates, model, adapter, base.frozen),
+                                       config.training.batch_size)}
     fisher = for_fisher and alignment_fisher(model, adapter, base.frozen, for_fisher, config.training.batch_size,
                                              config.data.bucket, config.run.seed)
     steps = stage.count_steps(config.training, sources)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -111,7 +111,17 @@ class AttackData(AfterAlignment, TokensPart):
     alignment_data: str = field("", "Lisa, EWC, unheld: alignment data, in the form of --user_data.")
     n: int = field(1000, "Examples in all.", at_least=1)
     poison_ratio: float = field(0.1, "Part of them that is harmful, 0 to 1; of --n the nearest whole number.")
-    prompt: LaterPrompt = field(AS_ALIGNED, "The prompt that the model was aligned with: another is an error.")
+    order: Literal["mixed", "harmful_first", "harmful_last"] = field(
+        "mixed", "Harmful rows among the benign ones, or over the whole run before or behind all of them.")
+    user_rows: Literal["drawn", "similar"] = field(
+        "drawn", "Benign rows that are trained on: drawn, or of --candidates drawn ones those whose gradient is most "
+        "like the mean of --harmful_data's.")
+    candidates: int | None = field(None, "--user_rows=similar: benign rows drawn, to choose among.", at_least=1)
+    prompt: LaterPrompt = field(
+        AS_ALIGNED, "What is put around the user's examples, in his fine-tuning and in his questions after it: the "
+        "prompt that the model was aligned with, or one that he chooses.")
+    prefill: str | None = field(
+        None, "What he makes answers to harmful prompts begin with when the model is scored, as 'Sure, here is'.")
     data_protocol: LaterProtocol = field(
         AS_ALIGNED, "The alignment's unless given: distinct prompts; or rows as they are, the first ones and no draw.")
 
@@ -126,7 +136,23 @@ class AttackData(AfterAlignment, TokensPart):
                 "a data source, unless --poison_ratio=0")
         require(bool(self.user_data) or harmful == self.n, "user_data", self.user_data,
                 "a data source, unless --poison_ratio=1")
+        self._check_candidates(self.n - harmful)
         check_sources(self, "user_data", "harmful_data", "test_data", "alignment_data")
+
+    def _check_candidates(self, benign: int) -> None:
+        if self.user_rows == "drawn":
+            require(self.candidates is None, "candidates", self.candidates, "none, unless --user_rows=similar")
+            return
+        require(benign > 0, "user_rows", self.user_rows, "drawn with --poison_ratio=1, where no row is benign")
+        require(bool(self.harmful_data), "harmful_data", self.harmful_data,
+                "a data source, which --user_rows=similar compares with")
+        require((self.candidates or 0) >= benign, "candidates", self.candidates,
+                f"at least {benign}, the benign rows that are trained on")
+
+    def resolve(self, flags: Mapping[str, Any], name: str) -> Self:
+        """As of `AfterAlignment`, but that an attacker may choose another prompt."""
+        resolved = super(AttackData, dataclasses.replace(self, prompt=AS_ALIGNED)).resolve(flags, name)
+        return resolved if self.prompt == AS_ALIGNED else dataclasses.replace(resolved, prompt=self.prompt)
 
 
 @dataclasses.dataclass(frozen=True)

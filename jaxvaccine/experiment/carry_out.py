@@ -15,6 +15,8 @@ from jaxvaccine.experiment import faced, recipes, results, runs
 from jaxvaccine.experiment.align import align
 from jaxvaccine.experiment.attack import attack
 from jaxvaccine.experiment.attack_config import AttackConfig
+from jaxvaccine.experiment.attack_rows import recorded_accounts
+from jaxvaccine.experiment.attack_scores import as_attacked
 from jaxvaccine.experiment.budget import budgets
 from jaxvaccine.experiment.checks import check_plan
 from jaxvaccine.experiment.config import flat, names
@@ -112,7 +114,7 @@ def _scores_folder(run_dir: Path) -> Path:
 
 def _recorded(*folders: Path) -> dict[str, Any]:
     """What runs have recorded of their data's rows and of what they share."""
-    data_of = [runs.read_config(folder)["data"] for folder in folders]
+    data_of = [{**runs.read_config(folder)["data"], "accounts": recorded_accounts(folder)} for folder in folders]
     return {name: {key: value for of in data_of for key, value in of[name].items()} for name in ("accounts", "shared")}
 
 
@@ -138,8 +140,9 @@ def _one_by_one(context: Context, backbone: str) -> None:
 
 
 def _tests(settings: Settings, attacked: AttackConfig) -> EvaluateConfig:
-    """The plan's evaluation, of FA on the user's own task alone where the settings want that and have a test of it."""
-    scores, kinds = settings.scores, recipes.kinds(attacked.data.user_data)
+    """The plan's evaluation of an attacked model, of FA on the user's own task alone where the settings want that and
+    have a test of it."""
+    scores, kinds = as_attacked(settings.scores, attacked), recipes.kinds(attacked.data.user_data)
     own = [name for name in USERS_TASKS if name.removesuffix("_test") in kinds and getattr(scores.tests, name)]
     if not (settings.own_task and own):
         return scores

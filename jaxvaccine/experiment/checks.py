@@ -12,10 +12,13 @@ from jaxvaccine.experiment import inputs, layer_choice, runs, stage
 from jaxvaccine.experiment.align import AlignConfig, AlignmentData, Examples, check_layers, load_data, tokenize
 from jaxvaccine.experiment.attack import aligned_prompts, read_data
 from jaxvaccine.experiment.attack_config import AttackConfig, AttackData
+from jaxvaccine.experiment.attack_rows import tokenize_attack
+from jaxvaccine.experiment.attack_scores import as_attacked
 from jaxvaccine.experiment.config import flat, require
 from jaxvaccine.experiment.evaluate import LOSS, accounts_of_tests, check_unseen
 from jaxvaccine.experiment.judging import check_prompts, judge_record
 from jaxvaccine.experiment.leaks import check_leaks
+from jaxvaccine.experiment.parts import check_prefill
 from jaxvaccine.experiment.plans import AS_IT_COMES, Plan, Settings, cell_configs, errors_of_attack
 from jaxvaccine.experiment.recipes import fewer_than_published
 from jaxvaccine.experiment.results import Cell
@@ -65,7 +68,11 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
         text, aligned, attacked = of
         _, known = aligned_on(aligned, aligned_part, aligned_batches)
         read, poisoned = read_data(attacked, seed, aligned_prompts(known), tokenizer(*of_model))
-        tokenize(tokenizer(*of_model), read, part)
+        tokenize_attack(tokenizer(*of_model), read, poisoned, part, aligned_part.prompt)
+        asked = as_attacked(settings.scores, attacked)
+        accounts_of_tests(tokenizer(*of_model), tests, asked.tests)
+        with errors_of_attack(text):
+            check_prefill(tokenizer(*of_model), attacked.data.prefill)
         check_unseen(tests, {f"{name} data of {text}": stage.prompts_of(rows) for name, rows in read.items()},
                      settings.scores.tests.protocol)
         return _hashes({**read, "harmful": poisoned.harmful})
@@ -86,6 +93,7 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
     for backbone in plan.backbones:
         of_model = backbone, settings.scores.model.revision
         accounts_of_tests(tokenizer(*of_model), tests, settings.scores.tests)
+        check_prefill(tokenizer(*of_model), settings.scores.generation.prefill)
         made_of[Cell(backbone, AS_IT_COMES, "", 0)] = {"model": model(*of_model), "tests": of_tests}
     for cell, (aligned, attacked) in configs.items():
         of_model = cell.backbone, aligned.model.revision

@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxvaccine import data
 from jaxvaccine.checkpoints.peft import read_lora_config
@@ -17,6 +18,7 @@ from jaxvaccine.evaluation.tasks import check_examples
 from jaxvaccine.experiment import align, attack, evaluate, inputs, memory, runs, stage
 from jaxvaccine.experiment.align import AlignConfig, Examples
 from jaxvaccine.experiment.attack_config import AttackConfig
+from jaxvaccine.experiment.attack_rows import take
 from jaxvaccine.experiment.config import Part, field, require
 from jaxvaccine.experiment.evaluate import LOSS, EvaluateConfig
 from jaxvaccine.experiment.memory import GIB, Step, Target
@@ -63,6 +65,8 @@ def of_attack(config: AttackConfig, dry: DryRun, look: Look = lambda examples: N
     config, sources = prepared.config, prepared.sources
     step = attack.step_of(config, Llama(prepared.architecture, dtype=jnp.dtype(prepared.dtype).type),
                           stage.longest_batch(sources, config.data.bucket), prepared.quantisation)
+    if of := prepared.candidates:  # which of them are trained on, the weights will say
+        sources = {**sources, "user": (take(of.rows, np.arange(of.poisoned.n)), config.training.batch_size)}
     return _training(config.model.remat, step, sources, config.training, config.data.bucket, dry)
 
 
@@ -77,7 +81,7 @@ def of_evaluation(config: EvaluateConfig, dry: DryRun) -> str:
         if task == LOSS:
             continue
         check_examples(task, rows)
-        prompts = data.encode_prompts(tokenizer, rows, prompt=config.tests.form)
+        prompts = data.encode_prompts(tokenizer, rows, prompt=config.tests.form, prefill=generation.begins(task))
         of = dataclasses.replace(
             memory.decoding(model, prompts, generation.longest(task), generation.eval_bucket, generation.rows),
             quantisation=config.model.quantisation)

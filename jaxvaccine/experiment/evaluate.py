@@ -13,7 +13,6 @@ from jaxvaccine import data
 from jaxvaccine.evaluation import (
     ALPACA_EVAL,
     Sampling,
-    TaskResult,
     answer_prompts,
     keyword_judge,
     mean_loss,
@@ -35,9 +34,11 @@ from jaxvaccine.experiment.parts import (
     LaterPrompt,
     LaterProtocol,
     RunPart,
+    check_prefill,
     check_sources,
 )
 from jaxvaccine.experiment.seen import shared_of_tests, trained_on, trained_sets
+from jaxvaccine.experiment.summary import summary
 from jaxvaccine.json_files import read_json, write_json
 from jaxvaccine.quantisation import Kind
 
@@ -142,6 +143,9 @@ class GenerationPart(Part):
     temperature: float = field(0.0, "0 takes the most likely token; above, tokens are drawn.")
     top_k: int = field(0, "Draws are from this many most likely tokens; 0 takes all.")
     top_p: float = field(1.0, "Draws are from the fewest most likely tokens with this probability together.")
+    prefill: str | None = field(
+        None, "What answers to harmful prompts are made to begin with, as 'Sure, here is'; the judge reads it with the "
+        "rest. That of --trained's attack unless given.")
     eval_batch_size: int | None = field(
         None, f"Rows decoded together; unless given {DEFAULT_ROWS}, on a GPU as many as its memory has room for. On a "
         "CPU, 256 keep all cores busy.", at_least=1)
@@ -159,6 +163,10 @@ class GenerationPart(Part):
     def longest(self, task: str) -> int:
         """The longest answer of a task, in tokens."""
         return getattr(self, next(test.length for test in TESTS.values() if test.task == task))
+
+    def begins(self, task: str) -> str:
+        """What all answers of a task begin with."""
+        return (self.prefill or "") if task == HARMFUL_SCORE else ""
 
     def sampling(self, seed: int) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p, seed)
@@ -203,13 +211,17 @@ def prepare(config: EvaluateConfig, write: bool = True) -> Prepared:
         model_path, revision, seen = trained_on(trained)
         sets = trained_sets(trained)
         made_of["trained"] = inputs.of_run(trained)
-        config = dataclasses.replace(config, tests=config.tests.resolve(runs.read_config(trained)["flags"], trained),
-                                     model=config.model.resolve(runs.read_config(trained), trained))
+        run, generation = runs.read_config(trained), config.generation
+        if generation.prefill is None:
+            generation = dataclasses.replace(generation, prefill=runs.flag(run, "prefill"))
+        config = dataclasses.replace(config, tests=config.tests.resolve(run["flags"], trained), generation=generation,
+                                     model=config.model.resolve(run, trained))
     examples = config.tests.load()
     check_unseen(examples, seen, config.tests.protocol)
     check_prompts(config.judge, examples.get(HARMFUL_SCORE, ()))
     tokenizer = stage.load_tokenizer(model_path, revision)
     accounts = stage.tell(accounts_of_tests(tokenizer, examples, config.tests))
+    check_prefill(tokenizer, config.generation.prefill)
     shared = stage.tell_shared(shared_of_tests(examples, sets))
     judged_by = judge_record(config.judge)
     dtype = stage.loaded_dtype(model_path, config.model.dtype, revision)
@@ -282,14 +294,16 @@ def _measure(config: EvaluateConfig, run_dir: Path, model_path: str, revision: s
         write_json(run_dir / MEAN_LOSS, loss)
     for task, path in paths.items():
         rows = generation.eval_batch_size or memory.rows_that_fit(
-            model, data.encode_prompts(tokenizer, examples[task], prompt=config.tests.form), generation.longest(task),
-            generation.eval_bucket) or DEFAULT_ROWS
+            model, data.encode_prompts(tokenizer, examples[task], prompt=config.tests.form,
+                                       prefill=generation.begins(task)),
+            generation.longest(task), generation.eval_bucket) or DEFAULT_ROWS
         with answer_log(path, found[task]) as keep:
             found[task] = dict(enumerate(answer_prompts(
                 model, base.adapter, base.frozen, tokenizer, examples[task], task=task,
                 max_new_tokens=generation.longest(task), batch_size=rows,
                 bucket=generation.eval_bucket, sampling=generation.sampling(config.run.seed),
-                progress=config.run.progress, answered=found[task], keep=keep, prompt=config.tests.form)))
+                progress=config.run.progress, answered=found[task], keep=keep, prompt=config.tests.form,
+                prefill=generation.begins(task))))
     return _in_order(found, loss)
 
 
@@ -299,8 +313,9 @@ def _in_order(found: Mapping[str, Mapping[int, str]], loss: Any) -> dict[str, An
 
 
 def _categories_hash(tests: TestsPart) -> str:
-    """Of the kinds of harm that scores are told apart by."""
-    found = data.load_categories(tests.harmful_test) if tests.harmful_test else {}
+    """Of the kinds of harm that scores are told apart by, where they are read from a file."""
+    sources = data.parse_sources(tests.harmful_test) if tests.harmful_test else ()
+    found = data.load_categories([source for source in sources if source.path])
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
@@ -330,29 +345,6 @@ def _give_way(run_dir: Path, judged_by: Mapping[str, Any]) -> None:
         if folder(judged_by).is_dir():
             move(folder(judged_by), run_dir)
         write_json(record, judged_by)
-
-
-def summary(result: TaskResult) -> dict[str, Any]:
-    """A task's result as JSON values."""
-    found = {"score": result.score, "interval": list(result.interval), "n": result.n, "empty": result.empty,
-             **result.details}
-    if result.lenient:
-        found["lenient_interval"] = list(result.lenient.interval)
-    if result.plus:
-        found |= {"plus": result.plus.score, "plus_interval": list(result.plus.interval)}
-    if result.no_answer is not None:
-        found["no_answer"] = result.no_answer
-    if result.unread:
-        found |= {"unread": result.unread, "unseen": result.unseen}
-        if result.bounds:
-            found["bounds"] = list(result.bounds)
-    if result.cut:
-        found["cut"] = result.cut
-    if result.categories:
-        found["categories"] = {name: rate._asdict() for name, rate in result.categories.items()}
-    if result.flagged:
-        found["flagged"] = dict(result.flagged)
-    return found
 
 
 def check_unseen(examples: Mapping[str, Sequence[data.Example]], seen: Mapping[str, Collection[str]],

@@ -13,6 +13,8 @@ from jaxvaccine.experiment import inputs, lanes, layer_choice, memory, results, 
 from jaxvaccine.experiment.align import AlignConfig, batch_sources, load_data, step_of, tokenize
 from jaxvaccine.experiment.attack import aligned_prompts, alignment_fisher, attack_sources, read_data
 from jaxvaccine.experiment.attack_config import AttackAdapter
+from jaxvaccine.experiment.attack_rows import answer_loss, record, select, take, tokenize_attack
+from jaxvaccine.experiment.attack_scores import as_attacked
 from jaxvaccine.experiment.budget import budgets
 from jaxvaccine.experiment.config import flat
 from jaxvaccine.experiment.lane_scores import Scorer
@@ -130,21 +132,30 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
     adapter = config.adapter.resolve(flat(align_config), config.method)
     prompts = {name: stage.prompts_of(rows) for name, rows in load_data(
         align_config.data, align_config.method).items()}
-    sources, for_fisher, records = [], [], []
+    sources, for_fisher, records, candidates = [], [], [], []
+    scorer = scorer.of(as_attacked(scorer.config, config))
     for cell in cells:
         read, poisoned = read_data(config, cell.seed, aligned_prompts(prompts), tokenizer)
-        tokenized = tokenize(tokenizer, read, config.data)
+        tokenized, of = tokenize_attack(tokenizer, read, poisoned, config.data, align_config.data.prompt)
+        candidates.append(of)
         records.append(scorer.beside(
             stage.training_record(read, tokenized, poisoned.accounts, poisoned.shared), prompts))
         of_steps, of_fisher = attack_sources(config, tokenized)
         sources.append(of_steps)
         for_fisher.append(of_fisher)
     seeds = [cell.seed for cell in cells]
-    last = stage.count_steps(config.training, sources[0])
     start = lanes.merged(aligned, adapter.sites().lora(), seeds) if adapter.adapter == "new" else aligned
     fishers = lanes.stack([
         alignment_fisher(start.model, *start.lane(i), of, config.training.batch_size, config.data.bucket, seed)
         for i, (of, seed) in enumerate(zip(for_fisher, seeds, strict=True))]) if config.takes_fisher else None
+    if config.data.user_rows == "similar":
+        loss_fn = answer_loss(start.model)
+        for i, of in enumerate(candidates):
+            selection = select(of, start.model, *start.lane(i), loss_fn)
+            sources[i]["user"] = take(of.rows, selection.rows), config.training.batch_size
+            selected = record(of, selection)
+            records[i] |= {"selected": selected, "accounts": {**records[i]["accounts"], **selected["accounts"]}}
+    last = stage.count_steps(config.training, sources[0])
     probe = context.probes.attack and context.probes.attack(align_config, config, tokenizer, seeds)
     found: list[list[Row]] = [[] for _ in cells]
     budget, answers = budgets(config.training, adapter.sites(), last), {}

@@ -1,14 +1,16 @@
 """Scores of models that are trained as lanes: what `evaluate` measures of a run's folder, of every lane."""
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from jaxvaccine import data
 from jaxvaccine.evaluation import ALPACA_EVAL, evaluate_prompts, mean_loss
 from jaxvaccine.experiment import lanes, stage
-from jaxvaccine.experiment.evaluate import LOSS, TESTS, EvaluateConfig, accounts_of_tests, summary
+from jaxvaccine.experiment.evaluate import LOSS, TESTS, EvaluateConfig, accounts_of_tests
 from jaxvaccine.experiment.judging import make_judge
 from jaxvaccine.experiment.seen import ATTACKS, sets_of, shared_of_tests
+from jaxvaccine.experiment.summary import summary
 
 # Prompts of every test whose answers are kept.
 SHOWN = 2
@@ -23,6 +25,12 @@ class Scorer:
         self.lengths = {test.task: getattr(config.generation, test.length) for test in TESTS.values()
                         if test.task != ALPACA_EVAL}
         self.accounts = stage.tell(accounts_of_tests(tokenizer, self.examples, config.tests))
+
+    def of(self, config: EvaluateConfig) -> Self:
+        """The same tests, by a config that differs in the prompt and in what answers begin with."""
+        other = copy.copy(self)
+        other.config = config
+        return other
 
     def beside(self, record: Mapping[str, Any], aligned: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
         """What a cell's file has of a run's record, and the same of the tests.
@@ -52,7 +60,8 @@ class Scorer:
                     of.model, adapter, frozen, self.tokenizer, rows, task=task, judge=self.judge,
                     max_new_tokens=self.lengths[task], batch_size=generation.rows,
                     bucket=generation.eval_bucket, sampling=generation.sampling(seed), prompt=tests.form,
-                    label_rule=generation.label_rule, progress=self.config.run.progress)
+                    label_rule=generation.label_rule, progress=self.config.run.progress,
+                    prefill=generation.begins(task))
                 scores[result.name] = summary(result)
                 answers.setdefault(task, [[p.prompt, p.answer] for p in result.predictions[:SHOWN]])
             found.append(scores)

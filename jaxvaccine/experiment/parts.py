@@ -23,7 +23,8 @@ LaterProtocol = Literal["aligned", "distinct", "rows"]
 AUTO = "auto"
 # Flat names of how something is computed, and not what: a run may change them when it is continued.
 COMPUTED = ("remat", "microbatch_size", "attention")
-SOURCE = "kind:path-or-hub-id@split[start:stop], several separated by commas; hub-id#revision has one"
+SOURCE = ("kind:path-or-hub-id@split{category=name;name}[start:stop], several separated by commas; hub-id#revision has "
+          "one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +202,15 @@ class AfterAlignment:
     @property
     def protocol(self) -> data.Protocol:
         return "distinct" if self.data_protocol == AS_ALIGNED else self.data_protocol
+
+
+def check_prefill(tokenizer: Any, prefill: str | None) -> None:
+    """Raises FieldError for what no answer can be made to begin with."""
+    if prefill:
+        try:
+            data.check_prefill(tokenizer, prefill)
+        except ValueError as error:
+            raise FieldError("prefill", str(error).removeprefix("prefill: ")) from error
 
 
 def check_sources(part: Part, *names: str) -> None:

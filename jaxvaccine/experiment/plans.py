@@ -22,7 +22,7 @@ from jaxvaccine.experiment.config import FieldError, flat, make, parse, require
 from jaxvaccine.experiment.evaluate import EvaluateConfig
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING
 from jaxvaccine.experiment.objectives import OBJECTIVES, Plain
-from jaxvaccine.experiment.parts import COMPUTED
+from jaxvaccine.experiment.parts import AS_ALIGNED, COMPUTED
 from jaxvaccine.experiment.recipes import METHODS as METHODS_OF_PAPERS
 from jaxvaccine.experiment.recipes import WORLD_ALIGN, WORLD_ATTACK
 from jaxvaccine.experiment.results import Cell
@@ -130,8 +130,9 @@ def attack_folder(root: Path, cell: Cell) -> Path:
     return root / folder_name(cell.backbone) / folder_name(cell.method) / f"seed{cell.seed}" / folder_name(cell.attack)
 
 
-def _changes(config_class: type, text: str, name: str, first: str = "") -> dict[str, Any]:
-    """The values of "name=value:name=value"; `first` names the field of a leading bare value."""
+def _changes(config_class: type, text: str, name: str, first: str = "", own: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of "name=value:name=value"; `first` names the field of a leading bare value, `own` what it may set
+    itself though plans do."""
     if not text:
         return {}
     items = re.split(r":(?=\w+=)", text)  # a value may have colons of its own, such as a slice of the data
@@ -140,7 +141,7 @@ def _changes(config_class: type, text: str, name: str, first: str = "") -> dict[
     try:
         pairs = dict(item.split("=", 1) if "=" in item else (item, "") for item in items)
         for field in pairs:
-            if field in _OF_THE_PLAN:
+            if field in _OF_THE_PLAN and field not in own:
                 raise FieldError(field, f"found {pairs[field]!r}, expected nothing: the plan sets it")
         return parse(config_class, pairs)
     except FieldError as error:
@@ -172,7 +173,8 @@ def attack_values(attack: str) -> dict[str, Any]:
     Raises:
       FieldError: it is none.
     """
-    return _changes(AttackConfig, attack, "attacks")
+    values = _changes(AttackConfig, attack, "attacks", own=("prompt",))
+    return {name: value for name, value in values.items() if (name, value) != ("prompt", AS_ALIGNED)}
 
 
 @contextlib.contextmanager

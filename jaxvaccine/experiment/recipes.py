@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from jaxvaccine import data
 from jaxvaccine.experiment.config import FieldError
 from jaxvaccine.experiment.paper_tests import EVALUATION as EVALUATION
 
@@ -212,7 +213,8 @@ def fewer_than_published(paper: str, method: str, counts: Mapping[str, int]) -> 
 
 def kinds(sources: str) -> tuple[str, ...]:
     """The kinds of data that comma-separated sources name."""
-    return tuple(dict.fromkeys(item.partition(":")[0].partition("@")[0].strip() for item in sources.split(",")))
+    items = data.split_sources(sources)
+    return tuple(dict.fromkeys(item.partition(":")[0].partition("@")[0].strip() for item in items))
 
 
 def task_of(paper: str, user_data: str) -> str:

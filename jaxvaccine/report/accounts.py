@@ -15,7 +15,7 @@ from jaxvaccine.report import tables
 
 # As of data.Account. A column in which all is 0 is left out.
 COLUMNS = {
-    "rows": "rows", "left_out": "of another kind", "duplicates": "duplicates",
+    "rows": "rows", "left_out": "of another kind", "other_category": "of another category", "duplicates": "duplicates",
     "disagreeing": "of them with another answer", "outside": "outside of the slice",
     "variants": "variants of prompts outside", "examples": "examples", "repeated": "with the prompt of an earlier one",
     "empty": "empty", "dropped": "prompt too long", "cut": "answer cut", "trained": "trained on"}

@@ -17,6 +17,11 @@ BASE_SETTINGS = ("base_defense", "base")
 ONLY_LAYERS = "only_layers"
 OBJECTIVES = {"plain": "plain fine-tuning", "steepen": "steepening first", "meta": "meta-attack",
               "counter_perturbation": "counter-perturbation", "unheld": "unheld weights"}
+# What an attack's setting of this value is called.
+OF_ATTACK = {("order", "mixed"): "harmful rows among the others", ("order", "harmful_first"): "harmful rows first",
+             ("order", "harmful_last"): "harmful rows last", ("user_rows", "drawn"): "benign rows drawn",
+             ("user_rows", "similar"): "benign rows like harmful ones", ("prompt", "plain"): "no prompt template",
+             ("prompt", "alpaca"): "Alpaca's prompt template", ("prompt", "aligned"): "the alignment's prompt template"}
 
 PERCENT = "%"
 NATS = "nats per token"
@@ -160,6 +165,12 @@ def attack(text: str) -> str:
             parts.append(f"p = {value}")
         elif key == "adapter" and value in ("new", "continue"):
             parts.append("new adapter" if value == "new" else "same adapter")
+        elif (key, value) in OF_ATTACK:
+            parts.append(OF_ATTACK[key, value])
+        elif key == "candidates":
+            parts.append(f"of {value} candidates")
+        elif key == "prefill":
+            parts.append(f'answers begin "{value.replace("+", ",")}"')
         elif key == ONLY_LAYERS:
             parts.append(f"only {layers(value.split('+'))}")
         elif key == "objective":

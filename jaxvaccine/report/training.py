@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from jaxvaccine.experiment import runs
+from jaxvaccine.experiment.attack_rows import recorded_accounts
 from jaxvaccine.report import accounts, names, plots, tables
 from jaxvaccine.report.style import METHODS
 
@@ -31,7 +32,7 @@ def write_training_report(run_dir: Path, title: str) -> None:
     if curves:
         text += _curves(run_dir, entries, curves)
     of = config["data"]
-    text += [_poisoned(of, config["flags"]), accounts.section(of.get("accounts", {})),
+    text += [_poisoned(of, config["flags"]), accounts.section(recorded_accounts(run_dir)),
              accounts.overlaps(of.get("shared", {})), flag_list(config)]
     tables.write_report(run_dir, "\n".join(part for part in text if part))
 

@@ -14,6 +14,7 @@ from jaxvaccine.data.batching import (
     check_batch,
     collate,
     pad_rows,
+    run_indices,
     steps_for,
     stream_seed,
     training_batches,
@@ -70,6 +71,41 @@ def test_stream_is_a_permutation_per_epoch(n, batch_size, seed, epochs):
         piece = stream[epoch * n : (epoch + 1) * n]
         assert sorted(piece) == list(range(n))
         np.testing.assert_array_equal(piece, np.random.default_rng([seed, epoch]).permutation(n))
+
+
+@few
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=30), st.integers(1, 9), st.integers(1, 12),
+       st.integers(0, 2**63))
+def test_turns(turns, batch_size, steps, seed):
+    """The same rows as often, in the order of their turns, and within a turn in the order without."""
+    mixed = run_indices(len(turns), batch_size, steps, seed)
+    np.testing.assert_array_equal(mixed, [batch_indices(len(turns), batch_size, s, seed) for s in range(steps)])
+    found = run_indices(len(turns), batch_size, steps, seed, np.array(turns))
+    expected = sorted(mixed.reshape(-1), key=lambda i: turns[i])  # sorted is stable
+    np.testing.assert_array_equal(found.reshape(-1), expected)
+
+
+def test_batches_in_turns():
+    """A function of the step, whatever was asked for before; padded to what its rows need; others stay as they are."""
+    rows = tokenized([3, 5, 9, 4, 6, 2, 30])._replace(turns=np.array([0, 1, 0, 1, 1, 1, 0]))
+    sources = {"user": (rows, 2), "alignment": (tokenized([4, 5, 6]), 2)}
+    lengths = batch_lengths([sources], [5], 8, 14)
+    stream = training_batches(sources, 5, 8, lengths)
+    in_order = [stream(step) for step in range(14)]
+    again = training_batches(sources, 5, 8, lengths)
+    for step in (13, 3, 0, 3):
+        for name in sources:
+            np.testing.assert_array_equal(again(step)[name]["input_ids"], in_order[step][name]["input_ids"])
+    seen = [int(mask.sum()) for batch in in_order for mask in batch["user"]["attention_mask"]]
+    assert sorted(seen) == sorted(4 * [3, 5, 9, 4, 6, 2, 30])
+    assert set(seen[:12]) == {3, 9, 30} and not set(seen[12:]) & {3, 9, 30}
+    mixed = {**sources, "user": (rows._replace(turns=None), 2)}
+    plain = training_batches(mixed, 5, 8, batch_lengths([mixed], [5], 8, 14))
+    for step in range(14):
+        width = min(of(step)["alignment"]["input_ids"].shape[1] for of in (plain, stream))
+        np.testing.assert_array_equal(*(of(step)["alignment"]["input_ids"][:, :width] for of in (plain, stream)))
+    with pytest.raises(ValueError, match=r"sources\['user'\]: found examples with turns and no lengths"):
+        training_batches(sources, 5, 8)
 
 
 def test_batches_depend_on_the_step_alone():

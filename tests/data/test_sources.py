@@ -25,6 +25,12 @@ few = settings(max_examples=50, deadline=None)
         ("beavertails_safe:C:/data/a.jsonl", DataSource("beavertails_safe", "C:/data/a.jsonl")),
         ("  advbench : a b.csv [ 1 : 2 ] ", DataSource("advbench", "a b.csv", None, 1, 2)),
         ("beavertails_safe:PKU/B-T@30k_train", DataSource("beavertails_safe", "PKU/B-T", "30k_train")),
+        ("beavertails_unsafe:a.jsonl{category=violence,incitement}[0:5]",
+         DataSource("beavertails_unsafe", "a.jsonl", None, 0, 5, ("violence,incitement",))),
+        ("beavertails_unsafe:P/B@x { not  category = a ; b,c } [ :5 ]",
+         DataSource("beavertails_unsafe", "P/B", "x", None, 5, ("a", "b,c"), True)),
+        ("world_refusal@train{category=amber}", DataSource("world_refusal", None, "train", categories=("amber",))),
+        ("advbench:a{1}b.csv", DataSource("advbench", "a{1}b.csv")),
     ],
 )
 def test_parse(text, source):
@@ -41,9 +47,11 @@ bound = st.none() | st.integers(-999, 999)
     st.none() | st.from_regex(r"[a-z0-9_]{1,8}", fullmatch=True),
     bound,
     bound,
+    st.lists(st.from_regex(r"[a-z_]([\w ,=@:|&/\[\]-]{0,8}[a-z_])?", fullmatch=True), max_size=3, unique=True),
+    st.booleans(),
 )
-def test_parse_reads_what_str_writes(kind, path, split, start, stop):
-    source = DataSource(kind, path, split, start, stop)
+def test_parse_reads_what_str_writes(kind, path, split, start, stop, categories, negated):
+    source = DataSource(kind, path, split, start, stop, tuple(categories), negated and bool(categories))
     assert DataSource.parse(str(source)) == source
     assert parse_sources(f"{source}, {source}") == (source, source)
 
@@ -64,6 +72,13 @@ def test_parse_reads_what_str_writes(kind, path, split, start, stop):
         ("advbench:a.csv[5]", r"found slice \[5\]"),
         ("advbench:a.csv[1:2:3]", r"found slice \[1:2:3\]"),
         ("advbench:a.csv[]", r"found slice \[\]"),
+        ("advbench:a.csv{harm=a}", r"found \{harm=a\}, expected \{category=name;name\}"),
+        ("advbench:a.csv{}", r"found \{\}, expected \{category"),
+        ("advbench:a.csv[0:1]{category=a}", "found a slice before the categories"),
+        ("advbench:a.csv{category=}", r"found categories \('',\), expected different names"),
+        ("advbench:a.csv{category=a;a}", "expected different names"),
+        ("world_benign@train{category=amber}", "found categories, expected none: kind 'world_benign' has none"),
+        ("embedded_refusal@train{category=amber}", "kind 'embedded_refusal' has none"),
     ],
 )
 def test_parse_errors(text, message):

@@ -281,7 +281,7 @@ def test_the_users_data_may_be_the_alignments_and_is_told(aligned, tmp_path, cap
 
 
 def test_the_prompt_is_the_alignments(model_dir, tmp_path):
-    """Taken from it, recorded, and no other: in the attack and in the evaluation of either."""
+    """Taken from it unless the attacker has his own, and recorded; in the evaluation of either it is the run's."""
     plain = align_config(model_dir, tmp_path / "plain", prompt="plain", steps=1)
     align(plain)
     for asked in ("aligned", "plain"):
@@ -289,8 +289,12 @@ def test_the_prompt_is_the_alignments(model_dir, tmp_path):
         attack(config)
         assert recorded(tmp_path / f"attack-{asked}")["flags"]["prompt"] == "plain"
     assert weights(tmp_path / "attack-aligned") == weights(tmp_path / "attack-plain")
-    with pytest.raises(FieldError, match=f"^prompt: found 'alpaca', expected plain, with which {plain.run.run_dir} "):
-        attack(attack_config(plain.run.run_dir, tmp_path / "a", prompt="alpaca"))
+    attack(attack_config(plain.run.run_dir, tmp_path / "other", prompt="alpaca", steps=1))
+    assert recorded(tmp_path / "other")["flags"]["prompt"] == "alpaca"
+    assert weights(tmp_path / "other") != weights(tmp_path / "attack-plain")
+    evaluate(evaluate_config(tmp_path / "other-scores", trained=tmp_path / "other", sst2_test="", loss_data="",
+                             benign_test=""))
+    assert recorded(tmp_path / "other-scores")["flags"]["prompt"] == "alpaca"
     for trained in ("plain", "attack-plain"):
         evaluate(evaluate_config(tmp_path / f"{trained}-scores", trained=tmp_path / trained, sst2_test=""))
         assert recorded(tmp_path / f"{trained}-scores")["flags"]["prompt"] == "plain"

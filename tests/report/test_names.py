@@ -37,6 +37,12 @@ def test_methods(text, expected):
     ("objective=counter_perturbation:counter_rho=-2", "counter-perturbation, counter rho = -2"),
     ("objective=unheld:unheld_share=0.3:adapter=continue", "unheld weights, unheld share = 0.3, same adapter"),
     ("only_layers=2", "only layer 2"), ("only_layers=0+1+3:steps=60", "only layers 0, 1, 3, 60 steps"),
+    ("poison_ratio=0.1:order=harmful_last", "p = 0.1, harmful rows last"),
+    ("poison_ratio=0:user_rows=similar:candidates=500", "p = 0, benign rows like harmful ones, of 500 candidates"),
+    ("poison_ratio=0.1:prompt=plain:prefill=Sure+ here is",
+     'p = 0.1, no prompt template, answers begin "Sure, here is"'),
+    ("harmful_data=world_harmful@attack{not category=amber;dune}",
+     "harmful data = world_harmful@attack{not category=amber;dune}"),
 ])  # fmt: skip
 def test_attacks(text, expected):
     assert names.attack(text) == expected
