@@ -7,6 +7,8 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxvaccine import data
+from jaxvaccine.experiment import ablation
+from jaxvaccine.experiment.ablation import ABLATIONS, NONE, NoAblation
 from jaxvaccine.experiment.config import FieldError, Part, choice, field, flat, require
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING, TuningMethod
 from jaxvaccine.experiment.parts import (
@@ -22,6 +24,8 @@ from jaxvaccine.experiment.parts import (
     TrainingRunPart,
     check_sources,
 )
+from jaxvaccine.llama_config import LlamaConfig
+from jaxvaccine.quantisation import Kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,9 @@ def split_new_adapter(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
 class AttackAdapter(Part):
     """Adapter."""
 
+    trains: Literal["adapter", "all", "nothing"] = field(
+        "adapter", "What trains: an adapter; all weights, into which the aligned adapter is merged; or nothing, of an "
+        "attack without training. What is said of the adapter is then not read.")
     adapter: Literal["auto", "continue", "new"] = field(
         "auto", "Train the aligned adapter on, or a new one on the merged weights (beside quantised ones, the aligned "
         "adapter is frozen); auto continues Booster's and TAR's, whose simulated steps are that adapter's, and what "
@@ -80,9 +87,23 @@ class AttackAdapter(Part):
                 f"numbers below {num_layers}, the model's number of layers")
         return np.isin(np.arange(num_layers), numbers)
 
-    def resolve(self, aligned: Mapping[str, Any], method: TuningMethod) -> "AttackAdapter":
-        """The part with nothing left open, given the alignment's flat values and the provider's method."""
+    def resolve(self, aligned: Mapping[str, Any], method: TuningMethod, ablation: NoAblation = NONE
+                ) -> "AttackAdapter":
+        """The part with nothing left open, given the alignment's flat values, the provider's method and the attack's
+        refusal ablation, before which an adapter can't have been trained."""
         tuning = next(name for name, kind in FINE_TUNING.items() if isinstance(method, kind))
+        if self.trains != "adapter":
+            require(self.trains != "all" or not method.continues, "trains", self.trains,
+                    f"adapter: {tuning} holds the aligned adapter")
+            require(self.trains != "all" or method.takes_losses, "trains", self.trains,
+                    f"adapter: {tuning} is not made for all weights")
+            shape = {name: tuple(aligned[name]) if name == "targets" else aligned[name]
+                     for name in (*NEW_ADAPTER, "dropout")}
+            return dataclasses.replace(self, adapter="auto", **shape)
+        if ablation.when == "before":
+            require(not method.continues, "ablate", ablation.when, f"none or after: {tuning} holds the aligned adapter")
+            if self.adapter != "new":
+                return dataclasses.replace(self, adapter="new").resolve(aligned, method, ablation)
         require(not method.continues or self.adapter != "new", "adapter", self.adapter,
                 f"auto or continue: {tuning} holds the aligned adapter")
         adapter = "continue" if goes_on(self.adapter, aligned["defense"], tuning) else "new"
@@ -146,9 +167,27 @@ class AttackConfig:
     data: AttackData
     adapter: AttackAdapter = AttackAdapter()
     method: TuningMethod = choice("defense", FINE_TUNING, "none", "The provider's defense while fine-tuning.")
+    ablation: NoAblation = choice(
+        "ablate", ABLATIONS, "none", "When the refusal direction is projected out of the weights: before the training, "
+        "after it, or never. Before it, --trains=adapter trains a new adapter.")
     training: AttackTraining = AttackTraining()
     run: TrainingRunPart = TrainingRunPart(run_dir="-")
 
     def __post_init__(self):
         require(bool(self.data.alignment_data) or "alignment" not in self.method.batches, "alignment_data",
                 self.data.alignment_data, f"a data source, which {flat(self)['defense']} needs")
+        require(self.ablation.when == "none" or bool(self.data.harmful_data), "harmful_data", self.data.harmful_data,
+                f"a data source, which --ablate={self.ablation.when} needs")
+
+    @property
+    def leaves_model(self) -> bool:
+        """Whether the result is a whole model and no adapter."""
+        return self.adapter.trains == "all" or self.ablation.when != "none"
+
+    def check_weights(self, architecture: LlamaConfig, quantisation: Kind) -> None:
+        """Raises FieldError if weights of such a model, kept so, can't be changed as the attack is to change them."""
+        for name, asked in (("trains", self.adapter.trains == "all"), ("ablate", self.ablation.when != "none")):
+            if asked:
+                require(quantisation == "none", name, flat(self)[name], f"{'adapter' if name == 'trains' else 'none'}: "
+                        f"the model was aligned on {quantisation} weights, which do not change")
+        ablation.check(self.ablation, architecture)

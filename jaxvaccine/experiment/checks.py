@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxvaccine.evaluation.tasks import HARMFUL_SCORE, check_examples
 from jaxvaccine.experiment import inputs, runs, stage
+from jaxvaccine.experiment.ablation import NoAblation, encode, load_harmless
 from jaxvaccine.experiment.align import AlignConfig, AlignmentData, Examples, check_layers, load_data, tokenize
 from jaxvaccine.experiment.attack import aligned_prompts, read_data
 from jaxvaccine.experiment.attack_config import AttackConfig, AttackData
@@ -62,11 +63,14 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
 
     @_once
     def attack(of: tuple[str, AlignConfig, AttackConfig], part: AttackData, batches: tuple[str, ...], seed: int,
-               aligned_part: AlignmentData, aligned_batches: tuple[str, ...], *of_model: str) -> dict[str, str]:
+               ablation: NoAblation, aligned_part: AlignmentData, aligned_batches: tuple[str, ...], *of_model: str
+               ) -> dict[str, str]:
         text, aligned, attacked = of
         _, known = aligned_on(aligned, aligned_part, aligned_batches)
         read, poisoned = read_data(attacked, seed, aligned_prompts(known), tokenizer(*of_model))
         tokenize(tokenizer(*of_model), read, part)
+        encode(tokenizer(*of_model), ablation, poisoned.harmful, part.protocol, part.form)
+        read = {**read, **load_harmless(ablation, part.protocol)}
         check_unseen(tests, {f"{name} data of {text}": stage.prompts_of(rows) for name, rows in read.items()},
                      settings.scores.tests.protocol)
         return _hashes({**read, "harmful": poisoned.harmful})
@@ -96,8 +100,8 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
         made_of[cell._replace(attack="")] = before
         if attacked:
             made_of[cell] = {**before, "attack": attack(
-                (cell.attack, aligned, attacked), attacked.data, tuple(attacked.method.batches), cell.seed, *read,
-                *of_model)}
+                (cell.attack, aligned, attacked), attacked.data, tuple(attacked.method.batches), cell.seed,
+                attacked.ablation, *read, *of_model)}
     return made_of
 
 
@@ -111,6 +115,7 @@ def _check_settings(settings: Settings, root: Path, cell: Cell, as_lanes: bool,
     if attacked:
         with errors_of_attack(cell.attack):
             attacked.adapter.layer_mask(architecture.num_layers)
+            attacked.check_weights(architecture, aligned.model.quantisation)
         require(not (as_lanes and isinstance(attacked.method, Ewc)), "defenses", cell.method,
                 "no EWC where many seeds are trained at once")
     check(aligned, attacked)

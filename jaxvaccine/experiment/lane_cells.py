@@ -9,9 +9,9 @@ from jaxvaccine import data
 from jaxvaccine.checkpoints.identity import adapter_identity
 from jaxvaccine.checkpoints.peft import load_adapter, save_adapter
 from jaxvaccine.checkpoints.resolve import loadable_name
-from jaxvaccine.experiment import inputs, lanes, memory, results, stage
+from jaxvaccine.experiment import ablation, inputs, lane_attacks, lanes, memory, results, stage
 from jaxvaccine.experiment.align import AlignConfig, batch_sources, load_data, step_of, tokenize
-from jaxvaccine.experiment.attack import aligned_prompts, read_data
+from jaxvaccine.experiment.attack import aligned_prompts, count_steps, read_data
 from jaxvaccine.experiment.budget import budgets
 from jaxvaccine.experiment.config import flat
 from jaxvaccine.experiment.lane_scores import Scorer
@@ -121,7 +121,7 @@ def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, to
 def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell], tokenizer, scorer: Scorer) -> None:
     """Attacks every lane with poisoned data of its own seed, and writes the cells."""
     align_config, config = cell_configs(context.settings, context.root, cells[0])
-    adapter = config.adapter.resolve(flat(align_config), config.method)
+    adapter = config.adapter.resolve(flat(align_config), config.method, config.ablation)
     prompts = {name: stage.prompts_of(rows) for name, rows in load_data(
         align_config.data, align_config.method).items()}
     sources, records = [], []
@@ -132,8 +132,10 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
             stage.training_record(read, tokenized, poisoned.accounts, poisoned.shared), prompts))
         sources.append({name: (rows, config.training.batch_size) for name, rows in tokenized.items()})
     seeds = [cell.seed for cell in cells]
-    last = stage.count_steps(config.training, sources[0])
-    start = lanes.merged(aligned, adapter.sites().lora(), seeds) if adapter.adapter == "new" else aligned
+    last = count_steps(config, sources[0])
+    # All harmful prompts, which are those of every seed.
+    asked = ablation.encode(tokenizer, config.ablation, poisoned.harmful, config.data.protocol, config.data.form)
+    start = lane_attacks.begin(aligned, adapter, config.ablation, asked, seeds)
     probe = context.probes.attack and context.probes.attack(align_config, config, tokenizer, seeds)
     found: list[list[Row]] = [[] for _ in cells]
     budget, answers = budgets(config.training, adapter.sites(), last), {}
@@ -142,15 +144,19 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
         measured = probe(step, of) if probe and (step in context.plan.score_steps or step == last) else {}
         for i, cell in enumerate(cells):
             found[i].extend(results.measured_rows(cell, "attack", step, {k: v[i] for k, v in measured.items()}))
-        # Before the first step it is the aligned model, which has been scored.
-        if step and (step in context.plan.score_steps or step == last):
-            scores, answers[str(step)] = scorer(of, seeds)
+        # Before the first step it is the aligned model, which has been scored, unless there is no step.
+        if step == last or (step and step in context.plan.score_steps):
+            scores, answers[str(step)] = scorer(lane_attacks.result(of, config.ablation, asked), seeds)
             for i, cell in enumerate(cells):
                 found[i].extend(results.score_rows(cell, "attack", step, scores[i]))
-                found[i].extend(results.measured_rows(cell, "attack", step, {results.BUDGET: budget[step]}))
+                if adapter.trains == "adapter":
+                    found[i].extend(results.measured_rows(cell, "attack", step, {results.BUDGET: budget[step]}))
 
-    lanes.train(start, config.method, config.training, config.data.bucket, sources, seeds,
-                adapter.layer_mask(start.model.config.num_layers), observe, config.run.progress,
-                f"{cells[0].method} {cells[0].attack}")
+    if adapter.trains == "nothing":
+        observe(0, start)
+    else:
+        lanes.train(start, config.method, config.training, config.data.bucket, sources, seeds,
+                    adapter.layer_mask(start.model.config.num_layers), observe, config.run.progress,
+                    f"{cells[0].method} {cells[0].attack}")
     for i, cell in enumerate(cells):
         finish(context, cell, found[i], answers if i == 0 else None, **records[i])

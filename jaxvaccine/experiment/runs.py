@@ -19,7 +19,7 @@ from jaxvaccine.json_files import read_json, write_json
 
 CONFIG = "config.json"
 # Flags that earlier versions did not have, and what their runs were made with.
-BEFORE = {"quantisation": "none"}
+BEFORE = {"quantisation": "none", "trains": "adapter", "ablate": "none"}
 PACKAGES = ("jaxvaccine", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
 

@@ -12,6 +12,10 @@ METHODS = {"none": "as it comes", "sft": "SFT", "vaccine": "Vaccine", "t_vaccine
 # Settings that say what a method builds on.
 BASE_SETTINGS = ("base_defense", "base")
 ONLY_LAYERS = "only_layers"
+# What an attack does to weights, by setting and value; "" goes without saying.
+WEIGHTS = {("trains", "adapter"): "", ("trains", "all"): "all weights train", ("trains", "nothing"): "no training",
+           ("ablate", "none"): "", ("ablate", "before"): "refusal direction projected out before",
+           ("ablate", "after"): "refusal direction projected out after"}
 
 PERCENT = "%"
 NATS = "nats per token"
@@ -142,6 +146,8 @@ def attack(text: str) -> str:
             parts.append(f"p = {value}")
         elif key == "adapter" and value in ("new", "continue"):
             parts.append("new adapter" if value == "new" else "same adapter")
+        elif (key, value) in WEIGHTS:
+            parts += filter(None, [WEIGHTS[key, value]])
         elif key == ONLY_LAYERS:
             layers = value.split("+")
             parts.append(f"only layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}")
