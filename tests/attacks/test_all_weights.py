@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxvaccine import defenses, llama, losses, optim, training
+from jaxvaccine import llama, losses, optim, training
 from jaxvaccine.attacks import all_weights
 from jaxvaccine.experiment.attack import tuning
 from jaxvaccine.experiment.methods import Kl, Lisa, Undefended
@@ -27,8 +27,9 @@ def bare(config=tiny.CONFIG, dtype=jnp.float32, **fields):
     return llama.Llama(config, dtype=dtype, **fields)
 
 
-@pytest.mark.parametrize("config", [tiny.CONFIG, TIED, tiny.FAMILIES["qwen2"], tiny.FAMILIES["gemma2"]])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("config, dtype", [
+    (tiny.CONFIG, jnp.float32), (TIED, jnp.bfloat16), (tiny.FAMILIES["qwen2"], jnp.float32),
+    (tiny.FAMILIES["gemma2"], jnp.bfloat16)])
 def test_stacked_and_back(config, dtype):
     """Every leaf has layers on axis 0, one or L of them, in float32; and nothing is lost."""
     model = bare(config, dtype)
@@ -43,27 +44,26 @@ def test_stacked_and_back(config, dtype):
         lambda x: (x.shape, x.dtype), all_weights.shapes(model))
 
 
-@pytest.mark.parametrize("config", [tiny.CONFIG, TIED])
-@pytest.mark.parametrize("size", [0, 2])
+@pytest.mark.parametrize("config, size", [(tiny.CONFIG, 0), (TIED, 2)])
 def test_the_loss_is_the_models(config, size):
     model = bare(config, microbatch_size=size)
     frozen, batch = llama.init_frozen(model, jax.random.key(0)), tiny.batch()
-    expected, _ = losses.causal_lm_loss(model.clone(microbatch_size=0))(None, frozen, batch)
-    found, aux = all_weights.causal_lm_loss(model)(all_weights.to_train(frozen), {}, batch)
+    expected, _ = jax.jit(losses.causal_lm_loss(model.clone(microbatch_size=0)))(None, frozen, batch)
+    found, aux = jax.jit(all_weights.causal_lm_loss(model))(all_weights.to_train(frozen), {}, batch)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert aux["tokens"] == (batch["labels"][:, 1:] != -100).sum()
 
 
 def numpy_kl(model, own, reference, batch):
     """The mean over supervised positions of KL(reference ‖ own), of logits of the whole batch."""
-    log_p, log_r = (np.asarray(jax.nn.log_softmax(llama.token_logits(model, of, llama.hidden_states(
-        model, None, of, batch["input_ids"], batch["attention_mask"])))) for of in (own, reference))
+    log_p, log_r = (np.asarray(jax.jit(lambda of: jax.nn.log_softmax(llama.token_logits(model, of, llama.hidden_states(
+        model, None, of, batch["input_ids"], batch["attention_mask"]))))(of)) for of in (own, reference))
     where = batch["labels"][:, 1:] != -100
     return (np.exp(log_r) * (log_r - log_p)).sum(-1)[:, :-1][where].mean()
 
 
-@pytest.mark.parametrize("size", [0, 2])
-@pytest.mark.parametrize("config", [tiny.CONFIG, TIED])
+@pytest.mark.parametrize("config, size", [
+    pytest.param(tiny.CONFIG, 0, marks=pytest.mark.long), (TIED, 2)])
 def test_kl_is_of_two_models(config, size):
     """Each has its own head; against NumPy, and its gradient against finite differences."""
     with jax.enable_x64(True):
@@ -72,17 +72,15 @@ def test_kl_is_of_two_models(config, size):
             lambda x: 8 * x if x.ndim == 3 else x, llama.init_frozen(model, jax.random.key(0))))
         weights = jax.tree.map(lambda x, d: x + 0.5 * d, start, tiny.direction(start))
         batch, fn = tiny.batch(), jax.jit(all_weights.loss_and_kl(model, block=4))
-        loss, kl = fn(weights, {}, batch, start)
+        _, kl = fn(weights, {}, batch, start)
         own, reference = (all_weights.to_model(model, of) for of in (weights, start))
         np.testing.assert_allclose(kl, numpy_kl(model, own, reference, batch), rtol=1e-9)
         assert kl > 1e-4
-        np.testing.assert_allclose(loss, losses.causal_lm_loss(model)(None, own, batch)[0], rtol=1e-9)
         assert abs(fn(start, {}, batch, start)[1]) < 1e-12
         along = tiny.direction(weights, 1)
-        grads = jax.grad(lambda w: sum(fn(w, {}, batch, start)))(weights)
+        grads, held = jax.jit(jax.grad(lambda w, s: sum(fn(w, {}, batch, s)), argnums=(0, 1)))(weights, start)
         slope = tiny.slope(lambda w: sum(fn(w, {}, batch, start)), (weights,), (along,), 1e-3)
         np.testing.assert_allclose(tiny.dot(grads, along), slope, rtol=1e-6)
-        held = jax.grad(lambda s: fn(weights, {}, batch, s)[1])(start)
         assert all(not np.any(leaf) for leaf in jax.tree.leaves(held)), "the reference is held constant"
 
 
@@ -100,16 +98,16 @@ def train(model, method, layers=None, steps=4, learning_rate=1e-2):
     return start, state.adapter
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_methods_of_the_provider(method):
+def test_methods_of_the_provider():
     """They take any tree: all of it moves, and not as without them."""
-    start, trained = train(bare(), METHODS[method])
-    assert all(np.abs(x - y).max() > 1e-3 for x, y in zip(*map(jax.tree.leaves, (start, trained)), strict=True))
-    if method != "none":
-        assert tiny.relative_difference(train(bare(), Undefended())[1], trained) > 1e-4
+    found = {}
+    for name, method in METHODS.items():
+        start, found[name] = train(bare(), method)
+        assert all(np.abs(x - y).max() > 1e-3 for x, y in zip(*map(jax.tree.leaves, (start, found[name])), strict=True))
+    assert min(tiny.relative_difference(found[name], found["none"]) for name in ("lisa", "kl")) > 1e-4
 
 
-@pytest.mark.parametrize("method", ["none", "lisa"])
+@pytest.mark.parametrize("method", ["none", pytest.param("lisa", marks=pytest.mark.long)])
 def test_only_layers(method):
     """The others are the same bit for bit, and so are embedding, last norm and head."""
     layers = np.array([False, True, False, True])
@@ -144,11 +142,3 @@ def test_an_optimizer_sees_whole_matrices():
     optimizer.update(weights, optimizer.init(weights), weights)
     assert shapes[0] == (TIED.vocab_size, TIED.hidden_size)
     assert (TIED.hidden_size, TIED.intermediate_size) in shapes
-
-
-def test_the_defense_stays_one_of_adapters():
-    """Without losses of its own a method is as it was."""
-    model, batch = tiny.model(), {"user": tiny.batch()}
-    adapter, frozen = tiny.trees(model)
-    expected = defenses.sft(losses.causal_lm_loss(model), batch="user").gradient(adapter, frozen, None, batch, None)[0]
-    equal(tuning(Undefended(), model, 1, None, None).gradient(adapter, frozen, None, batch, None)[0], expected)
