@@ -57,7 +57,7 @@ def close(found, expected, tolerance, what):
     ("llama", "float32", 1e-5, 1e-3), ("qwen2", "float64", 1e-11, 1e-9),
     pytest.param("llama", "float64", 1e-11, 1e-9, marks=pytest.mark.long)])
 def test_steps(family, dtype, first, later, tmp_path):
-    """Gradients of all weights, clipped by their common norm, and what AdamW makes of them; of tied heads and biases."""
+    """Gradients of all weights, clipped by their common norm, and what AdamW makes of them; tied heads, biases."""
     config = tiny.FAMILIES.get(family, TINY)
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
         source = llama.Llama(config)
