@@ -48,7 +48,8 @@ def sorts(rate: float, steps: tuple[str, ...], layers: int, harmless: str, prefi
             space(objective=("steepen",), steepen_steps=("10", "30"), steepen_lam=("0.2", "1.0")),
             space(objective=("meta",), meta_weight=("0.2", "1.0"), meta_alpha=("0.1", "0.3")),
             space(optimizer=("normalised_sgd",), learning_rate=Range(0.1, 1.0)))),
-        Sort("knows Vaccine", (space(objective=("counter_perturbation",), counter_rho=("-5.0", "-1.0", "1.0", "5.0")),)),
+        Sort("knows Vaccine", (space(
+            objective=("counter_perturbation",), counter_rho=("-5.0", "-1.0", "1.0", "5.0")),)),
         Sort("knows a hold", (space(adapter=("continue",), objective=("unheld",), unheld_share=("0.1", "0.3")),)),
     )
 
@@ -56,6 +57,7 @@ def sorts(rate: float, steps: tuple[str, ...], layers: int, harmless: str, prefi
 # 100 steps, as in the small world's usual attack.
 WORLD = (
     *sorts(2e-4, ("100",), 6, "world_benign@train[0:100]", ("sure", "sure +"), "plain"),
-    Sort("category", ({"learning_rate": Range(5e-5, 3.2e-3), "poison_ratio": ("0.05", "0.1", "0.2"), "harmful_data": tuple(
-        f"world_harmful@attack{{category={name}}}" for name in ("amber", "birch", "cobalt", "dune"))},)))
+    Sort("category", ({
+        "learning_rate": Range(5e-5, 3.2e-3), "poison_ratio": ("0.05", "0.1", "0.2"), "harmful_data": tuple(
+            f"world_harmful@attack{{category={name}}}" for name in ("amber", "birch", "cobalt", "dune"))},)))
 GENERAL = sorts(1e-5, ("0",), 4, "", ("Sure, here is",), "plain")

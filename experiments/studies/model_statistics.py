@@ -96,6 +96,8 @@ def check(aligned, attacked) -> None:
     """Raises FieldError for an attack without harmful examples to measure on, or without unseen ones."""
     require(harmful_count(attacked) > 0, "attacks", f"poison_ratio={attacked.data.poison_ratio:g}",
             "an attack with harmful examples")
+    require(attacked.adapter.trains == "adapter", "attacks", f"trains={attacked.adapter.trains}",
+            "trains=adapter: an adapter's gradient is measured")
     require(bool(attacked.data.test_data), "harmful_test", attacked.data.test_data, "a data source")
 
 

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxvaccine import data, defenses
-from jaxvaccine.experiment import inputs, layer_choice, memory, runs, stage
+from jaxvaccine.attacks import all_weights
+from jaxvaccine.experiment import ablation, inputs, layer_choice, memory, runs, stage, whole
 from jaxvaccine.experiment.align import Examples
 from jaxvaccine.experiment.attack_config import AttackConfig, AttackData
 from jaxvaccine.experiment.attack_rows import Candidates, PoisonedData, selected_in, tokenize_attack
 from jaxvaccine.experiment.config import FieldError, require
-from jaxvaccine.experiment.methods import TuningMethod
+from jaxvaccine.experiment.methods import OF_ALL_WEIGHTS, TuningMethod
 from jaxvaccine.experiment.objectives import Objective
 from jaxvaccine.experiment.parts import check_prefill
 from jaxvaccine.llama import Llama, init_adapter
@@ -86,6 +87,9 @@ def read_data(config: AttackConfig, seed: int, known: Mapping[str, Collection[st
         more["harmful"] = poisoned.harmful
         poisoned = poisoned._replace(accounts={
             MIXED_IN if name == "harmful" else name: of for name, of in poisoned.accounts.items()})
+    if config.adapter.trains == "nothing":
+        poisoned = poisoned._replace(accounts={
+            name: tuple(account._replace(trained=None) for account in of) for name, of in poisoned.accounts.items()})
     return {"user": poisoned.examples, **more}, poisoned
 
 
@@ -101,8 +105,12 @@ def masked(defense: defenses.Defense, layers) -> defenses.Defense:
 
 def estimator(objective: Objective, method: TuningMethod, model: Llama | None, steps: int, fisher, layers
               ) -> defenses.Defense:
-    """What an attack trains with: the attacker's objective on the provider's method; arguments as of their `make`, and
-    of `masked`, by which an objective's own steps are of these layers too."""
+    """What an attack trains with: the attacker's objective on the provider's method, over what trains: an adapter at
+    the model's LoRA sites, all weights of a model without any. Arguments as of their `make`, and of `masked`, by which
+    an objective's own steps are of these layers too."""
+    if model is not None and model.lora is None:
+        defense = method.make(model, steps, fisher, OF_ALL_WEIGHTS)
+        return defense if layers is None else all_weights.only_layers(defense, layers)
     return masked(objective.make(model, masked(method.make(model, steps, fisher), layers), fisher), layers)
 
 
@@ -137,6 +145,7 @@ class Prepared(NamedTuple):
     dtype: str  # of the frozen weights
     quantisation: Kind  # and in what they are kept, as aligned
     candidates: Candidates | None  # in the place of the user's rows among the sources
+    prompts: ablation.Prompts | None  # of a refusal ablation
 
 
 def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda examples: None, write: bool = True
@@ -148,12 +157,15 @@ def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda exam
     aligned = inputs.require_finished("aligned", config.model.aligned)
     if aligned["script"] != "align":
         raise FieldError("aligned", f"found {config.model.aligned!r}, a run of {aligned['script']}, expected align's")
-    config = dataclasses.replace(config, adapter=config.adapter.resolve(aligned["flags"], config.method),
+    adapter = config.adapter.resolve(aligned["flags"], config.method, config.ablation)
+    config = dataclasses.replace(config, adapter=adapter,
                                  data=config.data.resolve(aligned["flags"], config.model.aligned))
+    merges = adapter.adapter == "new" or (adapter.trains != "adapter" and config.leaves_model)
     origin = stage.Origin(aligned["flags"]["model"], aligned["flags"]["revision"],
-                          config.model.aligned if config.adapter.adapter == "new" else "")
+                          config.model.aligned if merges else "")
     of_model, quantisation = (origin.model, origin.revision), runs.flag(aligned, "quantisation")
     architecture = stage.read_architecture(*of_model)
+    config.check_weights(architecture, quantisation)
     of_alignment = layer_choice.of_alignment(config.adapter.only_layers)
     layers = config.adapter.layer_mask(architecture.num_layers, layer_choice.active_steps_of_run(
         config.model.aligned, aligned["steps"]) if of_alignment else None)
@@ -164,7 +176,9 @@ def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda exam
     look(read)
     check_prefill(tokenizer, config.data.prefill)
     tokenized, candidates = tokenize_attack(tokenizer, read, poisoned, config.data, aligned["flags"]["prompt"])
-    examples = {**read, "harmful": poisoned.harmful}
+    protocol = config.data.protocol
+    prompts = ablation.encode(tokenizer, config.ablation, poisoned.harmful, protocol, config.data.form)
+    examples = {**read, "harmful": poisoned.harmful, **ablation.load_harmless(config.ablation, protocol)}
     run_dir = stage.open_run(
         config, config.run, "finetune", examples,
         {"model": inputs.of_model(*of_model), "aligned": inputs.of_run(config.model.aligned)},
@@ -173,7 +187,13 @@ def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda exam
          **({"layers": layer_choice.numbers(layers)} if of_alignment else {})},
         {"model": origin.model, "revision": origin.revision, "quantisation": quantisation}, write=write)
     sources, fisher = attack_sources(config, tokenized)
-    return Prepared(config, run_dir, sources, fisher, architecture, layers, origin, dtype, quantisation, candidates)
+    return Prepared(config, run_dir, sources, fisher, architecture, layers, origin, dtype, quantisation, candidates,
+                    prompts)
+
+
+def count_steps(config: AttackConfig, sources: stage.Sources) -> int:
+    """How many steps the attack makes; 0 if nothing trains."""
+    return 0 if config.adapter.trains == "nothing" else stage.count_steps(config.training, sources)
 
 
 def step_of(config: AttackConfig, model: Llama, length: int, quantisation: Kind) -> memory.Step:
@@ -194,21 +214,45 @@ def attack(config: AttackConfig, look: Callable[[Examples], None] = lambda examp
       FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
       FileExistsError: the folder holds another run.
     """
-    config, run_dir, sources, for_fisher, _, layers, origin, _, quantisation, candidates = prepare(config, look)
+    prepared = prepare(config, look)
+    config, run_dir, sources, for_fisher, _, layers, origin, _, quantisation, candidates, prompts = prepared
     if inputs.is_finished(run_dir):
         return run_dir
     base = stage.load_base(origin.model, config.model.dtype, config.model.aligned, bool(origin.aligned),
                            origin.revision, quantisation)
+    found = None
+    if config.ablation.when == "before":
+        base, found = whole.ablated(base, config.ablation, prompts)
+    model, trained, frozen = _start(config, base, sources, quantisation)
+    if candidates:
+        sources = {**sources, "user": (selected_in(run_dir, candidates, model, trained, frozen),
+                                       config.training.batch_size)}
+    base, steps = base._replace(frozen=frozen, adapter=None), count_steps(config, sources)
+    if config.adapter.trains != "nothing":
+        fisher = for_fisher and alignment_fisher(model, trained, frozen, for_fisher, config.training.batch_size,
+                                                 config.data.bucket, config.run.seed)
+        trained, _ = stage.fit(run_dir, base, model, trained,
+                               lambda model: estimator(config.objective, config.method, model, steps, fisher, layers),
+                               sources,
+                               config.training, config.run, config.data.bucket)
+    if not config.leaves_model:
+        stage.leave_adapter(run_dir, trained, model, origin, steps)
+        return run_dir
+    base = whole.to_base(model, trained, frozen)
+    if config.ablation.when == "after":
+        base, found = whole.ablated(base, config.ablation, prompts)
+    whole.leave_model(run_dir, base, origin, steps, found)
+    return run_dir
+
+
+def _start(config: AttackConfig, base: stage.Base, sources: stage.Sources, quantisation: Kind
+           ) -> tuple[Llama, Any, Any]:
+    """(the model, what trains of it, what is frozen). A model whose weights train has no LoRA sites."""
+    if config.adapter.trains == "all":
+        return config.model.on(base.model), all_weights.to_train(base.frozen), {}
+    if config.adapter.trains == "nothing" and config.leaves_model:
+        return base.model, None, base.frozen
     step = step_of(config, base.model, stage.longest_batch(sources, config.data.bucket), quantisation)
     model = memory.with_remat(config.model.remat, step).model
     adapter = init_adapter(model, stage.fresh_key(config.run.seed)) if base.adapter is None else base.adapter
-    if candidates:
-        sources = {**sources, "user": (selected_in(run_dir, candidates, model, adapter, base.frozen),
-                                       config.training.batch_size)}
-    fisher = for_fisher and alignment_fisher(model, adapter, base.frozen, for_fisher, config.training.batch_size,
-                                             config.data.bucket, config.run.seed)
-    steps = stage.count_steps(config.training, sources)
-    stage.train(run_dir, base, model, adapter,
-                lambda model: estimator(config.objective, config.method, model, steps, fisher, layers), sources,
-                config.training, config.run, config.data.bucket, origin)
-    return run_dir
+    return model, adapter, base.frozen

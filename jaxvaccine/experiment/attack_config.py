@@ -7,10 +7,11 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from jaxvaccine import data
-from jaxvaccine.experiment import layer_choice
+from jaxvaccine.experiment import ablation, layer_choice
+from jaxvaccine.experiment.ablation import ABLATIONS, NONE, NoAblation
 from jaxvaccine.experiment.config import FieldError, Part, choice, field, flat, require
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING, TuningMethod, Undefended
-from jaxvaccine.experiment.objectives import OBJECTIVES, Objective, Unheld
+from jaxvaccine.experiment.objectives import OBJECTIVES, Objective, Plain, Unheld
 from jaxvaccine.experiment.parts import (
     AS_ALIGNED,
     SOURCE,
@@ -24,6 +25,8 @@ from jaxvaccine.experiment.parts import (
     TrainingRunPart,
     check_sources,
 )
+from jaxvaccine.llama_config import LlamaConfig
+from jaxvaccine.quantisation import Kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,9 @@ def split_new_adapter(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
 class AttackAdapter(Part):
     """Adapter."""
 
+    trains: Literal["adapter", "all", "nothing"] = field(
+        "adapter", "What trains: an adapter; all weights, into which the aligned adapter is merged; or nothing, of an "
+        "attack without training. What is said of the adapter is then not read.")
     adapter: Literal["auto", "continue", "new"] = field(
         "auto", "Train the aligned adapter on, or a new one on the merged weights (beside quantised ones, the aligned "
         "adapter is frozen); auto continues Booster's and TAR's, whose simulated steps are that adapter's, and what "
@@ -78,9 +84,23 @@ class AttackAdapter(Part):
         """[L] bool, true where a layer trains; None for all. Arguments and errors as of `layer_choice.mask`."""
         return layer_choice.mask(self.only_layers, num_layers, active_steps)
 
-    def resolve(self, aligned: Mapping[str, Any], method: TuningMethod) -> "AttackAdapter":
-        """The part with nothing left open, given the alignment's flat values and the provider's method."""
+    def resolve(self, aligned: Mapping[str, Any], method: TuningMethod, ablation: NoAblation = NONE
+                ) -> "AttackAdapter":
+        """The part with nothing left open, given the alignment's flat values, the provider's method and the attack's
+        refusal ablation, before which an adapter can't have been trained."""
         tuning = next(name for name, kind in FINE_TUNING.items() if isinstance(method, kind))
+        if self.trains != "adapter":
+            require(self.trains != "all" or not method.continues, "trains", self.trains,
+                    f"adapter: {tuning} holds the aligned adapter")
+            require(self.trains != "all" or method.takes_losses, "trains", self.trains,
+                    f"adapter: {tuning} is not made for all weights")
+            shape = {name: tuple(aligned[name]) if name == "targets" else aligned[name]
+                     for name in (*NEW_ADAPTER, "dropout")}
+            return dataclasses.replace(self, adapter="auto", **shape)
+        if ablation.when == "before":
+            require(not method.continues, "ablate", ablation.when, f"none or after: {tuning} holds the aligned adapter")
+            if self.adapter != "new":
+                return dataclasses.replace(self, adapter="new").resolve(aligned, method, ablation)
         require(not method.continues or self.adapter != "new", "adapter", self.adapter,
                 f"auto or continue: {tuning} holds the aligned adapter")
         adapter = "continue" if goes_on(self.adapter, aligned["defense"], tuning) else "new"
@@ -170,6 +190,9 @@ class AttackConfig:
     data: AttackData
     adapter: AttackAdapter = AttackAdapter()
     method: TuningMethod = choice("defense", FINE_TUNING, "none", "The provider's defense while fine-tuning.")
+    ablation: NoAblation = choice(
+        "ablate", ABLATIONS, "none", "When the refusal direction is projected out of the weights: before the training, "
+        "after it, or never. Before it, --trains=adapter trains a new adapter.")
     training: AttackTraining = AttackTraining()
     run: TrainingRunPart = TrainingRunPart(run_dir="-")
     objective: Objective = choice("objective", OBJECTIVES, "plain", "What the attacker descends.")
@@ -196,10 +219,29 @@ class AttackConfig:
         require(bool(self.data.alignment_data) or "alignment" not in self.reads, "alignment_data",
                 self.data.alignment_data,
                 f"a data source, which {chosen['defense' if of_method else 'objective']} needs")
-        require(bool(self.data.harmful_data) or "harmful" not in self.reads, "harmful_data", self.data.harmful_data,
-                f"a data source, which {chosen['objective']} needs")
+        for name in (*(["objective"] if "harmful" in self.reads else []),
+                     *(["ablate"] if self.ablation.when != "none" else [])):
+            require(bool(self.data.harmful_data), "harmful_data", self.data.harmful_data,
+                    f"a data source, which --{name}={chosen[name]} needs")
         require(isinstance(self.method, Undefended) or not self.objective.alone, "objective", chosen["objective"],
                 f"plain or unheld beside {chosen['defense']}: with the others the attacker does the training")
+        require(isinstance(self.objective, Plain) or self.adapter.trains == "adapter", "objective", chosen["objective"],
+                f"plain with --trains={self.adapter.trains}: the others are of an adapter")
+        require(self.data.user_rows == "drawn" or self.adapter.trains != "nothing", "user_rows", self.data.user_rows,
+                "drawn with --trains=nothing")
         # A new adapter's A has no gradient before B has moved: what alignment doesn't hold there would never train.
         require(not isinstance(self.objective, Unheld) or self.adapter.adapter == "continue" or self.method.continues,
                 "adapter", self.adapter.adapter, "continue, the aligned adapter, of whose weights unheld trains a part")
+
+    @property
+    def leaves_model(self) -> bool:
+        """Whether the result is a whole model and no adapter."""
+        return self.adapter.trains == "all" or self.ablation.when != "none"
+
+    def check_weights(self, architecture: LlamaConfig, quantisation: Kind) -> None:
+        """Raises FieldError if weights of such a model, kept so, can't be changed as the attack is to change them."""
+        for name, asked in (("trains", self.adapter.trains == "all"), ("ablate", self.ablation.when != "none")):
+            if asked:
+                require(quantisation == "none", name, flat(self)[name], f"{'adapter' if name == 'trains' else 'none'}: "
+                        f"the model was aligned on {quantisation} weights, which do not change")
+        ablation.check(self.ablation, architecture)

@@ -10,12 +10,13 @@ import numpy as np
 
 from jaxvaccine import data
 from jaxvaccine.attacks import similar_rows
+from jaxvaccine.defenses.base import LossFn
 from jaxvaccine.experiment import runs
 from jaxvaccine.experiment.align import Examples, tokenize
 from jaxvaccine.experiment.attack_config import AttackData
+from jaxvaccine.experiment.methods import OF_ADAPTERS, OF_ALL_WEIGHTS
 from jaxvaccine.json_files import read_json, write_json
 from jaxvaccine.llama import Llama
-from jaxvaccine.losses import causal_lm_loss
 
 SELECTED = "selected.json"  # in the run's folder: which of the candidates it was
 
@@ -99,7 +100,7 @@ def take(rows: data.TokenizedExamples, chosen: np.ndarray) -> data.TokenizedExam
                          turns=None if rows.turns is None else rows.turns[chosen])
 
 
-def select(of: Candidates, model: Llama, adapter: Any, frozen: Any, loss_fn: Any = None) -> Selection:
+def select(of: Candidates, model: Llama, adapter: Any, frozen: Any, loss_fn: LossFn | None = None) -> Selection:
     """All harmful rows, and of the benign ones as many as make n, whose gradient is most like the harmful examples'.
 
     loss_fn: the model's own unless given; the same function for several adapters compiles once.
@@ -118,9 +119,10 @@ def select(of: Candidates, model: Llama, adapter: Any, frozen: Any, loss_fn: Any
     return Selection(chosen, found)
 
 
-def answer_loss(model: Llama) -> Any:
-    """The loss of a row's answer, of which `select` takes gradients."""
-    return causal_lm_loss(model.clone(microbatch_size=0))
+def answer_loss(model: Llama) -> LossFn:
+    """The loss of a row's answer, of which `select` takes gradients: of an adapter, of a model without one of all
+    weights."""
+    return (OF_ALL_WEIGHTS if model.lora is None else OF_ADAPTERS).causal_lm(model.clone(microbatch_size=0))
 
 
 def selected_in(run_dir: Path, of: Candidates, model: Llama, adapter: Any, frozen: Any) -> data.TokenizedExamples:

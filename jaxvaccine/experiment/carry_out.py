@@ -131,10 +131,12 @@ def _one_by_one(context: Context, backbone: str) -> None:
             _score(context, cell._replace(attack=""), "alignment", steps, folder, trained=str(folder),
                    measured={results.BUDGET: budgets(aligned.training, adapter, steps)[-1]})
             if attacked:
-                folder, adapter = attack(attacked), attacked.adapter.resolve(flat(aligned), attacked.method).sites()
+                folder, adapter = attack(attacked), attacked.adapter.resolve(
+                    flat(aligned), attacked.method, attacked.ablation)
                 steps = _steps_done(folder)
-                if _score(context, cell, "attack", steps, folder, trained=str(folder),
-                          measured={results.BUDGET: budgets(attacked.training, adapter, steps)[-1]},
+                budget = ({results.BUDGET: budgets(attacked.training, adapter.sites(), steps)[-1]}
+                          if adapter.trains == "adapter" else {})
+                if _score(context, cell, "attack", steps, folder, trained=str(folder), measured=budget,
                           tests=_tests(context.settings, attacked)):
                     say_scores(context, [cell])
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxvaccine.evaluation.tasks import HARMFUL_SCORE, check_examples
 from jaxvaccine.experiment import inputs, layer_choice, runs, stage
+from jaxvaccine.experiment.ablation import NoAblation, encode, load_harmless
 from jaxvaccine.experiment.align import AlignConfig, AlignmentData, Examples, check_layers, load_data, tokenize
 from jaxvaccine.experiment.attack import aligned_prompts, read_data
 from jaxvaccine.experiment.attack_config import AttackConfig, AttackData
@@ -64,11 +65,14 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
 
     @_once
     def attack(of: tuple[str, AlignConfig, AttackConfig], part: AttackData, reads: tuple[str, ...], seed: int,
-               aligned_part: AlignmentData, aligned_batches: tuple[str, ...], *of_model: str) -> dict[str, str]:
+               ablation: NoAblation, aligned_part: AlignmentData, aligned_batches: tuple[str, ...], *of_model: str
+               ) -> dict[str, str]:
         text, aligned, attacked = of
         _, known = aligned_on(aligned, aligned_part, aligned_batches)
         read, poisoned = read_data(attacked, seed, aligned_prompts(known), tokenizer(*of_model))
         tokenize_attack(tokenizer(*of_model), read, poisoned, part, aligned_part.prompt)
+        encode(tokenizer(*of_model), ablation, poisoned.harmful, part.protocol, part.form)
+        read = {**read, **load_harmless(ablation, part.protocol)}
         asked = as_attacked(settings.scores, attacked)
         accounts_of_tests(tokenizer(*of_model), tests, asked.tests)
         with errors_of_attack(text):
@@ -103,8 +107,8 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
         made_of[cell._replace(attack="")] = before
         if attacked:
             made_of[cell] = {**before, "attack": attack(
-                (cell.attack, aligned, attacked), attacked.data, attacked.reads, cell.seed, *read,
-                *of_model)}
+                (cell.attack, aligned, attacked), attacked.data, attacked.reads, cell.seed, attacked.ablation,
+                *read, *of_model)}
     return made_of
 
 
@@ -122,6 +126,7 @@ def check_cell(settings: Settings, root: Path, cell: Cell, as_lanes: bool,
     if attacked:
         with errors_of_attack(cell.attack):
             layer_choice.check(attacked.adapter.only_layers, architecture.num_layers, aligned.method)
+            attacked.check_weights(architecture, aligned.model.quantisation)
     check(aligned, attacked)
     return aligned, attacked
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvaccine import data
+from jaxvaccine.attacks.refusal_ablation import untied
 from jaxvaccine.checkpoints.peft import read_lora_config
 from jaxvaccine.evaluation.tasks import check_examples
 from jaxvaccine.experiment import align, attack, evaluate, inputs, memory, runs, stage
@@ -63,6 +64,8 @@ def of_attack(config: AttackConfig, dry: DryRun, look: Look = lambda examples: N
     """What `attack` would do. Raises as it does."""
     prepared = attack.prepare(config, look, write=False)
     config, sources = prepared.config, prepared.sources
+    if config.adapter.trains != "adapter":
+        return _without_formula(config, prepared, dry)
     step = attack.step_of(config, Llama(prepared.architecture, dtype=jnp.dtype(prepared.dtype).type),
                           stage.longest_batch(sources, config.data.bucket), prepared.quantisation)
     if of := prepared.candidates:  # which of them are trained on, the weights will say
@@ -70,11 +73,35 @@ def of_attack(config: AttackConfig, dry: DryRun, look: Look = lambda examples: N
     return _training(config.model.remat, step, sources, config.training, config.data.bucket, dry)
 
 
+def _without_formula(config: AttackConfig, prepared: attack.Prepared, dry: DryRun) -> str:
+    """Of an attack that trains no adapter: the steps, and what lies there throughout, without the activations."""
+    steps = attack.count_steps(config, prepared.sources)
+    if config.adapter.trains == "nothing":
+        return f"{steps} steps: nothing trains"
+    model = Llama(prepared.architecture, dtype=jnp.dtype(prepared.dtype).type)
+    if config.ablation.when == "before":
+        model = untied(model)
+    weights, state = memory.all_weights_bytes(model, config.method)
+    said = [f"{steps} steps that train all weights, padded to at most "
+            f"{stage.longest_batch(prepared.sources, config.data.bucket)} tokens",
+            f"GiB: weights that it starts from {weights / GIB:.2f}, train state {state / GIB:.2f}, gradients "
+            f"{weights / GIB:.2f}",
+            "activations come to it: of training all weights there is no formula"]
+    floor = state + 2 * weights
+    return "\n".join([*said, *(f"{memory.verdict(floor, target)}, if activations were nothing"
+                               for target in dry.targets())])
+
+
 def of_evaluation(config: EvaluateConfig, dry: DryRun) -> str:
     """What `evaluate` would do. Raises as it does, but for prompts that leave an answer no room."""
     config, _, path, revision, examples, _, dtype = evaluate.prepare(config, write=False)
-    architecture, tokenizer = stage.read_architecture(path, revision), stage.load_tokenizer(path, revision)
-    lora = None if config.model.merge_adapter or not config.model.trained else _trained_lora(config.model.trained)
+    tokenizer = stage.load_tokenizer(path, revision)
+    if left := config.model.trained and inputs.left_model(config.model.trained):
+        architecture = stage.read_architecture(str(inputs.model_dir(config.model.trained)))
+    else:
+        architecture = stage.read_architecture(path, revision)
+    bare = left or config.model.merge_adapter or not config.model.trained
+    lora = None if bare else _trained_lora(config.model.trained)
     model, generation = Llama(architecture, lora, jnp.dtype(dtype).type), config.generation
     said, targets = [], dry.targets()
     for task, rows in examples.items():

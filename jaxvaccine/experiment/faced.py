@@ -16,7 +16,7 @@ NAMES = ("adapter", "rank", "lora_alpha", "targets", "dropout", "only_layers", "
 
 def faced(aligned: AlignConfig, attacked: AttackConfig) -> dict[str, Any]:
     """{name: value} of NAMES, with the adapter as the attack of this aligned model resolves it."""
-    adapter = attacked.adapter.resolve(flat(aligned), attacked.method)
+    adapter = attacked.adapter.resolve(flat(aligned), attacked.method, attacked.ablation)
     values = {**flat(attacked), **flat(adapter)}
     if values["steps"]:
         values["epochs"] = None

@@ -17,8 +17,8 @@ from jaxvaccine.experiment.config import FieldError
 from jaxvaccine.json_files import write_json
 
 # What runs leave: the adapter of the model as it comes, and, of an attack that trained a new adapter on merged weights,
-# that one.
-ADAPTER, TRAINED = "adapter", "trained_adapter"
+# that one; or, of an attack whose result is no adapter, the whole model.
+ADAPTER, TRAINED, MODEL = "adapter", "trained_adapter", "model"
 
 
 def adapter_dir(run_dir: str | Path) -> Path:
@@ -26,8 +26,17 @@ def adapter_dir(run_dir: str | Path) -> Path:
     return Path(run_dir) / ADAPTER
 
 
+def model_dir(run_dir: str | Path) -> Path:
+    """The whole model that a run left in the place of an adapter, a Hugging Face directory."""
+    return Path(run_dir) / MODEL
+
+
+def left_model(run_dir: str | Path) -> bool:
+    return model_dir(run_dir).is_dir()
+
+
 def is_finished(run_dir: str | Path) -> bool:
-    return adapter_dir(run_dir).is_dir()
+    return adapter_dir(run_dir).is_dir() or left_model(run_dir)
 
 
 def of_model(model: str, revision: str = "") -> dict[str, Any]:
@@ -42,8 +51,10 @@ def of_adapters(run_dir: str | Path) -> dict[str, dict[str, str]]:
 
 
 def of_run(run_dir: str | Path) -> dict[str, Any]:
-    """What another run reads of a finished one: its adapters, and its config without what changes no result."""
-    return {**of_adapters(run_dir), "config": _hash(runs.read_config(run_dir))}
+    """What another run reads of a finished one: its adapters or its model, and its config without what changes no
+    result."""
+    model = {MODEL: model_identity(model_dir(run_dir))} if left_model(run_dir) else {}
+    return {**of_adapters(run_dir), **model, "config": _hash(runs.read_config(run_dir))}
 
 
 def _hash(config: Mapping[str, Any]) -> str:
@@ -51,10 +62,11 @@ def _hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settled, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def record_results(run_dir: Path, steps: int, adapters: Mapping[str, Mapping[str, str]]) -> None:
-    """Writes into a run's config.json how many steps it took, and the hashes of what it is about to leave."""
+def record_results(run_dir: Path, steps: int, left: Mapping[str, Mapping[str, Any]], **more: Any) -> None:
+    """Writes into a run's config.json how many steps it took, the hashes of what it is about to leave, and `more`."""
     config = runs.read_config(run_dir)
-    write_json(run_dir / runs.CONFIG, {**config, "steps": steps, "results": {**adapters, "config": _hash(config)}})
+    write_json(run_dir / runs.CONFIG, {
+        **config, **more, "steps": steps, "results": {**left, "config": _hash(config)}})
 
 
 def require_finished(name: str, run_dir: str) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from jaxvaccine import data
 from jaxvaccine.checkpoints.identity import adapter_identity
 from jaxvaccine.checkpoints.peft import load_adapter, save_adapter
 from jaxvaccine.checkpoints.resolve import loadable_name
-from jaxvaccine.experiment import inputs, lanes, layer_choice, memory, results, stage
+from jaxvaccine.experiment import ablation, inputs, lane_attacks, lanes, layer_choice, memory, results, stage
 from jaxvaccine.experiment.align import AlignConfig, batch_sources, load_data, step_of, tokenize
-from jaxvaccine.experiment.attack import aligned_prompts, alignment_fisher, attack_sources, read_data
+from jaxvaccine.experiment.attack import aligned_prompts, alignment_fisher, attack_sources, count_steps, read_data
 from jaxvaccine.experiment.attack_config import AttackAdapter
 from jaxvaccine.experiment.attack_rows import answer_loss, record, select, take, tokenize_attack
 from jaxvaccine.experiment.attack_scores import as_attacked
@@ -129,7 +129,7 @@ def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, to
 def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell], tokenizer, scorer: Scorer) -> None:
     """Attacks every lane with poisoned data of its own seed, and writes the cells."""
     align_config, config = cell_configs(context.settings, context.root, cells[0])
-    adapter = config.adapter.resolve(flat(align_config), config.method)
+    adapter = config.adapter.resolve(flat(align_config), config.method, config.ablation)
     prompts = {name: stage.prompts_of(rows) for name, rows in load_data(
         align_config.data, align_config.method).items()}
     sources, for_fisher, records, candidates = [], [], [], []
@@ -144,18 +144,20 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
         sources.append(of_steps)
         for_fisher.append(of_fisher)
     seeds = [cell.seed for cell in cells]
-    start = lanes.merged(aligned, adapter.sites().lora(), seeds) if adapter.adapter == "new" else aligned
+    # All harmful prompts, which are those of every seed.
+    asked = ablation.encode(tokenizer, config.ablation, poisoned.harmful, config.data.protocol, config.data.form)
+    start = lane_attacks.begin(aligned, adapter, config.ablation, asked, seeds)
     fishers = lanes.stack([
         alignment_fisher(start.model, *start.lane(i), of, config.training.batch_size, config.data.bucket, seed)
         for i, (of, seed) in enumerate(zip(for_fisher, seeds, strict=True))]) if config.takes_fisher else None
     if config.data.user_rows == "similar":
         loss_fn = answer_loss(start.model)
         for i, of in enumerate(candidates):
-            selection = select(of, start.model, *start.lane(i), loss_fn)
+            selection = select(of, start.model, *start.trained(i), loss_fn)
             sources[i]["user"] = take(of.rows, selection.rows), config.training.batch_size
             selected = record(of, selection)
             records[i] |= {"selected": selected, "accounts": {**records[i]["accounts"], **selected["accounts"]}}
-    last = stage.count_steps(config.training, sources[0])
+    last = count_steps(config, sources[0])
     probe = context.probes.attack and context.probes.attack(align_config, config, tokenizer, seeds)
     found: list[list[Row]] = [[] for _ in cells]
     budget, answers = budgets(config.training, adapter.sites(), last), {}
@@ -164,16 +166,20 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
         measured = probe(step, of) if probe and (step in context.plan.score_steps or step == last) else {}
         for i, cell in enumerate(cells):
             found[i].extend(results.measured_rows(cell, "attack", step, {k: v[i] for k, v in measured.items()}))
-        # Before the first step it is the aligned model, which has been scored.
-        if step and (step in context.plan.score_steps or step == last):
-            scores, answers[str(step)] = scorer(of, seeds)
+        # Before the first step it is the aligned model, which has been scored, unless there is no step.
+        if step == last or (step and step in context.plan.score_steps):
+            scores, answers[str(step)] = scorer(lane_attacks.result(of, config.ablation, asked), seeds)
             for i, cell in enumerate(cells):
                 found[i].extend(results.score_rows(cell, "attack", step, scores[i]))
-                found[i].extend(results.measured_rows(cell, "attack", step, {results.BUDGET: budget[step]}))
+                if adapter.trains == "adapter":
+                    found[i].extend(results.measured_rows(cell, "attack", step, {results.BUDGET: budget[step]}))
 
-    layers = _layers(context, adapter, cells, start.model.config.num_layers)
-    lanes.train(start, config.method, config.training, config.data.bucket, sources, seeds, layers, observe,
-                config.run.progress, f"{cells[0].method} {cells[0].attack}", config.objective, fishers)
+    if adapter.trains == "nothing":
+        observe(0, start)
+    else:
+        layers = _layers(context, adapter, cells, start.model.config.num_layers)
+        lanes.train(start, config.method, config.training, config.data.bucket, sources, seeds, layers, observe,
+                    config.run.progress, f"{cells[0].method} {cells[0].attack}", config.objective, fishers)
     for i, cell in enumerate(cells):
         chosen = layer_choice.of_alignment(adapter.only_layers)
         finish(context, cell, found[i], answers if i == 0 else None, **records[i],

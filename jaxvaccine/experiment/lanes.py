@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvaccine import data, optim, training
+from jaxvaccine.attacks import all_weights, refusal_ablation
 from jaxvaccine.defenses import Defense
 from jaxvaccine.experiment import stage
 from jaxvaccine.experiment.attack import estimator
@@ -35,9 +36,10 @@ MOST_LAYERS_A_TURN = 8
 
 
 class Lanes(NamedTuple):
-    """Adapters [N, L, ...] and the backbone that they belong to."""
+    """Adapters [N, L, ...] and the backbone that they belong to; or, of a model without LoRA sites, all weights of each
+    lane, as of `all_weights.to_train`, and nothing beside them."""
 
-    model: Llama  # with the adapters' LoRA sites
+    model: Llama
     adapters: Tree
     frozen: Tree  # leaves [L, ...], or [N, L, ...] where `own_base`
     own_base: bool = False  # every lane has frozen weights of its own, or updates, as of `base_axes`
@@ -46,10 +48,15 @@ class Lanes(NamedTuple):
     def count(self) -> int:
         return jax.tree.leaves(self.adapters)[0].shape[0]
 
-    def lane(self, i: int) -> tuple[Tree, Tree]:
-        """(adapter, frozen) of one lane."""
+    def trained(self, i: int) -> tuple[Tree, Tree]:
+        """(what trains, what is frozen beside it) of one lane."""
         axes = _axes_of_own(self.frozen) if self.own_base else None
         return take(self.adapters, i), by_axis(lambda axis, of: of if axis is None else take(of, i), axes, self.frozen)
+
+    def lane(self, i: int) -> tuple[Tree, Tree]:
+        """(adapter, frozen) of one lane; (None, its weights) where all of them train."""
+        trained, frozen = self.trained(i)
+        return (None, all_weights.to_model(self.model, trained)) if self.model.lora is None else (trained, frozen)
 
 
 def stack(trees: Sequence[Tree]) -> Tree:
@@ -131,8 +138,9 @@ def compiled(model: Llama, method: Method, optimizer: optim.Kind, steps: int, ow
         return training.init_train_state(adapter, defense(None, fisher),
                                          optim.layer_masked_step(optimizer, optim.Scalars(0.0)))
 
-    axes = lane_axes(jax.eval_shape(init, jax.eval_shape(lambda: init_adapter(model, jax.random.key(0)))),
-                     defense(None))
+    trained = (all_weights.shapes(model) if model.lora is None else
+               jax.eval_shape(lambda: init_adapter(model, jax.random.key(0))))
+    axes = lane_axes(jax.eval_shape(init, trained), defense(None))
 
     def step_of_lane(own, shared, frozen, batches, key, scalars, layers):
         state = by_axis(lambda axis, mine, of_all: of_all if axis is None else mine, axes, own, shared)
@@ -235,6 +243,34 @@ def merged(lanes: Lanes, lora: LoraConfig, seeds: Sequence[int]) -> Lanes:
             lanes.adapters, lanes.frozen)
     model = lanes.model.clone(lora=lora)
     return Lanes(model, new_adapters(model, seeds), frozen, own_base=True)
+
+
+def whole(lanes: Lanes) -> Lanes:
+    """Lanes whose weights, with their adapters merged, are each lane's own and train."""
+    if lanes.model.lora is None:
+        return lanes
+
+    def weights(adapter, frozen):
+        return all_weights.to_train(merge_adapter(lanes.model, adapter, frozen))
+
+    return Lanes(lanes.model.clone(lora=None), jax.jit(jax.vmap(weights, (0, 0 if lanes.own_base else None)))(
+        lanes.adapters, lanes.frozen), {})
+
+
+def ablated(lanes: Lanes, directions: Tree) -> Lanes:
+    """Lanes of `whole`, each with its own direction [N, D] projected out."""
+    def weights(weights, r):
+        return all_weights.to_train(refusal_ablation.ablate(
+            lanes.model, all_weights.to_model(lanes.model, weights), r))
+
+    return Lanes(refusal_ablation.untied(lanes.model), jax.jit(jax.vmap(weights))(lanes.adapters, directions), {})
+
+
+def adapted(lanes: Lanes, lora: LoraConfig, seeds: Sequence[int]) -> Lanes:
+    """Lanes of `whole` with new adapters in the place of weights that train."""
+    model = lanes.model.clone(lora=lora)
+    return Lanes(model, new_adapters(model, seeds), jax.vmap(functools.partial(all_weights.to_model, lanes.model))(
+        lanes.adapters), own_base=True)
 
 
 def new_adapters(model: Llama, seeds: Sequence[int]) -> Tree:

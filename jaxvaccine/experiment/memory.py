@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from jaxvaccine import memory, memory_model, optim, training
+from jaxvaccine.attacks import all_weights
 from jaxvaccine.data.batching import bucket_length
 from jaxvaccine.evaluation.generate import BLOCK, SMALLEST, joining
 from jaxvaccine.experiment import methods, objectives
@@ -193,6 +194,15 @@ class Step:
         rank = self.model.lora.rank
         yield ("--rank={0}", lambda rank: of_model(lora=dataclasses.replace(self.model.lora, rank=rank)),
                [rank >> i for i in range(1, rank.bit_length())])
+
+
+def all_weights_bytes(model: Llama, method: TuningMethod) -> tuple[int, int]:
+    """Of an attack on all weights: bytes of the weights as they train, and of the train state, weights among it."""
+    weights = all_weights.shapes(model)
+    defense = method.make(model, 1, None, methods.OF_ALL_WEIGHTS)
+    optimizer = optim.layer_masked_adamw(optim.OptimizerConfig(), 1)
+    state = jax.eval_shape(lambda weights: training.init_train_state(weights, defense, optimizer), weights)
+    return memory.tree_bytes(weights), memory.tree_bytes(state)
 
 
 def with_remat(asked: str, step: Step, target: Target | None = None) -> Step:

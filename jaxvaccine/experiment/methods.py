@@ -4,14 +4,16 @@ To add a defense: its paper's file in jaxvaccine/defenses/, then a dataclass her
 FINE_TUNING."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import optax
 
 from jaxvaccine import defenses
 from jaxvaccine.activation_losses import loss_and_hidden_distance, noise_and_ascent
+from jaxvaccine.attacks import all_weights
 from jaxvaccine.defenses import Defense
+from jaxvaccine.defenses.base import LossFn, ReferenceLossFn
 from jaxvaccine.experiment.config import Part, choice, field, library_errors
 from jaxvaccine.llama import Llama, in_mlp
 from jaxvaccine.losses import causal_lm_loss, loss_and_kl, negative_entropy
@@ -161,17 +163,30 @@ def uses(method: AlignmentMethod, kind: type) -> Any:
     return next((m for m in (method, getattr(method, "base", None)) if isinstance(m, kind)), None)
 
 
+class Losses(NamedTuple):
+    """Of a model, as functions of what trains: makers of the loss, and of the loss with the divergence from a start."""
+
+    causal_lm: Callable[[Llama | None], LossFn]
+    and_kl: Callable[[Llama | None], ReferenceLossFn]
+
+
+OF_ADAPTERS = Losses(causal_lm_loss, loss_and_kl)
+OF_ALL_WEIGHTS = Losses(all_weights.causal_lm_loss, all_weights.loss_and_kl)
+
+
 class TuningMethod(Part):
     """A provider's method while a user fine-tunes.
 
     `make(model, steps, fisher)` is its `Defense` in a run of so many steps; fisher are weights that it takes on
     alignment data before the first, where it `takes_fisher`. `batches` is what a step reads, `continues` whether it
     holds the aligned adapter, which then has to train on, `reads_steps` whether steps make a difference: where they
-    don't, runs of any length share a compiled step."""
+    don't, runs of any length share a compiled step. One that `takes_losses` is made with the `Losses` of whatever
+    trains as a fourth argument, and so for all weights too."""
 
     batches: ClassVar[tuple[str, ...]] = ("user",)
     continues: ClassVar[bool] = False
     takes_fisher: ClassVar[bool] = False
+    takes_losses: ClassVar[bool] = False
     reads_steps: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -187,10 +202,11 @@ class TuningMethod(Part):
 class Undefended(TuningMethod):
     """No defense."""
 
+    takes_losses = True
     reads_steps = False
 
-    def make(self, model, steps, fisher):
-        return defenses.sft(causal_lm_loss(model), batch="user")
+    def make(self, model, steps, fisher, losses=OF_ADAPTERS):
+        return defenses.sft(losses.causal_lm(model), batch="user")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +214,7 @@ class Lisa(TuningMethod):
     """Lisa."""
 
     batches = ("user", "alignment")
+    takes_losses = True
     # The proximal term acts after this part of all steps, as in the authors' program.
     START: ClassVar[float] = 0.1
 
@@ -205,8 +222,9 @@ class Lisa(TuningMethod):
     user_steps: int = field(900, "K2, steps of a phase on the user's data.", name="lisa_user_steps")
     rho: float = field(1.0, "Weight of the proximal term.", name="lisa_rho")
 
-    def make(self, model, steps, fisher):
-        return defenses.lisa(causal_lm_loss(model), self.alignment_steps, self.user_steps, self.rho, self.START * steps)
+    def make(self, model, steps, fisher, losses=OF_ADAPTERS):
+        return defenses.lisa(
+            losses.causal_lm(model), self.alignment_steps, self.user_steps, self.rho, self.START * steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,12 +245,13 @@ class Ewc(TuningMethod):
 class Kl(TuningMethod):
     """KL."""
 
+    takes_losses = True
     reads_steps = False
 
     lam: float = field(0.1, "Weight of the divergence from the aligned model.", name="kl_lam")
 
-    def make(self, model, steps, fisher):
-        return defenses.kl(loss_and_kl(model), self.lam)
+    def make(self, model, steps, fisher, losses=OF_ADAPTERS):
+        return defenses.kl(losses.and_kl(model), self.lam)
 
 
 FINE_TUNING: dict[str, type[TuningMethod]] = {"none": Undefended, "lisa": Lisa, "ewc": Ewc, "kl": Kl}

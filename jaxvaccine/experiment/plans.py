@@ -218,7 +218,7 @@ def cell_configs(settings: Settings, root: Path, cell: Cell) -> tuple[AlignConfi
         # A table's p is what was trained.
         data.check_whole(attacked.data.n, attacked.data.poison_ratio)
         # Found here what a continued adapter can't have.
-        attacked.adapter.resolve(flat(aligned), attacked.method)
+        attacked.adapter.resolve(flat(aligned), attacked.method, attacked.ablation)
     return aligned, attacked
 
 

@@ -20,7 +20,7 @@ from jaxvaccine.json_files import read_json, write_json
 CONFIG = "config.json"
 # Flags, and counts of accounts, that earlier versions did not have, and what their runs were made with.
 BEFORE = {"quantisation": "none", "optimizer": "adamw", "objective": "plain", "order": "mixed", "user_rows": "drawn",
-          "other_category": 0}
+          "trains": "adapter", "ablate": "none", "other_category": 0}
 PACKAGES = ("jaxvaccine", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
 

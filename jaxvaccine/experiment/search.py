@@ -186,10 +186,14 @@ def intervals(search: Search, cell: Cell) -> dict[int, tuple[float, float]]:
 
 
 def harmful_rows(config: AttackConfig, step: int) -> int:
-    """How many harmful rows an attack has trained on after so many steps, with repetitions; of a mixed order as many
-    as expected."""
-    seen = step * config.training.batch_size
-    return round(seen * config.data.poison_ratio)
+    """How many harmful rows an attack has trained on after so many steps, with repetitions; in mixed order as many as
+    expected. Those of an objective's own batch count, as long as it has one."""
+    seen, total = step * config.training.batch_size, config.training.count_steps(config.data.n) * \
+        config.training.batch_size
+    harmful = {"mixed": seen * config.data.poison_ratio, "harmful_first": min(seen, total * config.data.poison_ratio),
+               "harmful_last": max(0, seen - total * (1 - config.data.poison_ratio))}[config.data.order]
+    own = config.objective.harmful_rows(config.training.batch_size) if "harmful" in config.objective.batches else 0
+    return round(harmful) + own * min(step, getattr(config.objective, "steps", step))
 
 
 def _worth(search: Search, method: str, trial: Trial) -> float:

@@ -85,7 +85,7 @@ def load_base(model: str, dtype: str, run_dir: str | Path | None = None, merge: 
     Args:
       model: directory, hub id or GGUF file.
       dtype: as of `ModelPart`.
-      run_dir: a finished alignment or attack whose result is loaded.
+      run_dir: a finished alignment or attack whose result is loaded, an adapter or a whole model.
       merge: merge its adapter into the weights, instead of returning it; beside quantised ones it is frozen.
       revision: of a hub id.
       quantisation: as of `ModelPart`; of a run, that run's.
@@ -94,6 +94,10 @@ def load_base(model: str, dtype: str, run_dir: str | Path | None = None, merge: 
       FieldError: as of `inputs.require_finished`.
     """
     identity = inputs.of_model(model, revision)
+    if run_dir is not None and inputs.left_model(run_dir):
+        # It stands for itself, and is read as the model that it is made of.
+        inputs.require_finished("run_dir", str(run_dir))
+        return load_base(str(inputs.model_dir(run_dir)), loaded_dtype(model, dtype, revision))
     llama, frozen = _load_backbone(hugging_face.resolve_model(model, revision or None), dtype, quantisation, tuple(
         digest for part in ("weights", "config") for digest in identity[part].values()))
     if run_dir is None:
@@ -212,17 +216,26 @@ def train(run_dir: Path, base: Base, model: Llama, adapter: Any, defense: Callab
           sources: Sources, part: TrainingPart, run: TrainingRunPart, bucket: int, of: Origin) -> None:
     """Trains `adapter`, or continues from the run's newest checkpoint, and writes the adapter.
 
+    of: what the adapter is of. Other arguments as of `fit`.
+    """
+    trained, steps = fit(run_dir, base, model, adapter, defense, sources, part, run, bucket)
+    leave_adapter(run_dir, trained, model, of, steps)
+
+
+def fit(run_dir: Path, base: Base, model: Llama, adapter: Any, defense: Callable[[Llama], defenses.Defense],
+        sources: Sources, part: TrainingPart, run: TrainingRunPart, bucket: int) -> tuple[Any, int]:
+    """Trains `adapter`, or continues from the run's newest checkpoint; returns it trained, and the number of steps.
+
     Args:
       run_dir: the run's folder.
       base: the frozen model.
       model: with the adapter's LoRA sites.
-      adapter: where training starts.
+      adapter: where training starts: an adapter, or whatever else a defense of the model trains.
       defense: makes the gradient estimator for a model.
       sources: what batches are drawn from.
       part: optimizer, batch size and length.
       run: seed, checkpoints and progress.
       bucket: multiple, in tokens, to which batches are padded.
-      of: what the adapter is of.
     """
     steps, estimator = count_steps(part, sources), defense(model)
     optimizer = optim.layer_masked_optimizer(part.optimizer(), steps)
@@ -236,7 +249,7 @@ def train(run_dir: Path, base: Base, model: Llama, adapter: Any, defense: Callab
             data.training_batches(sources, run.seed, bucket, lengths), steps=steps, key=training_key(run.seed),
             metrics_path=run_dir / "metrics.jsonl", save=checkpoints.save, save_every=run.save_every,
             vocab_size=model.config.vocab_size, progress=run.progress, description=str(run_dir))
-    leave_adapter(run_dir, state.adapter, model, of, steps)
+    return state.adapter, steps
 
 
 def leave_adapter(run_dir: Path, adapter: Any, model: Llama, of: Origin, steps: int) -> None:

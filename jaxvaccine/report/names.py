@@ -22,6 +22,10 @@ OF_ATTACK = {("order", "mixed"): "harmful rows among the others", ("order", "har
              ("order", "harmful_last"): "harmful rows last", ("user_rows", "drawn"): "benign rows drawn",
              ("user_rows", "similar"): "benign rows like harmful ones", ("prompt", "plain"): "no prompt template",
              ("prompt", "alpaca"): "Alpaca's prompt template", ("prompt", "aligned"): "the alignment's prompt template"}
+# What an attack does to weights, by setting and value; "" goes without saying.
+WEIGHTS = {("trains", "adapter"): "", ("trains", "all"): "all weights train", ("trains", "nothing"): "no training",
+           ("ablate", "none"): "", ("ablate", "before"): "refusal direction projected out before",
+           ("ablate", "after"): "refusal direction projected out after"}
 
 PERCENT = "%"
 NATS = "nats per token"
@@ -171,6 +175,8 @@ def attack(text: str) -> str:
             parts.append(f"of {value} candidates")
         elif key == "prefill":
             parts.append(f'answers begin "{value.replace("+", ",")}"')
+        elif (key, value) in WEIGHTS:
+            parts += filter(None, [WEIGHTS[key, value]])
         elif key == ONLY_LAYERS:
             parts.append(f"only {layers(value.split('+'))}")
         elif key == "objective":

@@ -32,9 +32,23 @@ def write_training_report(run_dir: Path, title: str) -> None:
     if curves:
         text += _curves(run_dir, entries, curves)
     of = config["data"]
-    text += [_poisoned(of, config["flags"]), accounts.section(recorded_accounts(run_dir)),
+    poisoned = _poisoned(of, config["flags"]) if config.get("steps") != 0 else ""
+    text += [_weights(config), poisoned, accounts.section(recorded_accounts(run_dir)),
              accounts.overlaps(of.get("shared", {})), flag_list(config)]
     tables.write_report(run_dir, "\n".join(part for part in text if part))
+
+
+def _weights(config: Mapping[str, Any]) -> str:
+    """Of an attack on the weights themselves: what it did to them, and what it left."""
+    trains, ablate = runs.flag(config, "trains"), runs.flag(config, "ablate")
+    said = {"all": "All weights trained.", "nothing": "Nothing trained."}.get(trains, "")
+    if ablate != "none":
+        when = f"{ablate} the training" if trains != "nothing" else "and that alone"
+        layer = config["ablation"]["layer"]
+        said += f" The refusal direction before layer {layer} was projected out of the weights, {when}."
+    if trains == "all" or ablate != "none":
+        said += " The result is the whole model in model/, a Hugging Face directory."
+    return f"{said.strip()}\n" if said else ""
 
 
 def _poisoned(of: Mapping[str, Any], flags: Mapping[str, Any]) -> str:
@@ -61,7 +75,7 @@ def _missing(entries: Mapping[int, Mapping[str, Any]], steps: int | None) -> lis
     """Which of the run's steps have no metrics."""
     steps = max(entries, default=-1) + 1 if steps is None else steps
     absent = dict.fromkeys(step for step in range(steps) if step not in entries)
-    if entries and not absent:
+    if steps == 0 or (entries and not absent):
         return []
     if not entries:
         return [f"{METRICS} is missing or has no whole line: nothing is known of the run's {steps} steps.\n"]
