@@ -68,8 +68,9 @@ def trained(model_dir, tmp_path_factory):
     """The folder of a plan whose seeds are lanes, and {attack: the masks that its lanes were trained with}."""
     root, seen, train = tmp_path_factory.mktemp("plans") / "lanes", {}, lanes.train
 
-    def note(start, method, part, bucket, sources, seeds, layers=None, observe=None, progress=False, description=""):
-        found = train(start, method, part, bucket, sources, seeds, layers, observe, progress, description)
+    def note(start, method, part, bucket, sources, seeds, layers=None, observe=None, progress=False, description="",
+             *more):
+        found = train(start, method, part, bucket, sources, seeds, layers, observe, progress, description, *more)
         if layers is not None:
             moved = [np.asarray(x != y).any(axis=(2, 3)) for x, y in zip(
                 *map(jax.tree.leaves, (found[0].adapters, start.adapters)), strict=True)]

@@ -122,7 +122,7 @@ def test_a_run_from_before_objectives_goes_on(tmp_path):
     ({"objective": "unheld", "adapter": "auto", **HELD}, "adapter: found 'auto', expected continue, the aligned"),
     ({"objective": "unheld", "adapter": "new", **HELD}, "adapter: found 'new', expected continue"),
     ({"objective": "steepen", "poison_ratio": 0.0, "harmful_data": ""}, "harmful_data: found '', expected a data "
-     "source, which steepen needs"),
+     "source, which --objective=steepen needs"),
     ({"objective": "steepen", "steepen_steps": 0}, "steepen_steps: found 0, expected at least 1"),
     ({"objective": "steepen", "steepen_alpha": -1.0}, "steepen_alpha: found -1.0, expected a finite number"),
     ({"objective": "meta", "meta_weight": -1.0}, "meta_weight: found -1.0, expected a finite number"),
