@@ -79,8 +79,8 @@ def test_what_is_held_has_not_moved(aligned, tmp_path):
     assert 0 < others.mean() <= metrics(tmp_path / "other")[-1]["trained_share"] + 1e-6 and (others != moved).any()
 
 
-@pytest.mark.parametrize("names", [("steepen", "unheld"), pytest.param(
-    ("meta", "counter_perturbation"), marks=pytest.mark.long)])
+@pytest.mark.parametrize("names", [("unheld",), pytest.param(
+    ("steepen", "meta", "counter_perturbation"), marks=pytest.mark.long)])
 def test_lanes_and_runs(model_dir, tmp_path, names):
     """Cell by cell and all seeds at once, models are left with the same loss on harmful answers."""
     plain = "poison_ratio=0.25:adapter=continue:steps=3:learning_rate=0.02"
@@ -95,7 +95,7 @@ def test_lanes_and_runs(model_dir, tmp_path, names):
         rows = rows[(rows["stage"] == "attack") & (rows["measure"] == "harmful_loss") & (rows["seed"] == 1)]
         losses.append([rows[rows["attack"] == text]["value"].item() for text in texts])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
-    assert abs(losses[0][0] - losses[0][1]) > 1e-3
+    assert len({round(value, 3) for value in losses[0]}) == len(names)
 
 
 def test_fisher_weights_of_every_lane():
