@@ -118,7 +118,7 @@ def test_it_continues_from_a_checkpoint(run, tmp_path):
 
 
 def test_a_model_that_has_changed_is_refused(run):
-    config, folder = run
+    _, folder = run
     with changed(folder / "model" / "model.safetensors", other_weights), pytest.raises(
             FieldError, match=r"^trained: found '.*run', a run that has changed .* results\.model\.weights\.model"):
         evaluate(evaluate_config(folder.with_name("a"), trained=folder))
@@ -198,7 +198,7 @@ def test_models_that_can_not_be_ablated():
     config = attack_config("aligned", "run", **ABLATED)
     with pytest.raises(FieldError, match=r"^ablate: found 'before', expected none: the model has a norm .*\(gemma2\)"):
         config.check_weights(tiny.FAMILIES["gemma2"], "none")
-    with pytest.raises(FieldError, match="^ablation_layer: found 4, expected a number below 4"):
+    with pytest.raises(FieldError, match=r"^ablation_layer: found 4, expected a number below 4"):
         change(config, ablation_layer=4).check_weights(tiny.CONFIG, "none")
 
 
@@ -233,6 +233,7 @@ def test_logits_of_a_tied_model_keep_their_head():
     part = attack_config("a", "r", **ABLATED).ablation
     base, _ = whole.ablated(stage.Base(model, frozen, None, None), part, ablation.Prompts(*map(drawn_prompts, (0, 1))))
     hidden = jnp.ones(config.hidden_size)
-    np.testing.assert_allclose(llama.token_logits(base.model, base.frozen, hidden), llama.token_logits(model, frozen, hidden),
-                               rtol=1e-6)
+    found, expected = (llama.token_logits(of, weights, hidden) for of, weights in (
+        (base.model, base.frozen), (model, frozen)))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert (base.frozen["embed_tokens"] != frozen["embed_tokens"]).any()

@@ -28,6 +28,9 @@ def test_methods(text, expected):
     ("", "no attack"), ("poison_ratio=0.1", "p = 0.1"), ("poison_ratio=0.1:adapter=new", "p = 0.1, new adapter"),
     ("adapter=continue:steps=200:learning_rate=0.0005", "same adapter, 200 steps, learning rate = 0.0005"),
     ("poison_ratio=0.1:n=500:steps=0:epochs=4", "p = 0.1, n = 500, 4 epochs"),
+    ("poison_ratio=0.1:trains=all:ablate=after", "p = 0.1, all weights train, refusal direction projected out after"),
+    ("trains=nothing:ablate=before", "no training, refusal direction projected out before"),
+    ("trains=adapter:ablate=none", "no attack"),
     ("only_layers=2", "only layer 2"), ("only_layers=0+1+3:steps=60", "only layers 0, 1, 3, 60 steps"),
 ])  # fmt: skip
 def test_attacks(text, expected):
