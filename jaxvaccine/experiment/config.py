@@ -151,18 +151,18 @@ def make(config_class: type[Config], given: Mapping[str, Any], defaults: Mapping
         if name not in names(config_class):
             raise FieldError(name, f"found {value!r}, expected no such field")
         if name not in read:
-            chosen = ", ".join(f"{name}={read[name]}" for name in _choices(config_class) if name in read)
+            chosen = ", ".join(f"{choice}={read[choice]}" for choice in _choices(config_class, name) if choice in read)
             raise FieldError(name, f"found {value!r}, expected nothing: {chosen} does not read it")
     return config
 
 
-def _choices(config_class: type) -> Iterator[str]:
-    """The flat names that choose a method, and what the method builds on."""
+def _choices(config_class: type, name: str) -> Iterator[str]:
+    """The flat names that choose a method, and what the method builds on, where some choice reads `name`."""
     for f in dataclasses.fields(config_class):
-        if "choice" in f.metadata:
+        if "choice" in f.metadata and any(name in names(option) for option in f.metadata["options"].values()):
             yield f.metadata["choice"]
             for option in f.metadata["options"].values():
-                yield from _choices(option)
+                yield from _choices(option, name)
 
 
 def _make(config_class: type, values: Mapping[str, Any]) -> Any:

@@ -23,6 +23,7 @@ REQUIRED = {
                    "alignment_data": SOURCES[0]},
     EvaluateConfig: {"model": "m", "run_dir": "r", "harmful_test": SOURCES[0]},
 }
+CHOICES = ("defense", "base_defense", "ablate")
 FIXED = {"trained", "model", "alpaca_eval_test", "judge", "judge_options"}
 
 
@@ -47,9 +48,11 @@ def stages(draw):
     """(config class, flat values that it reads)."""
     config_class = draw(st.sampled_from(list(REQUIRED)))
     every = {s.name: s for s in config.settings(config_class) if s.name not in FIXED}
-    chosen = {s.name: draw(values_of(s)) for s in every.values() if s.name in ("defense", "base_defense")}
+    chosen = {s.name: draw(values_of(s)) for s in every.values() if s.name in CHOICES}
     if chosen.get("defense") != "booster":
         chosen.pop("base_defense", None)
+    if chosen.get("ablate", "none") != "none":
+        chosen["harmless_data"] = SOURCES[0]
     read = sorted(config.flat(config.make(config_class, {**REQUIRED[config_class], **chosen})))
     names = draw(st.lists(st.sampled_from(sorted({*read} & {*every} - {*chosen})), unique=True, max_size=8))
     return config_class, {**REQUIRED[config_class], **chosen, **{name: draw(values_of(every[name])) for name in names}}
@@ -64,7 +67,7 @@ def test_flat_values_and_back(stage):
     assert values.items() <= found.items()
     assert config.make(config_class, found) == made and found.get("judge") != "auto"
     assert config.make(config_class, values, {**found, "unknown": 1}) == made, "defaults may have more than is read"
-    chosen = {found.get("defense"), found.get("base_defense")} | {None}
+    chosen = {found.get(name) for name in CHOICES} | {None}
     defaults = {s.name: s.default for s in config.settings(config_class) if s.option in chosen}
     assert found.keys() == defaults.keys()
     shared = {"rho", "direction"} if found.get("base_defense") else set()  # has a default a method
@@ -92,7 +95,7 @@ def test_texts_and_back(stage):
 def test_a_change_is_of_what_is_named_alone(stage, data):
     config_class, values = stage
     made = config.make(config_class, values)
-    free = sorted({*config.flat(made)} - {"defense", "base_defense"} - FIXED)
+    free = sorted({*config.flat(made)} - {*CHOICES} - FIXED)
     name = data.draw(st.sampled_from(free))
     value = data.draw(values_of(next(s for s in config.settings(config_class) if s.name == name)))
     changed = config.change(made, **{name: value})
