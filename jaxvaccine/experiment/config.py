@@ -157,7 +157,7 @@ def make(config_class: type[Config], given: Mapping[str, Any], defaults: Mapping
 
 
 def _choices(config_class: type, name: str) -> Iterator[str]:
-    """The flat names that choose a method, and what the method builds on, where some method reads `name`."""
+    """The flat names that choose a method, and what the method builds on, where some choice reads `name`."""
     for f in dataclasses.fields(config_class):
         if "choice" in f.metadata and any(name in names(option) for option in f.metadata["options"].values()):
             yield f.metadata["choice"]

@@ -170,7 +170,7 @@ class Losses(NamedTuple):
     and_kl: Callable[[Llama | None], ReferenceLossFn]
 
 
-OF_ADAPTERS = Losses(causal_lm_loss, loss_and_kl)
+OF_ADAPTERS = Losses(lambda model: causal_lm_loss(model), lambda model: loss_and_kl(model))
 OF_ALL_WEIGHTS = Losses(all_weights.causal_lm_loss, all_weights.loss_and_kl)
 
 

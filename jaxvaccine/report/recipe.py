@@ -16,6 +16,8 @@ NOTE = "The attacks that one text stands for differ between the methods: what di
 
 
 def _adapter(of: Mapping[str, Any]) -> str:
+    if (trains := of.get("trains", "adapter")) != "adapter":  # earlier versions trained adapters alone
+        return "all weights" if trains == "all" else "no training"
     which = "new" if of["adapter"] == "new" else "aligned"
     return f"{which} adapter, rank {of['rank']}, alpha {of['lora_alpha']:g}, on {_targets(of['targets'])}"
 
@@ -44,7 +46,7 @@ def _plain(name: str) -> Callable[[Mapping[str, Any]], str]:
 
 # What is said together, {settings: their text}.
 _PARTS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], str]] = {
-    ("adapter", "rank", "lora_alpha", "targets"): _adapter, ("dropout",): _plain("dropout"),
+    ("trains", "adapter", "rank", "lora_alpha", "targets"): _adapter, ("dropout",): _plain("dropout"),
     ("only_layers",): _layers, ("steps", "epochs"): _length,
     ("batch_size",): lambda of: f"batches of {of['batch_size']}",
     ("optimizer",): lambda of: names.OPTIMIZERS[of["optimizer"]],
@@ -67,7 +69,7 @@ def texts(faced: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
     for each in faced:
         by_attack.setdefault(each["attack"], []).append(each["faced"])
     shown = [part for part in _PARTS if any(
-        any([of[name] for name in part] != [first[name] for name in part] for of in rest)
+        any([of.get(name) for name in part] != [first.get(name) for name in part] for of in rest)
         for first, *rest in by_attack.values())]
     return {(each["method"], each["attack"]): "; ".join(_PARTS[part](each["faced"]) for part in shown)
             for each in faced} if shown else {}

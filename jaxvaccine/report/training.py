@@ -28,11 +28,12 @@ def write_training_report(run_dir: Path, title: str) -> None:
     run_dir = Path(run_dir)
     config, entries = runs.read_config(run_dir), _read_metrics(run_dir / METRICS)
     curves = [name for name in CURVES if any(name in entry for entry in entries.values())]
-    text = [f"# {title}\n", *_missing(entries, config.get("steps"))]
+    trained = runs.flag(config, "trains") != "nothing"
+    text = [f"# {title}\n", *(_missing(entries, config.get("steps")) if trained else ())]
     if curves:
         text += _curves(run_dir, entries, curves)
     of = config["data"]
-    poisoned = _poisoned(of, config["flags"]) if config.get("steps") != 0 else ""
+    poisoned = _poisoned(of, config["flags"]) if trained else ""
     text += [_weights(config), poisoned, accounts.section(recorded_accounts(run_dir)),
              accounts.overlaps(of.get("shared", {})), flag_list(config)]
     tables.write_report(run_dir, "\n".join(part for part in text if part))
@@ -75,7 +76,7 @@ def _missing(entries: Mapping[int, Mapping[str, Any]], steps: int | None) -> lis
     """Which of the run's steps have no metrics."""
     steps = max(entries, default=-1) + 1 if steps is None else steps
     absent = dict.fromkeys(step for step in range(steps) if step not in entries)
-    if steps == 0 or (entries and not absent):
+    if entries and not absent:
         return []
     if not entries:
         return [f"{METRICS} is missing or has no whole line: nothing is known of the run's {steps} steps.\n"]

@@ -27,6 +27,7 @@ REQUIRED = {
 }
 # Switches, and what has to stay at its default where they are on.
 NOT_TOGETHER = {"exact": "last_term", "merge_adapter": "quantisation"}
+CHOICES = ("defense", "base_defense", "objective", "ablate")
 FIXED = {"trained", "model", "alpaca_eval_test", "judge", "judge_options", "user_rows", "candidates"}
 
 
@@ -52,11 +53,14 @@ def stages(draw):
     """(config class, flat values that it reads)."""
     config_class = draw(st.sampled_from(list(REQUIRED)))
     every = {s.name: s for s in config.settings(config_class) if s.name not in FIXED}
-    chosen = {s.name: draw(values_of(s)) for s in every.values() if s.name in ("defense", "base_defense", "objective")}
+    chosen = {s.name: draw(values_of(s)) for s in every.values() if s.name in CHOICES}
     if chosen.get("defense") != "booster":
         chosen.pop("base_defense", None)
+    if chosen.get("ablate", "none") != "none":
+        chosen["harmless_data"] = SOURCES[0]
     objective = OBJECTIVES[chosen.get("objective", "plain")]
     chosen |= {"defense": "none"} if objective.alone else {"adapter": "continue"} if objective.takes_fisher else {}
+    chosen |= {"trains": "adapter"} if chosen.get("objective", "plain") != "plain" else {}
     read = sorted(config.flat(config.make(config_class, {**REQUIRED[config_class], **chosen})))
     names = draw(st.lists(st.sampled_from(sorted({*read} & {*every} - {*chosen})), unique=True, max_size=8))
     drawn = {name: draw(values_of(every[name])) for name in names}
@@ -75,7 +79,7 @@ def test_flat_values_and_back(stage):
     assert values.items() <= found.items()
     assert config.make(config_class, found) == made and found.get("judge") != "auto"
     assert config.make(config_class, values, {**found, "unknown": 1}) == made, "defaults may have more than is read"
-    chosen = {found.get(name) for name in ("defense", "base_defense", "objective")} | {None}
+    chosen = {found.get(name) for name in CHOICES} | {None}
     defaults = {s.name: s.default for s in config.settings(config_class) if s.option in chosen}
     assert found.keys() == defaults.keys()
     shared = {"rho", "direction"} if found.get("base_defense") else set()  # has a default a method
@@ -104,7 +108,7 @@ def test_a_change_is_of_what_is_named_alone(stage, data):
     config_class, values = stage
     made = config.make(config_class, values)
     # An objective may need the aligned adapter.
-    bound = {"defense", "base_defense", "objective", "adapter", *NOT_TOGETHER, *NOT_TOGETHER.values()} | FIXED
+    bound = {*CHOICES, "adapter", "trains", *NOT_TOGETHER, *NOT_TOGETHER.values()} | FIXED
     free = sorted({*config.flat(made)} - bound)
     name = data.draw(st.sampled_from(free))
     value = data.draw(values_of(next(s for s in config.settings(config_class) if s.name == name)))

@@ -233,6 +233,7 @@ def test_logits_of_a_tied_model_keep_their_head():
     part = attack_config("a", "r", **ABLATED).ablation
     base, _ = whole.ablated(stage.Base(model, frozen, None, None), part, ablation.Prompts(*map(drawn_prompts, (0, 1))))
     hidden = jnp.ones(config.hidden_size)
-    np.testing.assert_allclose(llama.token_logits(base.model, base.frozen, hidden),
-                               llama.token_logits(model, frozen, hidden), rtol=1e-6)
+    found, expected = (llama.token_logits(of, weights, hidden) for of, weights in (
+        (base.model, base.frozen), (model, frozen)))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert (base.frozen["embed_tokens"] != frozen["embed_tokens"]).any()
