@@ -10,8 +10,9 @@ from jaxvaccine.experiment.plans import Plan, Settings, cell_configs
 from jaxvaccine.experiment.results import Cell
 
 # What tells attacks apart whose text is the same. The provider's defense is the method's, not the attack's.
-NAMES = ("trains", "adapter", "rank", "lora_alpha", "targets", "dropout", "only_layers", "steps", "epochs", "batch_size",
-         "optimizer", "learning_rate", "schedule", "warmup_ratio", "weight_decay", "clip_norm", "max_length", "n")
+NAMES = ("trains", "adapter", "rank", "lora_alpha", "targets", "dropout", "only_layers", "steps", "epochs",
+         "batch_size", "optimizer", "learning_rate", "schedule", "warmup_ratio", "weight_decay", "clip_norm",
+         "max_length", "n")
 
 
 def faced(aligned: AlignConfig, attacked: AttackConfig) -> dict[str, Any]:
