@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 # jinja2 and sentencepiece: what converted tokenizers are compared with.
 TEST = ["pytest>=9.2", "pytest-xdist>=3.8", "hypothesis>=6.170", "ruff>=0.17.6", "import-linter>=2.17", "jinja2>=3.1",
         "sentencepiece>=0.2.3"]
+# How attacks can be searched for, beside drawing them at random.
+SEARCH = ["optuna>=5.0"]
 # What models and gradients are compared with. Nothing in the package imports either.
 PARITY = ["torch>=2.13", "peft>=0.21.2"]
 
@@ -48,7 +50,8 @@ setup(
         "cuda12": ["jax[cuda12]>=0.10.2"],
         "cuda13": ["jax[cuda13]>=0.10.2"],
         "parity": PARITY,
-        "test": TEST,
-        "dev": TEST + PARITY,
+        "search": SEARCH,
+        "test": TEST + SEARCH,
+        "dev": TEST + SEARCH + PARITY,
     },
 )
