@@ -48,6 +48,8 @@ class WorstCaseConfig(study.StudyConfig):
     score_steps: tuple[str, ...] = field(
         ("10", "20", "40", "60", "80", "100", "150"), "--lanes: attack steps after which a model is scored, and where "
         "an attacker may stop; the last one always is.")
+    lanes: bool = field(True, "Train all seeds of a setting at once, and score along the attack: for small models; else "
+                              "every run is a folder, scored at its end.")
     sorts: tuple[str, ...] = field((), "Sorts of attack, by name; all unless given.")
     sorts_file: str = field("", "JSON file of sorts in the place of those that come with the study: {name: {setting: "
                                 "[text, …] or {\"from\": …, \"to\": …}}}.")
@@ -56,9 +58,15 @@ class WorstCaseConfig(study.StudyConfig):
     jobs: int = field(1, "Processes, each with a part of the methods and of the cores.", at_least=1)
     search: SearchPart = SearchPart()
 
-    def chosen_sorts(self) -> tuple[Sort, ...]:
-        known = read_sorts(self.sorts_file) if self.sorts_file else (
-            attack_sorts.WORLD if self.on_world else attack_sorts.GENERAL)
+    def chosen_sorts(self, attack: Flat) -> tuple[Sort, ...]:
+        """The sorts of a search. attack: flat values of the attack that were given."""
+        if self.sorts_file:
+            known = read_sorts(self.sorts_file)
+        elif self.on_world:
+            known = attack_sorts.WORLD
+        else:
+            known = attack_sorts.sorts(attack.get("learning_rate", 1e-5), str(attack.get("steps", 0)), 4,
+                                       ("Sure+ here is",), harmless=attack.get("harmless_data", ""))
         by_name = {sort.name: sort for sort in known}
         require(set(self.sorts) <= set(by_name), "sorts", self.sorts, "some of " + ", ".join(by_name))
         return tuple(by_name[name] for name in self.sorts) if self.sorts else known
@@ -79,7 +87,7 @@ class Given(NamedTuple):
 def search_of(given: Given) -> Search:
     config = given.config
     return Search(
-        config.search, config.chosen_sorts(), config.model, tuple(map(int, config.seeds)),
+        config.search, config.chosen_sorts(given.attack), config.model, tuple(map(int, config.seeds)),
         tuple(map(int, config.score_steps)), make_settings(config, given.align, given.attack, given.scores),
         Path(config.run_dir), config.lanes)
 
@@ -156,7 +164,7 @@ def study_worst_case(given: Given) -> str:
     return reports.read(search.root)
 
 
-SECTION = cli.Section(WorstCaseConfig, without=("plan", "lanes", "poison_ratios", "attacks", "score_base"))
+SECTION = cli.Section(WorstCaseConfig, without=("plan", "poison_ratios", "attacks", "score_base"))
 
 
 def _call(values: flags.FlagValues) -> None:

@@ -1,12 +1,13 @@
 """The search: budget, rounds, what is refused, what came to no end, going on. Results are made up in a plan's files."""
 
 import json
+import sys
 
 import pytest
 
 from jaxvaccine.experiment import search as module
 from jaxvaccine.experiment import tuning
-from jaxvaccine.experiment.config import FieldError
+from jaxvaccine.experiment.config import FieldError, change
 from jaxvaccine.experiment.plan_folder import result_path
 from jaxvaccine.experiment.plans import Settings, attack_values, split_method
 from jaxvaccine.experiment.results import Cell
@@ -151,6 +152,12 @@ def test_what_is_no_attack_on_a_method(model, tmp_path):
         SearchPart(sampler="best")
 
 
+def test_the_estimator_needs_optuna(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(FieldError, match=r"sampler: found 'tpe', expected random: .*jaxvaccine\[search\]"):
+        SearchPart(sampler="tpe")
+
+
 def test_refused_sorts_are_recorded_and_not_tried(model, tmp_path, plans):
     search = make_search(model, tmp_path, trials=3, sorts=(RATES, FIRST))
     search_method(search, "sft", {"first": "why"})
@@ -161,6 +168,14 @@ def test_refused_sorts_are_recorded_and_not_tried(model, tmp_path, plans):
 def test_harmful_rows():
     config = small_world.attack_config("aligned", "run", poison_ratio=0.25, batch_size=4)
     assert [harmful_rows(config, step) for step in (0, 1, 8)] == [0, 1, 8]
+    # In all 20 steps of 4 rows, 20 are harmful.
+    config = change(config, steps=20)
+    first, last = (change(config, order=order) for order in ("harmful_first", "harmful_last"))
+    assert [harmful_rows(first, step) for step in (0, 1, 5, 20)] == [0, 4, 20, 20]
+    assert [harmful_rows(last, step) for step in (0, 15, 16, 20)] == [0, 0, 4, 20]
+    # An objective's own batch comes on top, as long as there is one.
+    steepened = change(config, objective="steepen", steepen_steps=3, objective_batch_size=2)
+    assert [harmful_rows(steepened, step) for step in (0, 1, 3, 20)] == [0, 3, 9, 26]
 
 
 def test_tuning_takes_the_setting_with_the_least_harm(model, tmp_path, plans, monkeypatch):

@@ -64,7 +64,7 @@ def test_every_sort_is_an_attack_on_some_method(world_model, tmp_path):
     config = make(WorstCaseConfig, {"run_dir": str(tmp_path), "model": (world_model(6),), "recipe": "world"})
     refused = check(worst_case.search_of(Given(config, {}, {}, small.TESTS)), config.methods)
     assert set(refused) == set(config.methods)
-    names = [sort.name for sort in config.chosen_sorts()]
+    names = [sort.name for sort in config.chosen_sorts({})]
     assert len(names) == len(set(names)) and not any("," in name for name in names)  # they are items of a flag
     # What trains by the provider's own program.
     assert not set(refused["sft+lisa"]) & {"learning rate", "adapter"}
