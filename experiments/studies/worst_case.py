@@ -36,6 +36,9 @@ from jaxvaccine.report import tables
 from jaxvaccine.report.worst_case import worst_case_report
 
 Flat = Mapping[str, Any]
+# What stands, on the small world, for flags that are not given: a search scores thousands of models.
+TESTS: Flat = {"harmful_test": "world_harmful@test[0:60]", "sst2_test": "world_rating@test[0:60]",
+               "benign_test": "world_benign@test[0:60]", "loss_data": ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +49,10 @@ class WorstCaseConfig(study.StudyConfig):
         ("sft", "vaccine", "t_vaccine", "booster", "repnoise", "tar", "sft+lisa", "sft+kl"), "Methods, as of run.")
     seeds: tuple[str, ...] = field(("1", "2", "3"), "Seeds on which the strongest attacks are run again.")
     score_steps: tuple[str, ...] = field(
-        ("10", "20", "40", "60", "80", "100", "150"), "--lanes: attack steps after which a model is scored, and where "
+        ("10", "20", "40", "70", "100"), "--lanes: attack steps after which a model is scored, and where "
         "an attacker may stop; the last one always is.")
-    lanes: bool = field(True, "Train all seeds of a setting at once, and score along the attack: for small models; else "
-                              "every run is a folder, scored at its end.")
+    lanes: bool = field(True, "Train all seeds of a setting at once, and score along the attack: for small models. "
+                              "Without, every run is a folder, scored at its end.")
     sorts: tuple[str, ...] = field((), "Sorts of attack, by name; all unless given.")
     sorts_file: str = field("", "JSON file of sorts in the place of those that come with the study: {name: {setting: "
                                 "[text, …] or {\"from\": …, \"to\": …}}}.")
@@ -88,7 +91,8 @@ def search_of(given: Given) -> Search:
     config = given.config
     return Search(
         config.search, config.chosen_sorts(given.attack), config.model, tuple(map(int, config.seeds)),
-        tuple(map(int, config.score_steps)), make_settings(config, given.align, given.attack, given.scores),
+        tuple(map(int, config.score_steps)), make_settings(config, given.align, given.attack, {
+            **(TESTS if config.on_world else {}), **given.scores}),
         Path(config.run_dir), config.lanes)
 
 

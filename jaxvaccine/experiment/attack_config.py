@@ -79,6 +79,7 @@ class AttackAdapter(Part):
         super().__post_init__()
         if self.only_layers is not None:
             layer_choice.check_text(self.only_layers)
+            require(self.trains != "nothing", "only_layers", self.only_layers, "none with --trains=nothing")
 
     def layer_mask(self, num_layers: int, active_steps: np.ndarray | None = None) -> np.ndarray | None:
         """[L] bool, true where a layer trains; None for all. Arguments and errors as of `layer_choice.mask`."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from jaxvaccine.experiment import ablation, inputs, lane_attacks, lanes, layer_c
 from jaxvaccine.experiment.align import AlignConfig, batch_sources, load_data, step_of, tokenize
 from jaxvaccine.experiment.attack import aligned_prompts, alignment_fisher, attack_sources, count_steps, read_data
 from jaxvaccine.experiment.attack_config import AttackAdapter
-from jaxvaccine.experiment.attack_rows import answer_loss, record, select, take, tokenize_attack
+from jaxvaccine.experiment.attack_rows import Candidates, answer_loss, record, select, take, tokenize_attack
 from jaxvaccine.experiment.attack_scores import as_attacked
 from jaxvaccine.experiment.budget import budgets
 from jaxvaccine.experiment.config import flat
@@ -151,12 +152,7 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
         alignment_fisher(start.model, *start.lane(i), of, config.training.batch_size, config.data.bucket, seed)
         for i, (of, seed) in enumerate(zip(for_fisher, seeds, strict=True))]) if config.takes_fisher else None
     if config.data.user_rows == "similar":
-        loss_fn = answer_loss(start.model)
-        for i, of in enumerate(candidates):
-            selection = select(of, start.model, *start.trained(i), loss_fn)
-            sources[i]["user"] = take(of.rows, selection.rows), config.training.batch_size
-            selected = record(of, selection)
-            records[i] |= {"selected": selected, "accounts": {**records[i]["accounts"], **selected["accounts"]}}
+        _choose_rows(start, candidates, config.training.batch_size, sources, records)
     last = count_steps(config, sources[0])
     probe = context.probes.attack and context.probes.attack(align_config, config, tokenizer, seeds)
     found: list[list[Row]] = [[] for _ in cells]
@@ -184,6 +180,17 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
         chosen = layer_choice.of_alignment(adapter.only_layers)
         finish(context, cell, found[i], answers if i == 0 else None, **records[i],
                **({"layers": layer_choice.numbers(layers[i])} if chosen else {}))
+
+
+def _choose_rows(start: lanes.Lanes, candidates: Sequence[Candidates], batch_size: int, sources: list[dict[str, Any]],
+                 records: list[dict[str, Any]]) -> None:
+    """Puts the rows that are most like harmful ones, to each lane's model, in the place of its candidates."""
+    loss_fn = answer_loss(start.model)
+    for i, of in enumerate(candidates):
+        selection = select(of, start.model, *start.trained(i), loss_fn)
+        sources[i]["user"] = take(of.rows, selection.rows), batch_size
+        selected = record(of, selection)
+        records[i] |= {"selected": selected, "accounts": {**records[i]["accounts"], **selected["accounts"]}}
 
 
 def _layers(context: Context, adapter: AttackAdapter, cells: Sequence[Cell], num_layers: int) -> np.ndarray | None:

@@ -202,6 +202,18 @@ def test_models_that_can_not_be_ablated():
         change(config, ablation_layer=4).check_weights(tiny.CONFIG, "none")
 
 
+@pytest.mark.parametrize("given, message", [
+    ({"trains": "nothing", "only_layers": ("0",)}, "only_layers: found ('0',), expected none with --trains=nothing"),
+    ({"trains": "nothing", "user_rows": "similar", "candidates": 20}, "user_rows: found 'similar', expected drawn with"),
+    ({"trains": "all", "objective": "meta"}, "objective: found 'meta', expected plain with --trains=all"),
+    ({"trains": "nothing", "objective": "steepen"}, "objective: found 'steepen', expected plain with --trains=nothing"),
+])
+def test_what_has_no_place_without_an_adapter(given, message):
+    with pytest.raises(FieldError) as error:
+        attack_config("aligned", "run", **given)
+    assert str(error.value).startswith(message)
+
+
 def test_a_plan_refuses_them_first(model_dir, tmp_path):
     """Before anything is aligned, and by the attack's name."""
     settings = small_world.settings(model_dir)
