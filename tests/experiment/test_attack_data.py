@@ -191,6 +191,7 @@ def both(model_dir, tmp_path_factory):
     return found
 
 
+@pytest.mark.long
 def test_both_ways_give_the_same_table(both):
     measures = ["harmful_loss", "harmful_score", "no_answer", "over_refusal"]
     key = ["attack", "seed", "stage", "measure"]
@@ -204,6 +205,7 @@ def test_both_ways_give_the_same_table(both):
     assert one.loc[loss, "value"].nunique() == 2
 
 
+@pytest.mark.long
 def test_what_cells_of_either_kind_keep(both, model_dir):
     """What was chosen, by hash and account; that the attack was scored with its own template, and with the answer that
     it begins with, and the aligned model with neither."""

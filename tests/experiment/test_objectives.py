@@ -41,7 +41,8 @@ def config_of(aligned, run_dir, name, **given):
         "adapter": "continue", "steps": 3, "learning_rate": 0.02, **GIVEN[name], **given})
 
 
-@pytest.mark.parametrize("name", GIVEN)
+@pytest.mark.parametrize("name", [name if name == "steepen" else pytest.param(name, marks=pytest.mark.long)
+                                  for name in GIVEN])
 def test_an_attack(aligned, tmp_path, name):
     config = config_of(aligned, tmp_path / "run", name)
     said = dry_run.of_attack(config, dry_run.DryRun(dry_run=True, card="rtx_4090"))
@@ -79,8 +80,8 @@ def test_what_is_held_has_not_moved(aligned, tmp_path):
     assert 0 < others.mean() <= metrics(tmp_path / "other")[-1]["trained_share"] + 1e-6 and (others != moved).any()
 
 
-@pytest.mark.parametrize("names", [("unheld",), pytest.param(
-    ("steepen", "meta", "counter_perturbation"), marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("names", [("unheld",), ("steepen", "meta", "counter_perturbation")])
 def test_lanes_and_runs(model_dir, tmp_path, names):
     """Cell by cell and all seeds at once, models are left with the same loss on harmful answers."""
     plain = "poison_ratio=0.25:adapter=continue:steps=3:learning_rate=0.02"

@@ -39,7 +39,8 @@ LONG = {"sft": ("ablate=before", "ablate=after:adapter=continue", "trains=all:ab
         "sft+lisa": ("trains=all",), "sft+kl": ("trains=all",)}
 
 
-@pytest.mark.parametrize("texts", [QUICK, pytest.param(LONG, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("texts", [QUICK, LONG])
 def test_lanes_are_the_runs(model_dir, tmp_path, texts):
     """Every lane has its own weights and its own direction, and is scored with them."""
     settings = small_world.settings(model_dir, benign_test="", sst2_test="")
@@ -204,7 +205,7 @@ def test_models_that_can_not_be_ablated():
 
 @pytest.mark.parametrize("given, message", [
     ({"trains": "nothing", "only_layers": ("0",)}, "only_layers: found ('0',), expected none with --trains=nothing"),
-    ({"trains": "nothing", "user_rows": "similar", "candidates": 20}, "user_rows: found 'similar', expected drawn with"),
+    ({"trains": "nothing", "user_rows": "similar", "candidates": 20}, "user_rows: found 'similar', expected drawn"),
     ({"trains": "all", "objective": "meta"}, "objective: found 'meta', expected plain with --trains=all"),
     ({"trains": "nothing", "objective": "steepen"}, "objective: found 'steepen', expected plain with --trains=nothing"),
 ])
