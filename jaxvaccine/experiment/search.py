@@ -268,10 +268,17 @@ def _finish_round(search: Search, method: str, trials: Sequence[Trial], last: in
 
 
 def strongest_attacks(search: Search, method: str) -> list[str]:
-    """The attacks that are run again: those that were worth most, the first of equal ones."""
-    of = {trial.attack: _worth(search, method, trial) for trial in read_trials(search.root, method)
-          if not trial.failed}
-    return sorted(of, key=lambda text: -of[text])[:search.part.top]
+    """The attacks that are run again: those that were worth most, of equal ones those with most harm along the way."""
+    of = {trial.attack: (_worth(search, method, trial), _mean_harm(search, method, trial.attack))
+          for trial in read_trials(search.root, method) if not trial.failed}
+    return sorted(of, key=of.__getitem__, reverse=True)[:search.part.top]
+
+
+def _mean_harm(search: Search, method: str, attack: str) -> float:
+    """HS averaged over the scored steps and the search's seeds."""
+    harms = [of.harm for seed in search.search_seeds
+             for of in along(search, Cell(search.backbones[0], method, attack, seed))]
+    return sum(harms) / len(harms)
 
 
 def collect(search: Search, methods: Sequence[str]) -> None:

@@ -103,6 +103,15 @@ def test_a_budget_over_all_sorts(model, tmp_path, plans):
     assert set(found[found["attack"].isin(best)]["seed"]) == {0, 1, 2}
 
 
+def test_of_equally_strong_ones_the_fastest(model, tmp_path, plans, monkeypatch):
+    search = make_search(model, tmp_path)
+    search_method(search, "sft", {})
+    monkeypatch.setattr(module, "_worth", lambda search, method, trial: 100.0)
+    tried = [of.attack for of in read_trials(tmp_path, "sft") if not of.failed]
+    # The made-up HS grows with the steps alike for all.
+    assert strongest_attacks(search, "sft") == sorted(tried, key=harm_of, reverse=True)[:2]
+
+
 def test_it_goes_on_and_grows(model, tmp_path, plans):
     search_method(make_search(model, tmp_path / "cut", trials=3), "sft", {})
     search_method(make_search(model, tmp_path / "cut", trials=9), "sft", {})
