@@ -20,7 +20,7 @@ from jaxvaccine.report import runs as reports
 from jaxvaccine.report.results import read_results
 
 # What a study's plan is not asked for.
-_WITHOUT = ("plan", "lanes", "poison_ratios", "score_base")
+_WITHOUT = ("plan", "lanes", "poison_ratios", "score_base", "by_category")
 
 
 @dataclasses.dataclass(frozen=True)
