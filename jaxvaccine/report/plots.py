@@ -227,6 +227,23 @@ def dots_size(rows: int, series: int) -> tuple[float, float]:
     return 4.3, 0.9 + rows * max(0.3, 0.104 * series + 0.14)
 
 
+def heat_map(axis: Axes, title: str, rows: Sequence[str], columns: Sequence[str], values: np.ndarray,
+             most: float = 100.0, colours: str = "YlOrRd") -> None:
+    """Numbers from 0 to `most` as colours, and whole in every field; NaN is an empty field with a dash.
+
+    values: [rows, columns].
+    """
+    axis.grid(False)
+    image = axis.imshow(values, cmap=colours, vmin=0, vmax=most, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        dark = not math.isnan(value) and sum(image.cmap(image.norm(value))[:3]) < 1.5
+        axis.text(column, row, "–" if math.isnan(value) else f"{value:.0f}", ha="center", va="center",
+                  fontsize=TICK_SIZE, color="white" if dark else "black")
+    axis.set_xticks(range(len(columns)), columns, rotation=35, ha="right")
+    axis.set_yticks(range(len(rows)), rows)
+    describe(axis, title)
+
+
 def percent_axis(axis: Axes, which: str = "y", found: Iterable[Estimate] = ()) -> None:
     """0 to 100; a quarter of it at either end, where all estimates lie there with their runs and intervals."""
     values = [value for each in found for value in (*each.values, each.low, each.high) if not math.isnan(value)]
