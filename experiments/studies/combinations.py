@@ -25,7 +25,7 @@ from jaxvaccine.report.statistics import Estimate
 FIGURE = "combinations.png"
 ALONE = "none"  # no method while the user fine-tunes
 ADDED = ("Differences of runs of the same backbone and seed, in points, in parentheses their 95% interval: below 0, "
-         "HS is lower with what was added.\n")
+         "the figure is lower with what was added.\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,14 +119,14 @@ def plot(path: Path, config: CombinationsConfig, found: dict[str, list[list[Esti
     figure, axes = plots.panels(len(found), columns=2, size=(2.6 + 0.55 * len(config.tuning), 1.3 + 0.26 * len(rows)))
     for axis, (title, cells) in zip(axes, found.items(), strict=True):
         values = np.array([[each.mean if each else np.nan for each in row] for row in cells])
-        plots.heat_map(axis, title, rows, _columns(config.tuning), values)
+        plots.heat_map(axis, title, rows, _columns(config.tuning), values,
+                       colours=plots.GOOD if title.startswith("FA") else plots.HARM)
     plots.save(figure, path)
 
 
 def report(config: CombinationsConfig, found: pd.DataFrame, folder: Path) -> str:
     plan, of = config.make_plan(), sights(found)
     text = ["# Defenses of both stages, combined\n", missing(found, Cells(plan.pairs, plan.backbones, plan.seeds))]
-    harm = names.measure(names.harm(found["measure"].unique())).name
     for i, attack in enumerate(config.attacks):
         cells = {title: matrix(config, values, attack) for title, values in of.items()}
         name = FIGURE if i == 0 else FIGURE.replace(".", f"_{i}.")
@@ -137,8 +137,8 @@ def report(config: CombinationsConfig, found: pd.DataFrame, folder: Path) -> str
                 ["alignment", *_columns(config.tuning)],
                 [[names.method(alignment), *map(tables.percent, row)]
                  for alignment, row in zip(config.alignments, rows, strict=True)])]
-        text += [f"What is added, {harm} after the attack:\n", added_table(config, next(iter(of.values())), attack),
-                 ADDED]
+        text += [part for title, values in of.items()
+                 for part in (f"What is added, {title}:\n", added_table(config, values, attack))] + [ADDED]
     text += ["## All scores\n", plan_report(found, folder)]
     return "\n".join(part for part in text if part)
 

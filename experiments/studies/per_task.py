@@ -173,10 +173,11 @@ def plot(path: Path, config: PerTaskConfig, hs: Scores, fa: Scores) -> None:
     columns = [f"alpha = {alpha}" for alpha in config.alphas]
     figure, axes = plots.panels(2 * len(config.tasks), columns=len(config.tasks),
                                 size=(1.6 + 0.5 * len(columns), 1.4 + 0.3 * len(grid)))
-    for of, (what, values) in enumerate((("HS (%) along the attack", hs), ("FA (%) at its end", fa))):
+    for of, (what, values, colours) in enumerate((("HS (%) along the attack", hs, plots.HARM),
+                                                  ("FA (%) at its end", fa, plots.GOOD))):
         for i, task in enumerate(config.tasks):
             plots.heat_map(axes[of * len(config.tasks) + i], f"{title(task)}: {what}", grid, columns,
-                           values[i].mean(axis=1).reshape(len(grid), len(columns)))
+                           values[i].mean(axis=1).reshape(len(grid), len(columns)), colours=colours)
     plots.save(figure, path)
 
 

@@ -30,6 +30,7 @@ PERCENT_LIMITS = (-4, 104)
 SAME = 2.0
 TITLE_SIZE, LABEL_SIZE, TICK_SIZE = 9.5, 9, 8  # points
 _MARKER = 5.5  # points
+HARM, GOOD = "YlOrRd", "YlOrRd_r"  # of heat maps
 _RUN = {"linestyle": "", "marker": ".", "markersize": 5.0, "alpha": 0.5, "markeredgewidth": 0}
 INTERVAL, SD, RUN, END = "95% interval", "± 1 standard deviation", "a single run", "the attack's end"
 KEY = {INTERVAL: Line2D([], [], color=INK, linestyle="", marker="|", markersize=9), RUN: Line2D(
@@ -228,10 +229,10 @@ def dots_size(rows: int, series: int) -> tuple[float, float]:
 
 
 def heat_map(axis: Axes, title: str, rows: Sequence[str], columns: Sequence[str], values: np.ndarray,
-             most: float = 100.0, colours: str = "YlOrRd") -> None:
+             most: float = 100.0, colours: str = HARM) -> None:
     """Numbers from 0 to `most` as colours, and whole in every field; NaN is an empty field with a dash.
 
-    values: [rows, columns].
+    values: [rows, columns]. colours: HARM where much is bad, GOOD where little is.
     """
     axis.grid(False)
     image = axis.imshow(values, cmap=colours, vmin=0, vmax=most, aspect="auto")

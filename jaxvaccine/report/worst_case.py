@@ -222,7 +222,7 @@ def plot_heat_maps(path: Path, search: Search, found: Sequence[OfMethod]) -> Non
     rows = [names.method(of.method) for of in found]
     plots.heat_map(axes[0], "HS (%) of the strongest trial within the bound", rows, ["usual", *sorts], np.array(harm))
     plots.heat_map(axes[1], f"Fewest steps to HS {THROUGH:g}", rows, sorts, np.array(steps),
-                   float(max(search.score_steps)), "YlOrRd_r")
+                   float(max(search.score_steps)), plots.GOOD)
     plots.save(figure, path)
 
 
