@@ -140,7 +140,7 @@ def plot_angles(path: Path, table: pd.DataFrame, config: ExactBoosterConfig) -> 
 def correlation_of(table: pd.DataFrame, config: ExactBoosterConfig, attack: str) -> Estimate | None:
     """Spearman's ρ of angle and difference over the Boosters, a value per backbone and seed that has three or more."""
     found = pd.concat([differences_by_run(table, method, attack) for method in config.defenses])
-    rho = [(run, float(statistics.rank_correlations(of["angle"], of["difference"])))
+    rho = [(run, round(float(statistics.rank_correlations(of["angle"], of["difference"])), 9))
            for run, of in found.groupby(results.RUN) if len(of) > 2]
     known = [(backbone, value) for (backbone, _), value in rho if not np.isnan(value)]
     return statistics.estimate([value for _, value in known], backbones=[name for name, _ in known]) if known else None

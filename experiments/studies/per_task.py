@@ -172,7 +172,7 @@ def plot(path: Path, config: PerTaskConfig, hs: Scores, fa: Scores) -> None:
             for text in map(names.method, config.defenses) for lam in config.lams]
     columns = [f"alpha = {alpha}" for alpha in config.alphas]
     figure, axes = plots.panels(2 * len(config.tasks), columns=len(config.tasks),
-                                size=(1.6 + 0.5 * len(columns), 1.4 + 0.3 * len(grid)))
+                                size=(2.2 + 0.55 * len(columns), 1.4 + 0.3 * len(grid)))
     for of, (what, values, colours) in enumerate((("HS (%) along the attack", hs, plots.HARM),
                                                   ("FA (%) at its end", fa, plots.GOOD))):
         for i, task in enumerate(config.tasks):
