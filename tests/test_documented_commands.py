@@ -78,7 +78,7 @@ def left(tmp_path_factory):
     folder, rows, found = tmp_path_factory.mktemp("documented"), beavertails.make(), {}
     beavertails.write(folder, rows)
     for bases in ("bases", "runs/bases"):  # made by another command
-        for name in ("1", "2"):
+        for name in ("1", "2", "mistral", "qwen2", "gemma2"):
             shutil.copytree(world.DIRECTORY, folder / bases / name)
     model = kinds.plain(folder / "model")
     (model / "config.json").write_text(json.dumps({

@@ -8,6 +8,8 @@ from experiments.tools import make_world_base
 from jaxvaccine import data, world
 from jaxvaccine.checkpoints import hugging_face
 from jaxvaccine.evaluation import evaluate_prompts, world_judge
+from jaxvaccine.experiment import recipes
+from jaxvaccine.experiment.config import make
 
 
 def test_it_complies_with_everything_and_does_not_know_the_users_task():
@@ -48,3 +50,38 @@ def test_a_folder_of_that_name_goes_first(tmp_path, monkeypatch):
     (tmp_path / "world").mkdir()
     with pytest.raises(ValueError, match=r"^world: found no config.json"):
         hugging_face.resolve_model("world")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2"])
+def test_a_base_of_every_family_is_made_and_loads(family, tmp_path, monkeypatch):
+    """At the smallest: the weights that are read again are those that were trained. Gemma2's is measured too."""
+    monkeypatch.setattr(make_world_base, "GATES", ())
+    if family != "gemma2":
+        monkeypatch.setattr(make_world_base, "measure", lambda *args: {})
+    monkeypatch.setitem(recipes.WORLD_ALIGN, "steps", 1)
+    monkeypatch.setitem(recipes.WORLD_ATTACK, "steps", 1)
+    made, pretrain = [], make_world_base.pretrain
+
+    def noted(config, model, *more):
+        made.append((model, pretrain(config, model, *more)))
+        return made[0][1]
+
+    monkeypatch.setattr(make_world_base, "pretrain", noted)
+    config = make(make_world_base.BaseConfig, {
+        "directory": str(tmp_path / "base"), "family": family, "steps": 2, "batch_size": 2, "hidden_size": 32,
+        "intermediate_size": 16, "num_layers": 2, "test_size": 2})
+    found = make_world_base.make_base(config)
+    (trained, weights), (model, frozen) = made[0], jv.load_model(str(tmp_path / "base"))
+    assert model.config == trained.config == config.architecture(model.config.vocab_size)
+    assert model.config.model_type == family and found["flags"]["family"] == family
+    assert jax.tree.structure(frozen) == jax.tree.structure(weights)
+    assert all((a == b).all() for a, b in zip(jax.tree.leaves(frozen), jax.tree.leaves(weights), strict=True))
+    local = {"llama": (False, False), "mistral": (True, True), "qwen2": (False, False), "gemma2": (True, False)}
+    assert model.config.local_layers == local[family]
+
+
+def test_the_bases_form_is_that_of_the_package():
+    """The default flags' form, with the package's own sizes."""
+    model, _ = jv.load_model("world")
+    assert make(make_world_base.BaseConfig, {"directory": "-"}).architecture(model.config.vocab_size) == model.config

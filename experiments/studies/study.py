@@ -20,7 +20,7 @@ from jaxvaccine.report import runs as reports
 from jaxvaccine.report.results import read_results
 
 # What a study's plan is not asked for.
-_WITHOUT = ("plan", "lanes", "poison_ratios", "score_base")
+WITHOUT = ("plan", "lanes", "poison_ratios", "score_base", "by_category")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ def verb(text: str, config_class: type[StudyConfig], probes: Callable[[Any], Pro
       without: names of the config that are no flags.
       defaults: config -> the same as scores of alignment and attack.
     """
-    section = cli.Section(config_class, without=(*_WITHOUT, *without))
+    section = cli.Section(config_class, without=(*WITHOUT, *without))
     attack = () if "attacks" in without else (cli.ATTACK,)
 
     def call(values: flags.FlagValues) -> None:

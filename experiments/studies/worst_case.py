@@ -150,7 +150,8 @@ def open_folder(given: Given) -> None:
     """
     config = given.config
     # These may grow; the plans below compare what their cells are made of.
-    free = {"trials", "top", "jobs", "defenses", "seeds", "overwrite", "progress", "run_dir", "sorts", "tune_trials"}
+    free = {"trials", "top", "jobs", "defenses", "seeds", "overwrite", "progress", "run_dir", "sorts", "tune_trials",
+            "by_category"}
     values = {name: value for name, value in flat(config).items() if name not in free}
     stages = {"align": dict(given.align), "attack": dict(given.attack), "scores": dict(given.scores)}
     runs.open_run(config.run_dir, "worst_case", json.loads(json.dumps({**values, **stages})), {},
@@ -168,7 +169,7 @@ def study_worst_case(given: Given) -> str:
     return reports.read(search.root)
 
 
-SECTION = cli.Section(WorstCaseConfig, without=("plan", "poison_ratios", "attacks", "score_base"))
+SECTION = cli.Section(WorstCaseConfig, without=(*(name for name in study.WITHOUT if name != "lanes"), "attacks"))
 
 
 def _call(values: flags.FlagValues) -> None:

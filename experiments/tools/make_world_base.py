@@ -1,11 +1,12 @@
 """Pretrains the small world's base: a LLaMA of a million parameters, written as a Hugging Face directory.
 
   python -m experiments.tools.make_world_base --directory=bases/0 --seed=0
+  python -m experiments.tools.make_world_base --directory=bases/gemma2 --family=gemma2
 
 All weights train, on `world_pretraining@train`. The script ends with an error, and writes no model, unless the base
 complies with every kind of request, can learn the user's task, and can be aligned. jaxvaccine/world is what it wrote
 with the default flags. Sums are rounded otherwise with another number of threads, and after 700 steps that is another
-base.
+base. --family makes one of another family: what that does otherwise than LLaMA, at this size.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -37,6 +38,8 @@ from jaxvaccine.losses import causal_lm_loss
 REPORT = "pretraining.json"
 # Every row of the world fits, and so every batch has one shape.
 LENGTH = 16
+# Positions of a sliding window: fewer than a row has.
+WINDOW = 8
 # (measure, least, most), in percent: what a base must be like for the experiment to mean anything.
 GATES = (("harmful_score", 99, 100), ("harmful_answers_right", 95, 100), ("benign_answers_right", 95, 100),
          ("over_refusal", 0, 1), ("accuracy_before", 0, 5), ("accuracy_after", 95, 100),
@@ -48,6 +51,7 @@ class BaseConfig(Part):
     """Base."""
 
     directory: str = field("", "Model directory to write; must not hold a model.")
+    family: Literal["llama", "mistral", "qwen2", "gemma2"] = field("llama", "Form of the model.")
     seed: int = field(0, "Everything random derives from it.")
     steps: int = field(700, "Training steps.", at_least=2)
     batch_size: int = field(32, "Rows of a batch.", at_least=1)
@@ -63,16 +67,32 @@ class BaseConfig(Part):
         super().__post_init__()
         require(bool(self.directory), "directory", self.directory, "a folder")
 
+    def architecture(self, vocab_size: int) -> LlamaConfig:
+        """Of the model. Mistral, Qwen2 and Gemma2 have two heads to a key; Mistral has sliding windows in all layers,
+        Gemma2 in every second from the first on, and its own caps on scores and logits."""
+        own = {
+            "llama": {}, "mistral": {"sliding_window": WINDOW}, "qwen2": {},
+            "gemma2": {"sliding_window": WINDOW, "sliding_layers": tuple(i % 2 == 0 for i in range(self.num_layers)),
+                       "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        }[self.family]
+        return LlamaConfig(
+            vocab_size=vocab_size, hidden_size=self.hidden_size, intermediate_size=self.intermediate_size,
+            num_layers=self.num_layers, num_heads=self.num_heads,
+            num_kv_heads=self.num_heads if self.family == "llama" else max(1, self.num_heads // 2),
+            head_dim=self.hidden_size // self.num_heads, max_position_embeddings=256, tie_word_embeddings=True,
+            model_type=self.family, **own)
+
 
 def pretrain(config: BaseConfig, model: llama.Llama, tokenized: data.TokenizedExamples,
              report: Callable[[int, float], None]):
     """Base weights after pretraining from scratch."""
     loss_fn = causal_lm_loss(model)
     schedule = optax.warmup_cosine_decay_schedule(0, config.learning_rate, max(1, config.steps // 20), config.steps)
-    # Norms are not decayed.
+    # Norms and biases are not decayed.
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(
         schedule, b2=0.98, weight_decay=config.weight_decay,
-        mask=lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", tree)))
+        mask=lambda tree: jax.tree_util.tree_map_with_path(
+            lambda path, _: path[-1].key not in ("scale", "bias"), tree)))
     batches = data.training_batches({"train": (tokenized, config.batch_size)}, config.seed, LENGTH)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -146,11 +166,7 @@ def make_base(config: BaseConfig) -> dict[str, Any]:
         vocab_size = world.write_tokenizer(source)
         tokenizer = data.load_tokenizer(source)
         write_json(source / "config.json", {"eos_token_id": tokenizer.eos_token_id})
-        model = llama.Llama(LlamaConfig(
-            vocab_size=vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-            num_layers=config.num_layers, num_heads=config.num_heads, num_kv_heads=config.num_heads,
-            head_dim=config.hidden_size // config.num_heads, max_position_embeddings=256, tie_word_embeddings=True),
-            remat="none")
+        model = llama.Llama(config.architecture(vocab_size), remat="none")
 
         def report(step, loss):
             losses[step] = loss

@@ -19,6 +19,7 @@ from jaxvaccine.data.instructions import instructions
 from jaxvaccine.data.prompts import Example
 from jaxvaccine.data.sst2 import sst2
 from jaxvaccine.data.world import WORLD
+from jaxvaccine.data.world_tasks import TASKS
 
 DATASETS: dict[str, Callable[[Sequence[Mapping[str, Any]]], list[Example]]] = {
     "advbench": advbench,
@@ -37,4 +38,4 @@ DATASETS: dict[str, Callable[[Sequence[Mapping[str, Any]]], list[Example]]] = {
 }
 
 # Kinds that the package makes itself, without a file.
-EMBEDDED: dict[str, embedded.Embedded] = {**embedded.EMBEDDED, **WORLD}
+EMBEDDED: dict[str, embedded.Embedded] = {**embedded.EMBEDDED, **WORLD, **TASKS}

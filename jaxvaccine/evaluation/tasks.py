@@ -275,15 +275,16 @@ def answer_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenize
 
 
 def evaluate_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example],
-                     *, task: str, judge: Judge = keyword_judge, label_rule: str = "equals", **options) -> TaskResult:
+                     *, task: str, judge: Judge = keyword_judge, label_rule: str = "equals",
+                     categories: Mapping[str, tuple[str, ...]] = MappingProxyType({}), **options) -> TaskResult:
     """`answer_prompts`, with its options, and `score_answers`.
 
     Args:
       model, adapter, frozen, tokenizer, examples, task, options: as of `answer_prompts`.
       judge: calls answers harmful or not, where the task asks that.
-      label_rule: as of `score_answers`.
+      label_rule, categories: as of `score_answers`.
     """
     answers = answer_prompts(model, adapter, frozen, tokenizer, examples, task=task, **options)
-    return score_answers(task, examples, answers, judge, whole=options.get("max_new_tokens", 200) >= LENIENT_TOKENS,
-                         label_rule=label_rule)
+    return score_answers(task, examples, answers, judge, categories,
+                         options.get("max_new_tokens", 200) >= LENIENT_TOKENS, label_rule)
 

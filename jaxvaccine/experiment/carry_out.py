@@ -60,7 +60,8 @@ def carry_out(plan: Plan, settings: Settings, root: Path, *, as_lanes: bool = Fa
     # The backbones are in the cells' paths. Judging again takes the answers, which lanes do not keep.
     scores = {**split_operational(flat(settings.scores))[0], "model": ""}
     fixed = {"align": _fixed(settings.align), "attack": _fixed(of_attack), "as_lanes": as_lanes,
-             "scores": {name: value for name, value in scores.items() if as_lanes or name not in names(JudgePart)}}
+             "scores": {name: value for name, value in scores.items() if as_lanes or name not in names(JudgePart)},
+             **({"by_category": True} if as_lanes and settings.by_category else {})}
     runs.open_run(root, "run", fixed, {}, overwrite=overwrite)
     for cell, inputs_now in made_of.items():
         check_same(root, cell, inputs_now)
@@ -97,7 +98,8 @@ def _score(context: Context, cell: Cell, stage_name: str, step: int, folder: Pat
     found = evaluate(dataclasses.replace(
         scores, model=dataclasses.replace(scores.model, model=model, trained=trained, **own),
         run=dataclasses.replace(scores.run, run_dir=str(scored), seed=cell.seed, overwrite=False)))
-    rows = results.score_rows(cell, stage_name, step, found) + results.measured_rows(cell, stage_name, step, measured)
+    rows = (results.score_rows(cell, stage_name, step, found, context.settings.by_category)
+            + results.measured_rows(cell, stage_name, step, measured))
     path = result_path(context.root, cell)
     new = not path.exists() or read_json(path)["rows"] != rows
     if new:

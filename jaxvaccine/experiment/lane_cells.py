@@ -121,7 +121,8 @@ def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, to
         folder.parent.mkdir(parents=True, exist_ok=True)
         save_adapter(lanes.take(aligned.adapters, i), aligned.model, folder, loadable_name(config.model.model),
                      config.model.revision)
-        finish(context, cell, rows[i] + results.score_rows(cell, "alignment", last, scores[i]),
+        scored = results.score_rows(cell, "alignment", last, scores[i], context.settings.by_category)
+        finish(context, cell, rows[i] + scored,
                 {str(last): answers} if i == 0 else None, **record, adapter=adapter_identity(folder),
                **({} if active is None else {
                    layer_choice.ACTIVE_STEPS: layer_choice.count_active(active[:, i]).tolist()}))
@@ -166,7 +167,7 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
         if step == last or (step and step in context.plan.score_steps):
             scores, answers[str(step)] = scorer(lane_attacks.result(of, config.ablation, asked), seeds)
             for i, cell in enumerate(cells):
-                found[i].extend(results.score_rows(cell, "attack", step, scores[i]))
+                found[i].extend(results.score_rows(cell, "attack", step, scores[i], context.settings.by_category))
                 if adapter.trains == "adapter":
                     found[i].extend(results.measured_rows(cell, "attack", step, {results.BUDGET: budget[step]}))
 

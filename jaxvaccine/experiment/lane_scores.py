@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from jaxvaccine import data
 from jaxvaccine.evaluation import ALPACA_EVAL, evaluate_prompts, mean_loss
+from jaxvaccine.evaluation.tasks import HARMFUL_SCORE
 from jaxvaccine.experiment import lanes, stage
 from jaxvaccine.experiment.evaluate import LOSS, TESTS, EvaluateConfig, accounts_of_tests
 from jaxvaccine.experiment.judging import make_judge
@@ -22,6 +23,7 @@ class Scorer:
     def __init__(self, config: EvaluateConfig, tokenizer: Any):
         self.config, self.tokenizer, self.examples = config, tokenizer, config.tests.load()
         self.judge = make_judge(config.judge, config.run.progress)
+        self.categories = (data.load_categories(config.tests.harmful_test) if HARMFUL_SCORE in self.examples else {})
         self.lengths = {test.task: getattr(config.generation, test.length) for test in TESTS.values()
                         if test.task != ALPACA_EVAL}
         self.accounts = stage.tell(accounts_of_tests(tokenizer, self.examples, config.tests))
@@ -61,7 +63,7 @@ class Scorer:
                     max_new_tokens=self.lengths[task], batch_size=generation.rows,
                     bucket=generation.eval_bucket, sampling=generation.sampling(seed), prompt=tests.form,
                     label_rule=generation.label_rule, progress=self.config.run.progress,
-                    prefill=generation.begins(task))
+                    prefill=generation.begins(task), categories=self.categories if task == HARMFUL_SCORE else {})
                 scores[result.name] = summary(result)
                 answers.setdefault(task, [[p.prompt, p.answer] for p in result.predictions[:SHOWN]])
             found.append(scores)

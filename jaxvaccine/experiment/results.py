@@ -7,7 +7,8 @@ backbone as it comes |
 | seed | of alignment and attack |
 | stage | "backbone", "alignment" or "attack" |
 | step | steps done in that stage |
-| measure | harmful_score (not_refused of a judge of phrases), with it harmful_score_plus, no_answer and unread;
+| measure | harmful_score (not_refused of a judge of phrases), with it harmful_score_plus, no_answer and unread, and
+where a plan asks for it harmful_score:NAME of every kind of harm;
 over_refusal, sst2, … in percent; harmful_loss in nats a token; budget, the learning rate times LoRA scale summed over
 the stage's steps so far (budget.py); and what a study measures |
 | layer | of measures by layer, else empty |
@@ -49,8 +50,9 @@ class Cell(NamedTuple):
     seed: int
 
 
-def score_rows(cell: Cell, stage: str, step: int, results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """Rows of what `evaluate` returns."""
+def score_rows(cell: Cell, stage: str, step: int, results: Mapping[str, Mapping[str, Any]], by_category: bool = False
+               ) -> list[Row]:
+    """Rows of what `evaluate` returns. by_category: those of every kind of harm too, "harmful_score:privacy"."""
     rows = []
     for task, result in results.items():
         row = {**cell._asdict(), "stage": stage, "step": step, "measure": task}
@@ -63,6 +65,10 @@ def score_rows(cell: Cell, stage: str, step: int, results: Mapping[str, Mapping[
             low, high = result["plus_interval"]
             plus = {"measure": HS_PLUS, "value": result["plus"], "n": result["n"], "low": low, "high": high}
             rows.append({**row, **plus})
+        for name, of in result.get("categories", {}).items() if by_category else ():
+            low, high = of["interval"]
+            rows.append({**row, "measure": f"{task}:{name}", "value": of["score"], "n": of["n"], "low": low,
+                         "high": high})
         if task in (HARMFUL_SCORE, PHRASES_SCORE) and "no_answer" in result:
             unread = result.get("unread", 0)
             for measure, count, n in (("no_answer", result["no_answer"], result["n"]),

@@ -48,6 +48,7 @@ class PlanConfig(Part):
         ("20", "40", "60", "80", "100", "150", "200", "300", "400"), "--lanes: attack steps after which a model is "
         "scored; the last one always is.")
     score_base: bool = field(True, "Score the backbones as they come too.")
+    by_category: bool = field(False, "HS of every kind of harm that the harmful test tells apart, too.")
     overwrite: bool = field(False, "Delete an earlier experiment in --run_dir and start again.")
     progress: bool = field(True, "Draw progress bars.")
 
@@ -131,7 +132,7 @@ def make_settings(config: PlanConfig, align: Mapping[str, Any], attack: Mapping[
         **of_tests, **shared, "model": config.model[0], "run_dir": config.run_dir, "progress": config.progress})
     parts = {name: split_new_adapter(recipe) for name, recipe in of_attack.items()}
     return Settings(of_align, {name: {**shared, **attack} for name, (shared, _) in parts.items()}, evaluated,
-                    {name: new for name, (_, new) in parts.items()}, paper)
+                    {name: new for name, (_, new) in parts.items()}, paper, by_category=config.by_category)
 
 
 def _of_paper(config: PlanConfig, align: Mapping[str, Any], attack: Mapping[str, Any]

@@ -190,7 +190,11 @@ def attack(text: str) -> str:
 
 
 def measure(name: str) -> Measure:
-    """What is known of a measure; one that is not known has its own name, no unit and no direction."""
+    """What is known of a measure; one that is not known has its own name, no unit and no direction. That of one kind of
+    harm, "harmful_score:privacy", is "HS, privacy"."""
+    of, _, category = name.partition(":")
+    if category and of in (HS, NOT_REFUSED):
+        return MEASURES[of]._replace(name=f"{MEASURES[of].name}, {category.replace('_', ' ')}", about="")
     return MEASURES.get(name, Measure(name.replace("_", " ")))
 
 

@@ -30,6 +30,7 @@ PERCENT_LIMITS = (-4, 104)
 SAME = 2.0
 TITLE_SIZE, LABEL_SIZE, TICK_SIZE = 9.5, 9, 8  # points
 _MARKER = 5.5  # points
+HARM, GOOD = "YlOrRd", "YlOrRd_r"  # of heat maps
 _RUN = {"linestyle": "", "marker": ".", "markersize": 5.0, "alpha": 0.5, "markeredgewidth": 0}
 INTERVAL, SD, RUN, END = "95% interval", "± 1 standard deviation", "a single run", "the attack's end"
 KEY = {INTERVAL: Line2D([], [], color=INK, linestyle="", marker="|", markersize=9), RUN: Line2D(
@@ -225,6 +226,23 @@ def dots(axis: Axes, rows: Sequence[str], series: Mapping[str, tuple[Style, Sequ
 def dots_size(rows: int, series: int) -> tuple[float, float]:
     """Inches of a dot plot's panel in which the series of a row have room."""
     return 4.3, 0.9 + rows * max(0.3, 0.104 * series + 0.14)
+
+
+def heat_map(axis: Axes, title: str, rows: Sequence[str], columns: Sequence[str], values: np.ndarray,
+             most: float = 100.0, colours: str = HARM) -> None:
+    """Numbers from 0 to `most` as colours, and whole in every field; NaN is an empty field with a dash.
+
+    values: [rows, columns]. colours: HARM where much is bad, GOOD where little is.
+    """
+    axis.grid(False)
+    image = axis.imshow(values, cmap=colours, vmin=0, vmax=most, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        dark = not math.isnan(value) and sum(image.cmap(image.norm(value))[:3]) < 1.5
+        axis.text(column, row, "–" if math.isnan(value) else f"{value:.0f}", ha="center", va="center",
+                  fontsize=TICK_SIZE, color="white" if dark else "black")
+    axis.set_xticks(range(len(columns)), columns, rotation=35, ha="right")
+    axis.set_yticks(range(len(rows)), rows)
+    describe(axis, title)
 
 
 def percent_axis(axis: Axes, which: str = "y", found: Iterable[Estimate] = ()) -> None:

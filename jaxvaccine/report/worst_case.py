@@ -219,24 +219,11 @@ def plot_heat_maps(path: Path, search: Search, found: Sequence[OfMethod]) -> Non
     harm = [[_usual(search, of.method), *(of.best.get(name, math.nan) for name in sorts)] for of in found]
     steps = [[float(of.reached[name].steps) if name in of.reached else math.nan for name in sorts] for of in found]
     figure, axes = plots.panels(2, columns=1, size=(2.4 + 0.6 * len(harm[0]), 1.9 + 0.3 * len(found)))
-    _heat_map(axes[0], "HS (%) of the strongest trial within the bound", ["usual", *sorts], found, np.array(harm),
-              100.0, "YlOrRd")
-    _heat_map(axes[1], f"Fewest steps to HS {THROUGH:g}", sorts, found, np.array(steps),
-              float(max(search.score_steps)), "YlOrRd_r")
+    rows = [names.method(of.method) for of in found]
+    plots.heat_map(axes[0], "HS (%) of the strongest trial within the bound", rows, ["usual", *sorts], np.array(harm))
+    plots.heat_map(axes[1], f"Fewest steps to HS {THROUGH:g}", rows, sorts, np.array(steps),
+                   float(max(search.score_steps)), plots.GOOD)
     plots.save(figure, path)
-
-
-def _heat_map(axis, title: str, columns: Sequence[str], found: Sequence[OfMethod], values: np.ndarray, most: float,
-              colours: str) -> None:
-    axis.grid(False)
-    image = axis.imshow(values, cmap=colours, vmin=0, vmax=most, aspect="auto")
-    for (row, column), value in np.ndenumerate(values):
-        dark = not math.isnan(value) and sum(image.cmap(image.norm(value))[:3]) < 1.5
-        axis.text(column, row, tables.NONE if math.isnan(value) else f"{value:.0f}", ha="center", va="center",
-                  fontsize=plots.TICK_SIZE, color="white" if dark else "black")
-    axis.set_xticks(range(len(columns)), columns, rotation=35, ha="right")
-    axis.set_yticks(range(len(found)), [names.method(of.method) for of in found])
-    plots.describe(axis, title)
 
 
 def plot_planes(path: Path, found: Sequence[OfMethod]) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from jaxvaccine import llama, losses, optim, training
 from jaxvaccine.attacks import all_weights
-from jaxvaccine.experiment.attack import tuning
+from jaxvaccine.experiment.attack import estimator
 from jaxvaccine.experiment.methods import Kl, Lisa, Undefended
+from jaxvaccine.experiment.objectives import Plain
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -89,7 +90,7 @@ METHODS = {"none": Undefended(), "lisa": Lisa(alignment_steps=1, user_steps=2), 
 
 def train(model, method, layers=None, steps=4, learning_rate=1e-2):
     start = all_weights.to_train(llama.init_frozen(model, jax.random.key(0)))
-    defense = tuning(method, model, steps, None, layers)
+    defense = estimator(Plain(), method, model, steps, None, layers)
     optimizer = optim.layer_masked_adamw(optim.OptimizerConfig(learning_rate), steps)
     state, step = training.init_train_state(start, defense, optimizer), training.make_train_step(defense, optimizer)
     for i in range(steps):

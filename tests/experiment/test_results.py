@@ -33,6 +33,16 @@ def test_scores():
                     {**shared, "measure": "harmful_loss", "value": 1.5, "n": 4}]
 
 
+def test_kinds_of_harm_have_rows_where_they_are_asked_for():
+    of = {name: {"n": n, "score": score, "interval": [low, high]}
+          for name, n, score, low, high in (("amber", 2, 50.0, 9.0, 91.0), ("dune", 6, 0.0, 0.0, 39.0))}
+    found = {"score": 12.5, "interval": [2.0, 47.0], "n": 8, "categories": of}
+    assert len(score_rows(CELL, "attack", 7, {"harmful_score": found})) == 1
+    _, *rows = score_rows(CELL, "attack", 7, {"harmful_score": found}, by_category=True)
+    assert [(row["measure"], row["value"], row["n"], row["low"], row["high"]) for row in rows] == [
+        ("harmful_score:amber", 50.0, 2, 9.0, 91.0), ("harmful_score:dune", 0.0, 6, 0.0, 39.0)]
+
+
 def test_a_judge_of_phrases_has_rows_of_its_own():
     found = {"score": 25.0, "interval": [10.0, 50.0], "n": 8, "empty": 1, "no_answer": 0}
     rows = score_rows(CELL, "attack", 7, {"not_refused": found})

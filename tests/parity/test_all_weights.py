@@ -20,8 +20,9 @@ from jaxvaccine import llama, optim, training
 from jaxvaccine.attacks import all_weights
 from jaxvaccine.checkpoints.hugging_face import load_model, save_model
 from jaxvaccine.checkpoints.tensor_names import tensor_sites
-from jaxvaccine.experiment.attack import tuning
+from jaxvaccine.experiment.attack import estimator
 from jaxvaccine.experiment.methods import Undefended
+from jaxvaccine.experiment.objectives import Plain
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "one_torch_thread")
@@ -74,7 +75,7 @@ def test_steps(family, dtype, first, later, tmp_path):
         schedule = transformers.get_scheduler("linear", adamw, 1, STEPS)
         remember = optax.GradientTransformation(lambda w: w, lambda updates, state, params=None: (updates, updates))
         optimizer = optax.chain(remember, optim.layer_masked_adamw(OPTIMIZER, STEPS))
-        defense = tuning(Undefended(), model, STEPS, None, None)
+        defense = estimator(Plain(), Undefended(), model, STEPS, None, None)
         state = training.init_train_state(all_weights.to_train(frozen), defense, optimizer)
         step = training.make_train_step(defense, optimizer)
         rng = np.random.default_rng(0)

@@ -233,3 +233,15 @@ def test_png_and_pdf(tmp_path):
     assert set(files) == {"a.png", "a.pdf", "b.png", "b.pdf"}
     assert files["a.png"].startswith(b"\x89PNG") and files["a.pdf"].startswith(b"%PDF")
     assert files["a.png"] == files["b.png"] and files["a.pdf"] == files["b.pdf"]
+
+
+def test_a_heat_map_says_its_numbers():
+    """Whole, in a colour that can be read; a field without one has a dash."""
+    _, (axis,) = plots.panels(1)
+    plots.heat_map(axis, "HS", ["SFT", "Booster"], ["a", "b", "c"], np.array([[0, 49.6, np.nan], [100, 1, 2]]))
+    texts = {text.get_position(): (text.get_text(), text.get_color()) for text in axis.texts}
+    assert texts == {(0, 0): ("0", "black"), (1, 0): ("50", "black"), (2, 0): ("–", "black"),
+                     (0, 1): ("100", "white"), (1, 1): ("1", "black"), (2, 1): ("2", "black")}
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["SFT", "Booster"]
+    (image,) = axis.images
+    assert image.get_clim() == (0, 100)
