@@ -104,20 +104,25 @@ def check(search: Search, methods: Sequence[str]) -> dict[str, dict[str, str]]:
                 "none of --seeds: what a search chose is measured on others")
     refused: dict[str, dict[str, str]] = {method: {} for method in methods}
     for method, sort in itertools.product(methods, search.sorts):
+        if not _is_of(sort, method):
+            refused[method][sort.name] = f"an attack on {' or '.join(sort.of)}"
+            continue
         try:
-            if sort.of and split_method(method)[0].partition(":")[0] not in sort.of:
-                raise FieldError("defenses", f"found {method!r}, expected {' or '.join(sort.of)}")
             for point in _corners(sort):
                 check_cell(search.settings, plan_root(search, method),
                            Cell(search.backbones[0], method, point.text, search.search_seeds[0]), search.as_lanes)
         except FieldError as error:
             refused[method][sort.name] = str(error)
     for sort in search.sorts:
-        reasons = [of[sort.name] for of in refused.values() if sort.name in of]
-        require(len(reasons) < len(methods), "sorts", sort.name, f"a sort of attack on some method ({reasons[:1]})")
+        reasons = [refused[method].get(sort.name) for method in methods if _is_of(sort, method)]
+        require(not reasons or None in reasons, "sorts", sort.name, f"a sort of attack on some method ({reasons[:1]})")
     for method, of in refused.items():
         require(len(of) < len(search.sorts), "defenses", method, f"a method that can be attacked ({of})")
     return refused
+
+
+def _is_of(sort: Sort, method: str) -> bool:
+    return not sort.of or split_method(method)[0].partition(":")[0] in sort.of
 
 
 def _corners(sort: Sort) -> Iterator[Point]:
