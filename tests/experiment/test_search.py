@@ -154,7 +154,7 @@ def test_what_is_no_attack_on_a_method(model, tmp_path):
     assert check(search, ["sft"]) == {"sft": refused["sft"]}
     with pytest.raises(FieldError, match="defenses: found 'sft', expected a method that can be attacked"):
         check(make_search(model, tmp_path, sorts=(FIRST,)), ["sft"])
-    with pytest.raises(FieldError, match=r"^sorts: found 'none', expected a sort of attack on some method .*numbers below 3"):
+    with pytest.raises(FieldError, match=r"^sorts: found 'none', expected a sort of attack on some .*numbers below 3"):
         check(make_search(model, tmp_path, sorts=(Sort("none", ({"only_layers": ("7",)},)),)), ["sft"])
     with pytest.raises(FieldError, match=r"search_seeds: .*none of --seeds"):
         check(make_search(model, tmp_path, search_seeds=("1",)), ["sft"])
