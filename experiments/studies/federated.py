@@ -29,14 +29,15 @@ from jaxvaccine.report.results import read_results
 from jaxvaccine.report.style import styles
 
 # What stands, on the small world, for flags of a client that are not given.
-CLIENT = {"batch_size": 10}
+CLIENT = {"batch_size": 5, "learning_rate": 4e-4}
 TESTS = {"loss_data": ""}
+FEDERATION = FederationPart()
 # Of an attack, what clients do otherwise or not at all.
 NOT_CLIENTS = ("steps", "epochs", "trains", "ablate", "ablation_layer", "harmless_data", "objective", "order",
                "user_rows", "candidates", "only_layers", "alignment_data")
-ROUNDS = ("Figures with rounds on their axis show the band of ± one standard deviation over runs. A share is the part of "
-          "the clients that is harmful, of whose rows {rows:g}% are. \"Attack\" and \"attacked\" mean all rounds, and "
-          "the mean along an attack is that over its rounds, the aligned model being round 0.\n")
+ROUNDS = ("{clients} clients, {participants} of them in a round, {rounds} rounds of {steps} local steps. Of the rows "
+          "of a harmful client {rows:g}% are harmful. \"Attacked\" is after all rounds, and \"along the attack\" the mean "
+          "over rounds, the aligned model being round 0.\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +51,13 @@ class FederatedConfig(study.StudyConfig):
         ("iid", "sorted"), "How rows are split among clients: iid; sorted, most clients with one label of the user's "
         "task; or dirichlet:ALPHA, parts of the labels by a Dirichlet distribution.")
     rules: tuple[str, ...] = field(
-        ("fedavg", "fedprox:mu=0.1", "median", "trimmed_mean:share=0.2", "clipped_mean:norm=0.5"),
+        ("fedavg", "fedprox:mu=0.1", "median", "trimmed_mean:share=0.2", "clipped_mean:norm=0.2"),
         "How updates are joined: fedavg, fedprox:mu=M, median, trimmed_mean:share=S (cut on each side), "
         "clipped_mean:norm=N.")
     rules_at: str = field("0.2", "Part of harmful clients at which the rules but the first are compared.")
     score_rounds: tuple[str, ...] = field(
         ("5", "10", "20"), "Rounds after which a model is scored; the last one always is.")
-    federation: FederationPart = FederationPart()
+    federation: FederationPart = FEDERATION
 
     def __post_init__(self):
         super().__post_init__()
@@ -157,11 +158,12 @@ def rounds_table(found: Curves, settings: list[Setting], measure: str) -> str:
 
 
 def report(config: FederatedConfig, found: pd.DataFrame, folder: Path) -> str:
-    plan = config.make_plan()
-    text = [missing(found, Cells(plan.pairs, plan.backbones, plan.seeds)),
-            ROUNDS.format(rows=100 * config.federation.harmful_rows),
-            panels.panels_report(found, folder, "Clients who fine-tune together", config.panels(), plan.backbones,
-                                 plan.seeds)]
+    plan, part = config.make_plan(), config.federation
+    text = ["# Clients who fine-tune together\n",
+            missing(found, Cells(plan.pairs, plan.backbones, plan.seeds)),
+            ROUNDS.format(clients=part.clients, participants=part.participants, rounds=part.rounds,
+                          steps=part.local_steps, rows=100 * part.harmful_rows),
+            panels.panels_report(found, folder, "", config.panels(), plan.backbones, plan.seeds)]
     for i, of in enumerate(config.grid):
         by = curves_of(found, of)
         if not any(by.values()):

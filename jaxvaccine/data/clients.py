@@ -68,7 +68,7 @@ def split_rows(labels: Sequence[str], sizes: Sequence[int] | np.ndarray, split: 
     alpha, sizes, n = parse_split(split), np.asarray(sizes), len(labels)
     if sizes.sum() != n:
         raise ValueError(f"sizes: found {sizes.sum()} rows in all, expected {n}, the labels'")
-    names, kinds = np.unique(np.asarray(labels, dtype=object).astype(str), return_inverse=True)
+    names, kinds = np.unique(np.array(list(labels), dtype=str), return_inverse=True)
     if math.isfinite(alpha) and 2 * len(names) > n:
         raise ValueError(f"split: found {split!r} of {n} rows with {len(names)} answers, expected iid: a task with few "
                          "answers is split by them")

@@ -26,7 +26,6 @@ from jaxvaccine.experiment.plans import Plan, Settings, cell_configs
 from jaxvaccine.experiment.results import Cell, Row
 from jaxvaccine.json_files import write_json
 
-
 # Of a task with more answers, those whose counts are kept.
 MOST_LABELS = 20
 
