@@ -35,9 +35,9 @@ FEDERATION = FederationPart()
 # Of an attack, what clients do otherwise or not at all.
 NOT_CLIENTS = ("steps", "epochs", "trains", "ablate", "ablation_layer", "harmless_data", "objective", "order",
                "user_rows", "candidates", "only_layers", "alignment_data")
-ROUNDS = ("{clients} clients, {participants} of them in a round, {rounds} rounds of {steps} local steps. Of the rows "
-          "of a harmful client {rows:g}% are harmful. \"Attacked\" is after all rounds, and \"along the attack\" the mean "
-          "over rounds, the aligned model being round 0.\n")
+ROUNDS = ("{clients} clients, {participants} of them in a round, {rounds} rounds of {steps} local steps. Of the "
+          "rows of a harmful client {rows:g}% are harmful. \"Attacked\" is after all rounds, and \"along the attack\" the "
+          "mean over rounds, the aligned model being round 0.\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,8 @@ class FederatedConfig(study.StudyConfig):
         for name in ("harmful_clients", "splits", "rules", "score_rounds"):
             values = getattr(self, name)
             require(bool(values) and len(set(values)) == len(values), name, values, "at least one, each once")
-        for name, values in (("harmful_clients", self.harmful_clients), ("rules_at", (self.rules_at,))):
+        for name, values in (("harmful_clients", self.harmful_clients), (
+                "rules_at", (self.rules_at,) if len(self.rules) > 1 else ())):
             for value in values:
                 require(plots.is_number(value), name, value, "a number from 0 to 1")
                 self.federation.whole(name, float(value))

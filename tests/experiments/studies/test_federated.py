@@ -153,11 +153,18 @@ def test_rules_that_are_none(text, expected):
         parse_rule(text, 5)
 
 
+def test_where_rules_are_compared():
+    with pytest.raises(FieldError, match="rules_at: found 2"):
+        config_of(rules_at="2")
+    alone = config_of(rules=("fedavg",), clients=1, harmful_clients=("1",))
+    assert alone.compared == [] and len(alone.settings) == 2
+
+
 @pytest.mark.parametrize("flag, expected", [
     ("--harmful_clients=0.3", "--harmful_clients: found 0.3.*whole number"), ("--harmful_clients=x", "a number from 0"),
     ("--participation=0.5", "--participation: found 0.5"), ("--participation=1.2", "--participation: .*at most 1"),
     ("--splits=even", "--splits: found 'even'"), ("--rules=krum", "--rules: found 'krum'"),
-    ("--rules_at=2", "--rules_at: found 2"), ("--score_rounds=3", "--score_rounds: .*from 1 to 2"),
+    ("--score_rounds=3", "--score_rounds: .*from 1 to 2"),
     ("--defenses=sft+lisa", "--defenses: found 'sft\\+lisa'"), ("--attack_n=4", "--attack_n: found 4 rows for 5"),
     ("--harmful_rows=0.01", "--harmful_rows: found 0.01"), ("--attack_steps=3", "attack_steps")])
 def test_flags(model_dir, tmp_path, flag, expected):
