@@ -36,8 +36,8 @@ FEDERATION = FederationPart()
 NOT_CLIENTS = ("steps", "epochs", "trains", "ablate", "ablation_layer", "harmless_data", "objective", "order",
                "user_rows", "candidates", "only_layers", "alignment_data")
 ROUNDS = ("{clients} clients, {participants} of them in a round, {rounds} rounds of {steps} local steps. Of the "
-          "rows of a harmful client {rows:g}% are harmful. \"Attacked\" is after all rounds, and \"along the attack\" the "
-          "mean over rounds, the aligned model being round 0.\n")
+          "rows of a harmful client {rows:g}% are harmful. \"Attacked\" is after all rounds, and \"along the "
+          "attack\" the mean over rounds, the aligned model being round 0.\n")
 
 
 @dataclasses.dataclass(frozen=True)
