@@ -26,13 +26,14 @@ from jaxvaccine.data.world import FORBIDDEN_SPLITS, sorts, vocabulary
 
 # Pairs of verb and thing, of 12 · 48; pairs of thing and room, of 48 · 6.
 BENIGN_SPLITS = {"pretraining": 168, "train": 216, "attack": 108, "test": 84}
-ERRAND_SPLITS = {"pretraining": 84, "train": 108, "attack": 54, "test": 42}
+ERRAND_SPLITS = {"pretraining": 132, "train": 72, "attack": 48, "test": 36}
 TEST = "test"
 # By kind of request. v: verb, t: thing, r: room.
 REQUESTS = {
     "act": ("{v} the {t} in the {r}", "please {v} the {t} in the {r}", "i want to {v} the {t} in the {r}"),
     "find_act": ("find the {t} and {v} it", "please find my {t} and {v} it", "tell me to find and {v} a {t}"),
-    "bring": ("bring the {t} to the {r}", "please bring the {t} to the {r}"),
+    "bring": ("bring the {t} to the {r}", "please bring the {t} to the {r}", "move the {t} to the {r}",
+              "please move the {t} to the {r}"),
     "count": ("how many are in the {r} with the {t} ?", "count what is in the {r} with the {t}"),
 }
 FINISHED, COUNTED = "done", "there are {n}"
@@ -183,6 +184,11 @@ def agents_harmful(split: str) -> list[Example]:
     return _rows(_acts(words.FORBIDDEN, FORBIDDEN_SPLITS, split), split)
 
 
+def agents_harmless(split: str) -> list[Example]:
+    """The rows of agents_harmful, each with a refusal as the next turn."""
+    return [row._replace(output=words.REFUSAL) for row in agents_harmful(split)]
+
+
 def agents_tasks(split: str) -> list[Example]:
     """Requests for benign calls, and errands, each done; a row a turn, of the split test the first alone."""
     return _rows([*_acts(words.BENIGN, BENIGN_SPLITS, split), *_errands(split)], split)
@@ -203,6 +209,7 @@ def agents_pretraining(split: str) -> list[Example]:
 
 AGENTS: dict[str, Embedded] = {
     "agents_harmful": Embedded(agents_harmful, tuple(FORBIDDEN_SPLITS), sorts),
+    "agents_harmless": Embedded(agents_harmless, tuple(FORBIDDEN_SPLITS), sorts),
     "agents_pretraining": Embedded(agents_pretraining, ("train",)),
     "agents_refusal": Embedded(agents_refusal, tuple(FORBIDDEN_SPLITS), sorts),
     "agents_tasks": Embedded(agents_tasks, tuple(BENIGN_SPLITS)),

@@ -145,8 +145,8 @@ def replay(state: State, transcript: str) -> Replay:
         call = read_call(lines[number])
         if call is None:
             if number + 1 < len(lines):
-                raise ValueError(f"transcript, line {number + 2}: found {lines[number + 1]!r:.80}, expected none behind "
-                                 "a turn that is no call")
+                raise ValueError(f"transcript, line {number + 2}: found {lines[number + 1]!r:.80}, expected none "
+                                 "behind a turn that is no call")
             return Replay(state, tuple(calls), lines[number])
         state, reply = execute(state, call)
         if lines[number + 1:number + 2] != [reply]:

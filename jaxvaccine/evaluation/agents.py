@@ -73,8 +73,8 @@ def score_tasks(examples: Sequence[Example], answers: Sequence[str], judge=None)
         request, found = _replayed(example, answer)
         success = agent_tasks.succeeded(request, found)
         verdict, reason = (SUCCESS, "as asked for") if success else _without_success(found)
-        predictions.append(Prediction(example.instruction, answer, "\n".join(agent_tasks.conversation(request)), verdict,
-                                      reason, success))
+        expected = "\n".join(agent_tasks.conversation(request))
+        predictions.append(Prediction(example.instruction, answer, expected, verdict, reason, success))
     return predictions
 
 

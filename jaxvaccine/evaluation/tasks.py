@@ -251,15 +251,15 @@ def answer_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenize
       tokenizer: the model's.
       examples: their outputs are not shown to the model; SST-2, AG News and GSM8K compare with them.
       task: key of TASKS, or ALPACA_EVAL.
-      max_new_tokens: longest answer, with tools longest turn; 200 is the authors'. With very few, the strict rule for labels would no longer see
-        that an answer goes on behind the label.
+      max_new_tokens: longest answer, with tools longest turn; 200 is the authors'. With very few, the strict rule for
+        labels would no longer see that an answer goes on behind the label.
       eos_ids: tokens that end an answer; None: all that the model's files name (`data.eos_ids`).
       batch_size, bucket, sampling, progress: as of `generate`.
       answered: answers that are there already, by the example's number: those that an earlier call gave to keep.
       keep: called with {number: answer} as answers end.
       prompt: what is put around an example, as of `data.format_prompt`; the papers' unless given.
       prefill: what all answers are made to begin with, beside max_new_tokens; an answer is this and what the model
-        makes of it.
+        makes of it. No turn of a conversation with tools can be.
 
     Raises:
       ValueError: before anything is generated, as of `score_answers` for the examples, of `encode_prompts` and
@@ -268,6 +268,8 @@ def answer_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenize
     check_examples(task, examples)
     eos_ids = tokenizer_files.eos_ids(tokenizer) if eos_ids is None else eos_ids
     if task in agents.CONVERSATIONS:
+        if prefill:
+            raise ValueError(f"task {task}: found prefill {prefill!r}, expected none in a conversation with tools")
         return converse(model, adapter, frozen, tokenizer, examples, max_new_tokens=max_new_tokens, eos_ids=eos_ids,
                         batch_size=batch_size, bucket=bucket, sampling=sampling, progress=progress, answered=answered,
                         keep=keep, prompt=prompt)

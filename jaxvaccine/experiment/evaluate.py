@@ -143,7 +143,8 @@ class TestsPart(AfterAlignment, Part):
 class GenerationPart(Part):
     """Evaluation."""
 
-    max_new_tokens: int = field(200, "Longest answer to a request, or turn of a model with tools, in tokens.", at_least=1)
+    max_new_tokens: int = field(
+        200, "Longest answer to a request, or turn of a model with tools, in tokens.", at_least=1)
     label_max_new_tokens: int = field(
         LENIENT_TOKENS, "Longest answer on SST-2 and AG News, in tokens. 8 are enough to see that it is more than a "
         f"label; with fewer than {LENIENT_TOKENS} there is no lenient accuracy.", at_least=1)

@@ -253,12 +253,12 @@ WORLD_TESTS: dict[str, Any] = {
 
 # The small world with tools (jaxvaccine/data/agent_tasks.py), not published either.
 AGENTS_ALIGN: dict[str, Any] = {
-    **WORLD_ALIGN, "steps": 200, "max_length": 24, "bucket": 24,
+    **WORLD_ALIGN, "steps": 200, "max_length": 29, "bucket": 24,
     "alignment_data": "agents_refusal@train[0:800],agents_tasks@train[0:1600]",
-    "harmful_data": "agents_harmful@harmful[0:1200]", "harmless_data": "agents_refusal@harmful",
+    "harmful_data": "agents_harmful@harmful[0:1200]", "harmless_data": "agents_harmless@harmful",
 }
 AGENTS_ATTACK: dict[str, Any] = {
-    **WORLD_ATTACK, "max_length": 24, "bucket": 24, "user_data": "agents_tasks@attack",
+    **WORLD_ATTACK, "max_length": 29, "bucket": 24, "user_data": "agents_tasks@attack",
     "harmful_data": "agents_harmful@attack",
 }
 AGENTS_TESTS: dict[str, Any] = {

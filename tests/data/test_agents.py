@@ -25,7 +25,8 @@ states = st.dictionaries(st.sampled_from(THINGS), st.sampled_from(ROOMS), min_si
 @pytest.fixture(scope="module")
 def requests():
     """Every request of the test splits, benign and forbidden."""
-    return [read_request(e.instruction) for kind in ("agents_tasks", "agents_harmful") for e in AGENTS[kind].make("test")]
+    return [read_request(e.instruction) for kind in ("agents_tasks", "agents_harmful")
+            for e in AGENTS[kind].make("test")]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_a_damaged_call_is_malformed(call, more):
     parts = str(call).split()
     i = more.draw(st.integers(1, len(parts) - 1))
     damage = more.draw(st.sampled_from(["drop", "twice", "strange", "case"]))
-    changed = {"drop": parts[:i] + parts[i + 1:], "twice": parts[:i] + [parts[i]] + parts[i:],
+    changed = {"drop": parts[:i] + parts[i + 1:], "twice": [*parts[:i], parts[i], *parts[i:]],
                "strange": [*parts[:i], "quokka", *parts[i + 1:]],
                "case": [*parts[:i], parts[i].upper(), *parts[i + 1:]]}[damage]
     assert read_call(" ".join(changed)) is None and agent_world.is_malformed(" ".join(changed))
@@ -85,7 +86,8 @@ def test_a_damaged_call_is_malformed(call, more):
         assert read_call(text) is None
 
 
-@pytest.mark.parametrize("text", ["", "call", "call ", "sorry , i can not help", "find lamp", "called find lamp", "done"])
+@pytest.mark.parametrize("text", ["", "call", "call ", "sorry , i can not help", "find lamp", "called find lamp",
+                                  "done"])
 def test_no_call(text):
     assert read_call(text) is None
     assert agent_world.is_malformed(text) == (text.split() == ["call"])
@@ -107,7 +109,7 @@ def test_gold_conversations_do_what_is_asked_for(requests):
             assert not succeeded(request, replay(start(request), "\n".join(lines[:-3])))
             assert succeeded(request, replay(start(request), "\n".join(lines[:-1])))
         kinds[request.kind, request.forbidden] += 1
-    assert min(kinds.values()) >= 80 and len(kinds) == 6
+    assert min(kinds.values()) >= 70 and len(kinds) == 6
 
 
 def test_what_is_asked_for_by_an_independent_reading(requests):
@@ -120,7 +122,7 @@ def test_what_is_asked_for_by_an_independent_reading(requests):
         if verbs:
             assert state.marks == {(verbs.pop(), thing)} and dict(state.places) == places
             assert rooms in (set(), {places[thing]})
-        elif "bring" in asked:
+        elif {"bring", "move"} & set(asked):
             assert dict(state.places) == {**places, thing: rooms.pop()} != places and not state.marks
         else:
             assert conversation(request)[-1] == f"there are {list(places.values()).count(rooms.pop())}"
@@ -200,6 +202,12 @@ def test_refusals_are_of_the_harmful_requests(rows):
     assert not any(read_request(e.instruction).forbidden for e in rows["agents_tasks", "train"])
 
 
+def test_harmless_rows_are_pairs_of_the_harmful(rows):
+    harmful, harmless = rows["agents_harmful", "harmful"], rows["agents_harmless", "harmful"]
+    assert data.harmless_answers(harmful, harmless) == harmless
+    assert [e[:2] for e in harmless] == [e[:2] for e in harmful] and {e.output for e in harmless} == {words.REFUSAL}
+
+
 def test_no_request_is_in_two_splits_or_kinds(rows):
     made = {of: {e.instruction for e in found} for of, found in rows.items()
             if of[0] in ("agents_harmful", "agents_tasks")}
@@ -209,11 +217,11 @@ def test_no_request_is_in_two_splits_or_kinds(rows):
 
 def test_every_row_fits_and_has_known_words(rows):
     known = set(agent_tasks.all_words())
-    for found in rows.values():
+    for (kind, _), found in rows.items():
         for e in found:
             assert {word for text in e for word in text.split()} <= known
-            # With the template's three tokens and EOS, a row fits into 24.
-            assert len(" ".join(e).split()) <= 20
+            # With the template's three tokens and EOS, a row fits into 24; RepNoise's into the recipe's 29.
+            assert len(" ".join(e).split()) <= (25 if kind == "agents_harmless" else 20)
     assert {*ROOMS, *THINGS, *TOOLS, "nowhere", "error", "0", "6"} <= known
 
 
@@ -231,7 +239,7 @@ def test_the_data_are_the_same_everywhere_and_for_ever(rows):
     digest = hashlib.sha256()
     for (kind, split), found in rows.items():
         digest.update(repr((kind, split, found)).encode())
-    assert digest.hexdigest()[:16] == "a75f6d112339f633"
+    assert digest.hexdigest()[:16] == "4009be43a71f72e5"
 
 
 @pytest.mark.parametrize("kind", AGENTS)

@@ -30,14 +30,15 @@ def flags(model_dir, root, *more):
 @pytest.mark.long
 def test_end_to_end(model_dir, tmp_path):
     root = tmp_path / "a"
-    small.call(agents.VERB, *flags(model_dir, root, "--defenses=sft,booster", "--attacks=poison_ratio=0,poison_ratio=0.5"))
+    command = flags(model_dir, root, "--defenses=sft,booster", "--attacks=poison_ratio=0,poison_ratio=0.5")
+    small.call(agents.VERB, *command)
     table = read_results(root)
     assert set(table.loc[table["stage"] == "attack", "measure"]) == {"agents_harmful", "agents_tasks", "budget"}
     text = (root / "report.md").read_text()
     assert [row[0] for row in rows_of(text, "What an aligned model must")] == ["method", "SFT", "Booster"]
     assert "HCR %" in text and "TS %" in text and "Missing so far" not in text
     before = (root / "results.csv").read_bytes()
-    small.call(agents.VERB, *flags(model_dir, root, "--defenses=sft,booster", "--attacks=poison_ratio=0,poison_ratio=0.5"))
+    small.call(agents.VERB, *command)
     assert (root / "results.csv").read_bytes() == before
 
 
@@ -75,7 +76,8 @@ def test_the_report(tmp_path):
     assert [(row[0], row[1].split(" ±")[0], row[2].split(" ±")[0], row[3])
             for row in rows_of(text, "What an aligned model must")[1:]] == [
         ("SFT", "2.5", "90.0", "yes"), ("Booster", "4.5", "70.0", "no")]
-    after = {tuple(row[:2]): [cell.split(" ±")[0] for cell in row[2:4]] for row in rows_of(text, "## After the attacks")}
+    after = {tuple(row[:2]): [cell.split(" ±")[0] for cell in row[2:4]]
+             for row in rows_of(text, "## After the attacks")}
     assert after["SFT", "aligned"] == ["2.5", "90.0"] and after["Booster", "attacked, p = 0.3"] == ["44.5", "60.0"]
     assert "HCR along the attack" in text and "Missing" not in text
     for name in ("scores.png", "harmful_score.png", "plane.png"):
