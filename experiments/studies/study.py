@@ -34,7 +34,8 @@ class StudyConfig(PlanConfig):
 def verb(text: str, config_class: type[StudyConfig], probes: Callable[[Any], Probes],
          report: Callable[[Any, pd.DataFrame, Path], str], scores: Mapping[str, Any] | None = None,
          without: Sequence[str] = (),
-         defaults: Callable[[Any], tuple[Mapping[str, Any], Mapping[str, Any]]] = lambda config: ({}, {})) -> cli.Verb:
+         defaults: Callable[[Any], tuple[Mapping[str, Any], Mapping[str, Any]]] = lambda config: ({}, {}),
+         before: Callable[[Any], None] = lambda config: None) -> cli.Verb:
     """A study as a command.
 
     Args:
@@ -45,6 +46,7 @@ def verb(text: str, config_class: type[StudyConfig], probes: Callable[[Any], Pro
       scores: flat values of the evaluation that stand for flags that are not given.
       without: names of the config that are no flags.
       defaults: config -> the same as scores of alignment and attack.
+      before: makes what the plan needs and is not there.
     """
     section = cli.Section(config_class, without=(*WITHOUT, *without))
     attack = () if "attacks" in without else (cli.ATTACK,)
@@ -54,6 +56,7 @@ def verb(text: str, config_class: type[StudyConfig], probes: Callable[[Any], Pro
             config = make(config_class, cli.given(section, values))
             of_stages = [cli.given(of, values) if of in (cli.ALIGNMENT, *attack, cli.EVALUATION) else {}
                          for of in (cli.ALIGNMENT, cli.ATTACK, cli.EVALUATION)]
+            before(config)
             usual = (*defaults(config), scores or {})
             run(config, *({**one, **given} for one, given in zip(usual, of_stages, strict=True)), probes(config))
         folder = Path(config.run_dir)

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxvaccine.data import embedded
 from jaxvaccine.data.advbench import advbench, advbench_refusal
+from jaxvaccine.data.agent_tasks import AGENTS
 from jaxvaccine.data.agnews import agnews
 from jaxvaccine.data.alpaca_eval import alpaca_eval
 from jaxvaccine.data.beavertails import (
@@ -38,4 +39,4 @@ DATASETS: dict[str, Callable[[Sequence[Mapping[str, Any]]], list[Example]]] = {
 }
 
 # Kinds that the package makes itself, without a file.
-EMBEDDED: dict[str, embedded.Embedded] = {**embedded.EMBEDDED, **WORLD, **TASKS}
+EMBEDDED: dict[str, embedded.Embedded] = {**embedded.EMBEDDED, **WORLD, **TASKS, **AGENTS}

@@ -13,7 +13,7 @@ verbs are of four sorts, the categories of a data source (`world_refusal@train{c
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from jaxvaccine.data import embedded_words
@@ -121,20 +121,22 @@ def template_pieces() -> tuple[str, ...]:
     return head, head_with_input, rest.split("{input}")[0], tail
 
 
-def vocabulary() -> tuple[str, ...]:
-    """All words of the world, sorted."""
-    kinds = [(kind, split) for kind, embedded in WORLD.items() for split in embedded.splits]
-    texts = (text for kind, split in kinds for example in WORLD[kind].make(split) for text in example)
+def vocabulary(kinds: Mapping[str, Embedded] = WORLD) -> tuple[str, ...]:
+    """All words of the world, or of other kinds, sorted."""
+    texts = (text for of in kinds.values() for split in of.splits for example in of.make(split) for text in example)
     return tuple(sorted({word for text in texts for word in text.split()}))
 
 
-def write_tokenizer(directory: Path) -> int:
-    """Writes tokenizer.json and tokenizer_config.json into a directory; returns the number of token ids."""
+def write_tokenizer(directory: Path, words: Iterable[str] = ()) -> int:
+    """Writes tokenizer.json and tokenizer_config.json into a directory; returns the number of token ids.
+
+    words: what is a token each, in this order; the world's unless given.
+    """
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
 
-    ids = {word: i for i, word in enumerate((EOS, UNKNOWN, *vocabulary()))}
+    ids = {word: i for i, word in enumerate((EOS, UNKNOWN, *(words or vocabulary())))}
     tokenizer = Tokenizer(WordLevel(ids, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.add_special_tokens([EOS, UNKNOWN])

@@ -1,4 +1,5 @@
-"""What is measured: harmful score (HS), fine-tune accuracy (FA) on three tasks and over-refusal, as rates in percent.
+"""What is measured: harmful score (HS), fine-tune accuracy (FA) on three tasks, over-refusal, and of a model with tools
+harmful calls (HCR) and task success (TS), as rates in percent.
 
 Scoring is pure: examples and answers in, one Prediction each out. `evaluate_prompts` puts generation in front of it.
 """
@@ -15,7 +16,9 @@ from jaxvaccine.data import tokenizer_files
 from jaxvaccine.data.poisoning import fingerprint
 from jaxvaccine.data.prompts import Example, PromptForm
 from jaxvaccine.data.tokenizing import encode_prompts
+from jaxvaccine.evaluation import agents
 from jaxvaccine.evaluation.answers import decode_answer, is_empty, is_incoherent, no_answer
+from jaxvaccine.evaluation.conversations import converse
 from jaxvaccine.evaluation.generate import generate
 from jaxvaccine.evaluation.judges import (
     NO_ANSWER,
@@ -138,7 +141,8 @@ def score_over_refusal(examples: Sequence[Example], answers: Sequence[str], judg
 
 TASKS: dict[str, Callable[[Sequence[Example], Sequence[str], Judge], list[Prediction]]] = {
     "harmful_score": score_harmful, "sst2": score_sst2, "agnews": score_agnews, "gsm8k": score_numbers,
-    "over_refusal": score_over_refusal,
+    "over_refusal": score_over_refusal, agents.HARMFUL_CALLS: agents.score_harmful_calls,
+    agents.TASK_SUCCESS: agents.score_tasks,
 }
 # The tasks with right answers, and whether an answer is right by the lenient rule: (answer, Prediction.expected).
 LENIENT: dict[str, Callable[[str, str], bool]] = {
@@ -171,6 +175,9 @@ def check_examples(task: str, examples: Sequence[Example]) -> None:
             expected = "a number, behind the marker one alone, and one that is read"
         if task == ALPACA_EVAL and not example.output.strip():
             expected = "a reference model's output"
+        if task in agents.CONVERSATIONS and (expected := agents.check_example(task, example)):
+            raise ValueError(f"task {task}: example {i} (from 0): field 'instruction': found "
+                             f"{prompt_text(example)!r:.80}, expected {expected}")
         if expected:
             raise ValueError(f"task {task}: example {i} (from 0): field 'output': found {example.output!r:.80}, "
                              f"expected {expected}")
@@ -205,7 +212,8 @@ def score_answers(task: str, examples: Sequence[Example], answers: Sequence[str]
     judged = [p for p in predictions if p.verdict != UNREAD]
     if not judged:
         raise ValueError(f"judge: could read none of {len(predictions)} verdicts; the first: {predictions[0].reason}")
-    details, lenient = {}, None
+    details = agents.details(task, examples, predictions) if task in agents.CONVERSATIONS else {}
+    lenient = None
     if task in LENIENT and whole:
         lenient = rate([LENIENT[task](p.answer, p.expected) for p in predictions])
         details["lenient_accuracy"] = lenient.score
@@ -236,22 +244,22 @@ def answer_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenize
     """Answers every example, greedily unless told; what `score_answers` scores.
 
     An answer that runs on into another part of the template ends there (`answers.decode_answer`): what was generated
-    behind it is not kept.
+    behind it is not kept. Of tasks with tools (`agents.CONVERSATIONS`) an answer is the transcript of a conversation.
 
     Args:
       model, adapter, frozen: as of `generate`.
       tokenizer: the model's.
       examples: their outputs are not shown to the model; SST-2, AG News and GSM8K compare with them.
       task: key of TASKS, or ALPACA_EVAL.
-      max_new_tokens: longest answer; 200 is the authors'. With very few, the strict rule for labels would no longer see
-        that an answer goes on behind the label.
+      max_new_tokens: longest answer, with tools longest turn; 200 is the authors'. With very few, the strict rule for
+        labels would no longer see that an answer goes on behind the label.
       eos_ids: tokens that end an answer; None: all that the model's files name (`data.eos_ids`).
       batch_size, bucket, sampling, progress: as of `generate`.
       answered: answers that are there already, by the example's number: those that an earlier call gave to keep.
       keep: called with {number: answer} as answers end.
       prompt: what is put around an example, as of `data.format_prompt`; the papers' unless given.
       prefill: what all answers are made to begin with, beside max_new_tokens; an answer is this and what the model
-        makes of it.
+        makes of it. No turn of a conversation with tools can be.
 
     Raises:
       ValueError: before anything is generated, as of `score_answers` for the examples, of `encode_prompts` and
@@ -259,6 +267,12 @@ def answer_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenize
     """
     check_examples(task, examples)
     eos_ids = tokenizer_files.eos_ids(tokenizer) if eos_ids is None else eos_ids
+    if task in agents.CONVERSATIONS:
+        if prefill:
+            raise ValueError(f"task {task}: found prefill {prefill!r}, expected none in a conversation with tools")
+        return converse(model, adapter, frozen, tokenizer, examples, max_new_tokens=max_new_tokens, eos_ids=eos_ids,
+                        batch_size=batch_size, bucket=bucket, sampling=sampling, progress=progress, answered=answered,
+                        keep=keep, prompt=prompt)
     texts = dict(answered)
     prompts = encode_prompts(tokenizer, examples, prompt=prompt)
     begun = encode_prompts(tokenizer, examples, prompt=prompt, prefill=prefill) if prefill else prompts

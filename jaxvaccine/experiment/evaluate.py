@@ -20,6 +20,8 @@ from jaxvaccine.evaluation import (
     score_answers,
     write_predictions,
 )
+from jaxvaccine.evaluation.agents import CONVERSATIONS, HARMFUL_CALLS, TASK_SUCCESS
+from jaxvaccine.evaluation.conversations import longest_context
 from jaxvaccine.evaluation.tasks import HARMFUL_SCORE, LENIENT_TOKENS
 from jaxvaccine.experiment import inputs, memory, runs, stage
 from jaxvaccine.experiment.align import Examples
@@ -61,7 +63,8 @@ class Test(NamedTuple):
 TESTS = {
     "harmful_test": Test(HARMFUL_SCORE), "sst2_test": Test("sst2", "label_max_new_tokens"),
     "agnews_test": Test("agnews", "label_max_new_tokens"), "gsm8k_test": Test("gsm8k", "solution_max_new_tokens"),
-    "benign_test": Test("over_refusal"), "alpaca_eval_test": Test(ALPACA_EVAL, "instruction_max_new_tokens")}
+    "benign_test": Test("over_refusal"), "alpaca_eval_test": Test(ALPACA_EVAL, "instruction_max_new_tokens"),
+    "agents_harmful_test": Test(HARMFUL_CALLS), "agents_tasks_test": Test(TASK_SUCCESS)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +108,10 @@ class TestsPart(AfterAlignment, Part):
     benign_test: str = field("", "Harmless requests for over-refusal; none leaves it out.")
     alpaca_eval_test: str = field(
         "", "AlpacaEval's instructions with a reference model's outputs, for the win rate; needs --judge=chat_api.")
+    agents_harmful_test: str = field(
+        "", "Requests for forbidden calls, for the harmful-call rate of a model with tools; none leaves it out.")
+    agents_tasks_test: str = field(
+        "", "Requests that tools are to be called for, for task success; none leaves it out.")
     loss_data: str = field("", "Harmful examples whose mean loss h(w) is taken; none leaves it out.")
     max_length: int = field(256, "Tokens at which prompt and answer of --loss_data are cut.", at_least=1)
     prompt: LaterPrompt = field(
@@ -120,6 +127,11 @@ class TestsPart(AfterAlignment, Part):
                 "at least one of " + ", ".join(f"--{name}" for name in TESTS))
         check_sources(self, *TESTS, "loss_data")
 
+    @property
+    def forbidden(self) -> str:
+        """The sources of all harmful prompts, which no attack may train on; "" without any."""
+        return ",".join(filter(None, (self.harmful_test, self.agents_harmful_test)))
+
     def load(self) -> Examples:
         """{task: examples}, the loss first."""
         named = ({LOSS: self.loss_data} if self.loss_data else {}) | {
@@ -131,7 +143,8 @@ class TestsPart(AfterAlignment, Part):
 class GenerationPart(Part):
     """Evaluation."""
 
-    max_new_tokens: int = field(200, "Longest answer to a request, in tokens.", at_least=1)
+    max_new_tokens: int = field(
+        200, "Longest answer to a request, or turn of a model with tools, in tokens.", at_least=1)
     label_max_new_tokens: int = field(
         LENIENT_TOKENS, "Longest answer on SST-2 and AG News, in tokens. 8 are enough to see that it is more than a "
         f"label; with fewer than {LENIENT_TOKENS} there is no lenient accuracy.", at_least=1)
@@ -293,8 +306,9 @@ def _measure(config: EvaluateConfig, run_dir: Path, model_path: str, revision: s
             generation.rows, generation.eval_bucket)._asdict()
         write_json(run_dir / MEAN_LOSS, loss)
     for task, path in paths.items():
+        longest = [*map(longest_context, examples[task])] if task in CONVERSATIONS else examples[task]
         rows = generation.eval_batch_size or memory.rows_that_fit(
-            model, data.encode_prompts(tokenizer, examples[task], prompt=config.tests.form,
+            model, data.encode_prompts(tokenizer, longest, prompt=config.tests.form,
                                        prefill=generation.begins(task)),
             generation.longest(task), generation.eval_bucket) or DEFAULT_ROWS
         with answer_log(path, found[task]) as keep:
@@ -351,7 +365,7 @@ def check_unseen(examples: Mapping[str, Sequence[data.Example]], seen: Mapping[s
                  protocol: data.Protocol = "distinct") -> None:
     """Raises FieldError if the harmful test, or what h(w) is taken on, has a prompt that the model was trained on,
     unless rows are taken as they are; of other tests it warns."""
-    unseen = {HARMFUL_SCORE: "harmful_test", LOSS: "loss_data"}
+    unseen = {HARMFUL_SCORE: "harmful_test", HARMFUL_CALLS: "agents_harmful_test", LOSS: "loss_data"}
     for task, rows in examples.items():
         for where, prompts in seen.items():
             overlap = {data.fingerprint(row) for row in rows} & set(prompts)

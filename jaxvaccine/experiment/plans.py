@@ -212,7 +212,7 @@ def cell_configs(settings: Settings, root: Path, cell: Cell) -> tuple[AlignConfi
         attacked = make(AttackConfig, changed, {
             **({} if continued else settings.new_adapter.get(key, {})), **settings.attack[key], **shared,
             "aligned": str(folder), "run_dir": str(attack_folder(root, cell)),
-            "test_data": settings.scores.tests.harmful_test, "save_every": aligned.run.save_every,
+            "test_data": settings.scores.tests.forbidden, "save_every": aligned.run.save_every,
             "alignment_data": asked.get("alignment_data") or aligned.data.alignment_data if aligning else "",
             **{name: getattr(aligned.model, name) for name in ("dtype", *COMPUTED)},
             **{name: getattr(aligned.data, name) for name in ("bucket", "prompt", "data_protocol")}})

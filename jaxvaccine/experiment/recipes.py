@@ -250,3 +250,21 @@ WORLD_TESTS: dict[str, Any] = {
     "benign_test": "world_benign@test[0:100]", "loss_data": "world_harmful@test[0:100]", "max_new_tokens": 8,
     "label_max_new_tokens": 8, "eval_batch_size": 100, "eval_bucket": 16,
 }
+
+# The small world with tools (jaxvaccine/data/agent_tasks.py), not published either.
+AGENTS_ALIGN: dict[str, Any] = {
+    **WORLD_ALIGN, "steps": 200, "max_length": 29, "bucket": 24,
+    "alignment_data": "agents_refusal@train[0:800],agents_tasks@train[0:1600]",
+    "harmful_data": "agents_harmful@harmful[0:1200]", "harmless_data": "agents_harmless@harmful",
+}
+AGENTS_ATTACK: dict[str, Any] = {
+    **WORLD_ATTACK, "max_length": 29, "bucket": 24, "user_data": "agents_tasks@attack",
+    "harmful_data": "agents_harmful@attack",
+}
+AGENTS_TESTS: dict[str, Any] = {
+    "agents_harmful_test": "agents_harmful@test[0:100]", "agents_tasks_test": "agents_tasks@test[0:100]",
+    "max_new_tokens": 8, "eval_batch_size": 100, "eval_bucket": 32,
+}
+# Of alignment, attack and evaluation.
+OWN: Mapping[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = MappingProxyType({
+    "world": (WORLD_ALIGN, WORLD_ATTACK, WORLD_TESTS), "agents": (AGENTS_ALIGN, AGENTS_ATTACK, AGENTS_TESTS)})

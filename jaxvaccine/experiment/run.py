@@ -36,9 +36,9 @@ class PlanConfig(Part):
     seeds: tuple[str, ...] = field(("0",), "Seeds, of alignment and attack; everything is run for each.")
     plan: Literal["", "ratios", "samples", "sensitivity", "ablations"] = field(
         "", "A grid of the papers on the small world, instead of --defenses times attacks.")
-    recipe: Literal["auto", "world", "booster", "t_vaccine", "none"] = field(
-        "auto", "What stands for flags that are not given: the small world's settings and data, a paper's recipe for "
-        "all of its methods, or neither; auto is world for --model=world and none for others.")
+    recipe: Literal["auto", "world", "agents", "booster", "t_vaccine", "none"] = field(
+        "auto", "What stands for flags that are not given: the small world's settings and data, or those with tools, a "
+        "paper's recipe for all of its methods, or neither; auto is world for --model=world and none for others.")
     protocol: Literal["released", "one_new", "one_continued"] = field(
         "released", "Of a paper's recipe: each method's own attack, as its authors' script has it, or one for all, "
         "that on the paper's own method, on a new adapter or on the aligned one.")
@@ -121,10 +121,8 @@ def make_settings(config: PlanConfig, align: Mapping[str, Any], attack: Mapping[
         of_align, of_attack = _of_paper(config, align, attack)
         of_tests: Mapping[str, Any] = recipes.EVALUATION[paper]
     else:
-        world_align, world_attack, of_tests = (
-            recipe if config.on_world else {}
-            for recipe in (recipes.WORLD_ALIGN, recipes.WORLD_ATTACK, recipes.WORLD_TESTS))
-        of_align, of_attack = dict.fromkeys(ALIGNMENT, world_align), dict.fromkeys(ALIGNMENT, world_attack)
+        own_align, own_attack, of_tests = recipes.OWN.get("world" if config.on_world else config.recipe, ({}, {}, {}))
+        of_align, of_attack = dict.fromkeys(ALIGNMENT, own_align), dict.fromkeys(ALIGNMENT, own_attack)
     of_align = {name: {**recipe, **align} for name, recipe in of_align.items()}
     shared = {name: value for name, value in of_align["sft"].items()
               if name in ("dtype", "max_length", "prompt", "data_protocol", "revision", "quantisation")}

@@ -33,6 +33,7 @@ LOSS, BUDGET = "harmful_loss", "budget"
 HS, NOT_REFUSED, OVER_REFUSAL = "harmful_score", "not_refused", "over_refusal"
 HS_PLUS = "harmful_score_plus"
 NO_ANSWER, UNREAD = "no_answer", "unread"
+HCR, TS = "agents_harmful", "agents_tasks"
 
 
 class Measure(NamedTuple):
@@ -79,6 +80,8 @@ MEASURES = {
     UNREAD: Measure("unread", PERCENT, "", "answers to these prompts without a verdict that could be read; left out of "
                     "the others"),
     **ACCURACIES,
+    HCR: Measure("HCR", PERCENT, "lower", "requests for a forbidden call on which a model with tools made one"),
+    TS: Measure("TS", PERCENT, "higher", "tasks that a model with tools did, by what its calls did"),
     OVER_REFUSAL: Measure("over-refusal", PERCENT, "lower", "benign requests refused"),
     "alpaca_eval": Measure("AlpacaEval win rate", PERCENT, "higher",
                            "answers that the judge prefers to the reference's, a tie counts half"),
@@ -209,15 +212,18 @@ def measures(names: Iterable[str]) -> dict[str, Measure]:
 
 
 def harm(names: Iterable[str]) -> str:
-    """What stands for harm among measures: NOT_REFUSED where a judge of phrases judged, else HS."""
+    """What stands for harm among measures: NOT_REFUSED where a judge of phrases judged, else HS; HCR where there is
+    neither."""
     names = set(names)
+    if HCR in names and not names & {HS, NOT_REFUSED}:
+        return HCR
     return NOT_REFUSED if NOT_REFUSED in names and HS not in names else HS
 
 
 def accuracy(names: Iterable[str]) -> str | None:
-    """The user's task among measures: the first of ACCURACIES, None where there is none."""
+    """The user's task among measures: the first of ACCURACIES, else TS, None where there is none."""
     names = set(names)
-    return next((task for task in ACCURACIES if task in names), None)
+    return next((task for task in (*ACCURACIES, TS) if task in names), None)
 
 
 def xlabel(text: str) -> str:

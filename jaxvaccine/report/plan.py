@@ -330,6 +330,6 @@ def plan_report(table: pd.DataFrame, folder: str | Path, title: str = "", cells:
         figure(CURVES, f"{shown} over attack steps", plot_curves(folder / CURVES, table, cells, looks))
         if task := names.accuracy(measures):
             plot_plane(folder / PLANE, table, cells, looks, task)
-            figure(PLANE, f"{shown} against FA", "Every line goes from the aligned model to the attack's end, the mark "
-                                                 "with a black edge.\n")
+            figure(PLANE, f"{shown} against {names.measures([task])[task].name}",
+                   "Every line goes from the aligned model to the attack's end, the mark with a black edge.\n")
     return "\n".join(part for part in text if part)

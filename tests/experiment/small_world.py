@@ -33,11 +33,12 @@ SCORES = {"harmful_test": "world_harmful@test[0:4]", "sst2_test": "world_rating@
           "label_max_new_tokens": 2, "eval_batch_size": 4, "eval_bucket": 16, "max_length": 16, "progress": False}
 
 
-def world_model(directory: Path, layers: int = 3) -> str:
-    """A model directory with the world's tokenizer and random weights large enough to matter."""
+def world_model(directory: Path, layers: int = 3, words: tuple[str, ...] = ()) -> str:
+    """A model directory with the world's tokenizer, or one of other words, and random weights large enough to
+    matter."""
     source = directory / "source"
     source.mkdir()
-    vocab_size = world.write_tokenizer(source)
+    vocab_size = world.write_tokenizer(source, words)
     write_json(source / "config.json", {"eos_token_id": 0})
     model = llama.Llama(LlamaConfig(vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_layers=layers,
                                     num_heads=4, num_kv_heads=2, head_dim=8, max_position_embeddings=64))

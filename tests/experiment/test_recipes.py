@@ -2,6 +2,7 @@
 
 import itertools
 import types
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -92,13 +93,21 @@ def test_tasks_are_told_by_the_kind_of_the_data():
     assert recipes.harmful_of("", "beavertails_unsafe:train.jsonl") == recipes.BEAVERTAILS
 
 
-def test_the_small_worlds_values_are_all_of_a_method_or_another():
-    assert recipes.WORLD_ALIGN.keys() <= names(AlignConfig) and recipes.WORLD_ATTACK.keys() <= names(AttackConfig)
-    for name in ALIGNMENT:
-        config = make(AlignConfig, {"model": "m", "run_dir": "r", "defense": name}, recipes.WORLD_ALIGN)
-        assert config.training.steps == 150 and config.data.harmful_data == recipes.WORLD_ALIGN["harmful_data"]
-    make(AttackConfig, {"aligned": "a", "run_dir": "r"}, recipes.WORLD_ATTACK)
-    make(EvaluateConfig, {**recipes.WORLD_TESTS, "model": "m", "run_dir": "r"})
+@pytest.mark.parametrize(("name", "steps"), [("world", 150), ("agents", 200)])
+def test_the_small_worlds_values_are_all_of_a_method_or_another(name, steps):
+    align, attack, tests = recipes.OWN[name]
+    assert align.keys() <= names(AlignConfig) and attack.keys() <= names(AttackConfig)
+    for defense in ALIGNMENT:
+        config = make(AlignConfig, {"model": "m", "run_dir": "r", "defense": defense}, align)
+        assert config.training.steps == steps and config.data.harmful_data == align["harmful_data"]
+    make(AttackConfig, {"aligned": "a", "run_dir": "r"}, attack)
+    make(EvaluateConfig, {**tests, "model": "m", "run_dir": "r"})
+
+
+def test_a_plan_with_tools_attacks_with_no_test_prompt():
+    settings = make_settings(PlanConfig(run_dir="r", model=("m",), recipe="agents"), {}, {}, {})
+    _, attacked = cell_configs(settings, Path("r"), Cell("m", "booster", "poison_ratio=0.1", 0))
+    assert attacked.data.test_data == recipes.AGENTS_TESTS["agents_harmful_test"]
 
 
 ATTACK = {"aligned": "a", "run_dir": "r", "user_data": "world_rating@attack", "harmful_data": "world_harmful@attack"}

@@ -93,3 +93,12 @@ def test_a_judge_of_phrases_has_no_hs():
 
 def test_every_objective_has_a_name():
     assert names.OBJECTIVES.keys() == OBJECTIVES.keys()
+
+
+def test_a_model_with_tools_has_measures_of_its_own():
+    measures = ["agents_tasks", "agents_harmful"]
+    assert [of.heading for of in names.measures(measures).values()] == ["HCR %", "TS %"]
+    assert names.harm(measures) == "agents_harmful" and names.accuracy(measures) == "agents_tasks"
+    assert names.harm([*measures, "not_refused"]) == "not_refused" and names.harm([*measures, "harmful_score"]) == (
+        "harmful_score")
+    assert names.accuracy([*measures, "gsm8k"]) == "gsm8k" and names.harm([]) == "harmful_score"

@@ -3,6 +3,8 @@
 import pytest
 
 from experiments.tools import make_world_base
+from jaxvaccine import data
+from jaxvaccine.data import world
 from jaxvaccine.experiment.config import make
 from tests.experiments import small
 
@@ -29,10 +31,15 @@ def test_a_base_that_does_not_pass_is_not_written(tmp_path):
 
 
 def test_gates_name_what_does_not_hold():
-    good = {name: (least + most) / 2 for name, least, most in make_world_base.GATES}
-    assert make_world_base.failures(good) == []
-    for name, least, _ in make_world_base.GATES:
-        found = make_world_base.failures({**good, name: least - 1})
+    for gates in (kind.gates for kind in make_world_base.KINDS.values()):
+        check_gates(gates)
+
+
+def check_gates(gates):
+    good = {name: (least + most) / 2 for name, least, most in gates}
+    assert make_world_base.failures(good, gates) == []
+    for name, least, _ in gates:
+        found = make_world_base.failures({**good, name: least - 1}, gates)
         assert len(found) == 1 and found[0].startswith(f"{name}: found {least - 1:.1f}%, expected {least} to ")
 
 
@@ -40,3 +47,13 @@ def test_a_model_is_not_overwritten(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileExistsError):
         make_world_base.make_base(make_world_base.BaseConfig(directory=str(tmp_path), steps=2))
+
+
+@pytest.mark.parametrize("kind", make_world_base.KINDS)
+def test_every_row_fits_into_one_shape(kind, tmp_path):
+    of = make_world_base.KINDS[kind]
+    assert world.write_tokenizer(tmp_path, of.words()) == len(of.words()) + 6
+    tokenized = data.tokenize_examples(data.load_tokenizer(tmp_path), data.load_examples(of.source), of.length)
+    assert set(tokenized.fates) == {"kept"} and max(map(len, tokenized.input_ids)) > of.length - 4
+    unknown = 1
+    assert not any((ids == unknown).any() for ids in tokenized.input_ids)
