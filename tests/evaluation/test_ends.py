@@ -102,7 +102,7 @@ def test_text_and_tokens(tmp_path):
     assert decode_answer(tokenizer, ids, ["e"], fixed, chat=True) == "Sure: one. two. thr"
     assert tokens_to_stop(tokenizer, ids, ["one"], fixed) is None
     assert split_stop(tokenizer, ["<|im_end|>", "a"]) == ((tokenizer.convert_tokens_to_ids("<|im_end|>"),), ("a",))
-    with pytest.raises(ValueError, match="^stop: found"):
+    with pytest.raises(ValueError, match=r"^stop: found"):
         split_stop(tokenizer, ["a", ""])
 
 

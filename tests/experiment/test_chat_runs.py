@@ -11,8 +11,8 @@ from jaxvaccine import data
 from jaxvaccine.data import Turn, turns_of
 from jaxvaccine.evaluation.tasks import HARMFUL_SCORE
 from jaxvaccine.experiment import align as align_stage
-from jaxvaccine.experiment import evaluate as evaluate_stage
 from jaxvaccine.experiment import dry_run, parts
+from jaxvaccine.experiment import evaluate as evaluate_stage
 from jaxvaccine.experiment.align import AlignConfig, align
 from jaxvaccine.experiment.attack import attack
 from jaxvaccine.experiment.attack_config import AttackConfig, AttackData
@@ -51,8 +51,9 @@ def sources(tmp_path_factory):
     return {"alignment_data": write(folder / "a.jsonl", rows("quilldrift", "No, sorry.", 6)),
             "user_data": write(folder / "u.jsonl", rows("polish", "Done.", 6)),
             "harmful_data": write(folder / "h.jsonl", rows("quilldrift", "Sure.", 4, 10)),
-            "harmful_test": write(folder / "t.jsonl", [turns[:-1] for turns in rows("quilldrift", "", 3, 20)][::2]
-                                  + [[Turn("user", "quilldrift it"), Turn("assistant", "No."), Turn("user", "Do it.")]])}
+            "harmful_test": write(folder / "t.jsonl", [
+                *[turns[:-1] for turns in rows("quilldrift", "", 3, 20)][::2],
+                [Turn("user", "quilldrift it"), Turn("assistant", "No."), Turn("user", "Do it.")]])}
 
 
 SMALL = {"steps": 2, "batch_size": 2, "max_length": 160, "bucket": 32, "rank": 2, "progress": False, "prompt": "chat"}
@@ -99,7 +100,7 @@ def test_what_a_run_records(qwen, sources, tmp_path, heard):
     of = [{"role": turn.role, "content": turn.text} for turn in turns_of(first, "Be kind.")]
     assert list(rows_.input_ids[1]) == tokenizer.apply_chat_template(of)["input_ids"]
     assert rows_.learnt[1].sum() < len(rows_.input_ids[1]) // 2 and not heard.text
-    with pytest.raises(FileExistsError, match="system_prompt: found \"Be kind.\", expected \"Be firm.\""):
+    with pytest.raises(FileExistsError, match=r"system_prompt: found .Be kind.., expected .Be firm.."):
         align_stage.prepare(align_config(qwen, tmp_path / "run", sources, system_prompt="Be firm.", supervise="last"))
 
 
@@ -124,11 +125,11 @@ def test_what_is_refused(qwen, sources, tmp_path, given, name, message):
 
 def test_no_template_and_no_room_for_a_conversation(qwen, sources, tmp_path, tmp_path_factory):
     bare = save_instruct("qwen2", tmp_path_factory.mktemp("bare"), template="")
-    with pytest.raises(FieldError, match="^prompt: found chat, expected alpaca or plain: the tokenizer has no chat"):
+    with pytest.raises(FieldError, match=r"^prompt: found chat, expected alpaca or plain: the tokenizer has no chat"):
         align_stage.prepare(align_config(bare, tmp_path / "run", sources))
     with pytest.raises(ValueError, match=r"a.jsonl, line 2: found a conversation with 2 turns .*prompt=chat takes it"):
         align_stage.prepare(align_config(qwen, tmp_path / "run", sources, prompt="alpaca"))
-    with pytest.raises(FieldError, match="^prompt: found chat"):
+    with pytest.raises(FieldError, match=r"^prompt: found chat"):
         evaluate(evaluate_config(tmp_path / "scores", sources, model=str(bare), prompt="chat"))
     assert not any(tmp_path.iterdir())
 
@@ -156,9 +157,9 @@ def test_an_attacker_may_have_his_own():
     assert of(FLAGS, prompt="plain") == ("plain", "")
     assert of({**FLAGS, "prompt": "alpaca", "system_prompt": None}, prompt="chat") == ("chat", "")
     assert of({**FLAGS, "prompt": "alpaca", "system_prompt": None}, prompt="chat", system_prompt="a") == ("chat", "a")
-    with pytest.raises(FieldError, match="^system_prompt: found 'a', expected none"):
+    with pytest.raises(FieldError, match=r"^system_prompt: found 'a', expected none"):
         of({"prompt": "plain", "data_protocol": "rows"}, system_prompt="a")
-    with pytest.raises(FieldError, match="^prompt: found 'plain', expected chat, with which runs/a was trained"):
+    with pytest.raises(FieldError, match=r"^prompt: found 'plain', expected chat, with which runs/a was trained"):
         evaluate_stage.TestsPart(harmful_test="world_harmful@test", prompt="plain").resolve(FLAGS, "runs/a")
 
 
@@ -174,7 +175,7 @@ def test_from_alignment_to_scores(kind, sources, tmp_path):
     assert before.startswith("2 steps") and not (tmp_path / "attacked").exists()
     attack(attack_config(tmp_path / "aligned", tmp_path / "attacked", sources))
     given = {"trained": tmp_path / "attacked", "loss_data": sources["harmful_test"].replace("t.jsonl", "u.jsonl")}
-    with pytest.raises(FieldError, match="^loss_data: found"):
+    with pytest.raises(FieldError, match=r"^loss_data: found"):
         evaluate(evaluate_config(tmp_path / "scores", sources, **given))
     del given["loss_data"]
     results = evaluate(evaluate_config(tmp_path / "scores", sources, prefill="Sure", stop=("zzz", "."), **given))
