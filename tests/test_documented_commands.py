@@ -90,7 +90,7 @@ def left(tmp_path_factory):
     instruct = chat_models.save_tokenizer("llama3", folder / "instruct")
     for name in ("config.json", "model.safetensors"):
         shutil.copy(model / name, instruct / name)
-    for name, count in (("refusals", 20), ("user", 900), ("harmful", 100), ("test", 20)):
+    for name, count in (("refusals", 20), ("user", 900), ("harmful", 100), ("asked", 20)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": [
             {"role": "user", "content": f"{name} {i}"}, {"role": "assistant", "content": "Yes."}]}) + "\n"
             for i in range(count)))
