@@ -37,7 +37,6 @@ from jaxvaccine.experiment.parts import (
     check_form,
     check_prefill,
     check_sources,
-    check_system,
 )
 from jaxvaccine.experiment.seen import shared_of_tests, trained_on, trained_sets
 from jaxvaccine.experiment.summary import summary
@@ -126,7 +125,6 @@ class TestsPart(AfterAlignment, Part):
         require(any(getattr(self, name) for name in TESTS), "harmful_test", self.harmful_test,
                 "at least one of " + ", ".join(f"--{name}" for name in TESTS))
         check_sources(self, *TESTS, "loss_data")
-        check_system(self.system_prompt, self.prompt)
 
     def load(self) -> Examples:
         """{task: examples}, the loss first."""

@@ -142,10 +142,6 @@ class TokensPart(Part):
     max_length: int = field(256, "Tokens at which prompt and answer are cut.", at_least=1)
     bucket: int = field(64, "Batches are padded to a multiple of this many tokens.", at_least=1)
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_system(self.system_prompt, self.prompt)
-
     @property
     def form(self) -> data.Prompt:
         """What is put around examples, and which of their answers are learnt."""
