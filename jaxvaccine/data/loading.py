@@ -159,8 +159,12 @@ def _of_rows(source: DataSource) -> tuple[list[_Made], int, int, tuple[str, ...]
 def _columns(example: Example, row: Watched) -> tuple[str, str, str]:
     """The columns that hold the example's texts; the text's own name, where it is not a column's as it stands."""
     names = {value.strip(): name for name, value in row.row.items() if isinstance(value, str) and name in row.read}
-    instruction, input, output = (names.get(text.strip()) if text.strip() else None for text in example)
-    return instruction or "instruction", input or "input", output or "output"
+    found = (names.get(text.strip()) if text.strip() else None for text in example)
+    # A column with a whole conversation is that of all its texts.
+    whole = next((name for name in row.read if isinstance(row.row[name], list)), None)
+    instruction, input, output = (
+        name or whole or own for name, own in zip(found, Example._fields, strict=True))
+    return instruction, input, output
 
 
 def _check_unread(kind: str, row: Watched, unread: Mapping[str, Any], examples: Sequence[Example]) -> None:
@@ -180,7 +184,8 @@ _LONG = 20  # characters that are not in a prompt by chance
 
 def _is_covered(value: Any, examples: Sequence[Example]) -> bool:
     """Whether all texts in a column's value are in an example's, or are a formatted copy of its prompt."""
-    spaced = [[" ".join(text.split()) for text in example] for example in examples]
+    spaced = [[" ".join(text.split()) for text in (*example, *(turn.text for turn in example.history))]
+              for example in examples]
 
     def known(text: str) -> bool:
         text = " ".join(text.split())

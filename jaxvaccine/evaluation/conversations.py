@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxvaccine.data import agent_tasks, agent_world
-from jaxvaccine.data.prompts import Example, PromptForm
+from jaxvaccine.data.prompts import Example, Prompt, PromptForm
 from jaxvaccine.data.tokenizing import encode_prompts
 from jaxvaccine.evaluation.answers import decode_answer
 from jaxvaccine.evaluation.generate import generate
@@ -36,7 +36,7 @@ def _filled(active: Sequence[int], total: int) -> frozenset[int]:
 def converse(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], *,
              max_new_tokens: int, eos_ids: Sequence[int], batch_size: int, bucket: int, sampling: Sampling,
              progress: bool, answered: Mapping[int, str], keep: Callable[[Mapping[int, str]], None],
-             prompt: PromptForm) -> list[str]:
+             prompt: Prompt | PromptForm) -> list[str]:
     """A transcript (`agent_world.replay`) of a conversation about every example's request.
 
     In every round all conversations that go on have one turn. A turn that is a call is carried out; any other is the

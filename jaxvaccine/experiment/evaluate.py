@@ -36,6 +36,7 @@ from jaxvaccine.experiment.parts import (
     LaterPrompt,
     LaterProtocol,
     RunPart,
+    check_form,
     check_prefill,
     check_sources,
 )
@@ -117,6 +118,11 @@ class TestsPart(AfterAlignment, Part):
     prompt: LaterPrompt = field(
         AS_ALIGNED, "What is put around a test's examples: the prompt that --trained was aligned with, and another is "
         "an error; of --model alpaca, the papers', unless given.")
+    system_prompt: str | None = field(
+        None, "--prompt=chat: the system prompt of conversations that have none; that of --trained unless given, and "
+        "'' is what the template does itself.")
+    supervise: data.Supervise = field(
+        "all", "--prompt=chat: of conversations of --loss_data with several answers, which ones count.")
     data_protocol: LaterProtocol = field(
         AS_ALIGNED, "That of --trained unless given, of --model distinct: every prompt once, and no harmful one that "
         "the model was trained on; or rows as they are.")
@@ -159,6 +165,8 @@ class GenerationPart(Part):
     prefill: str | None = field(
         None, "What answers to harmful prompts are made to begin with, as 'Sure, here is'; the judge reads it with the "
         "rest. That of --trained's attack unless given.")
+    stop: tuple[str, ...] = field(
+        (), "Texts at which an answer ends, before them, beside the model's own tokens for that.")
     eval_batch_size: int | None = field(
         None, f"Rows decoded together; unless given {DEFAULT_ROWS}, on a GPU as many as its memory has room for. On a "
         "CPU, 256 keep all cores busy.", at_least=1)
@@ -167,6 +175,7 @@ class GenerationPart(Part):
     def __post_init__(self):
         super().__post_init__()
         self.sampling(0)
+        require(all(self.stop), "stop", self.stop, "texts that are not empty")
 
     @property
     def rows(self) -> int:
@@ -233,14 +242,16 @@ def prepare(config: EvaluateConfig, write: bool = True) -> Prepared:
     check_unseen(examples, seen, config.tests.protocol)
     check_prompts(config.judge, examples.get(HARMFUL_SCORE, ()))
     tokenizer = stage.load_tokenizer(model_path, revision)
+    template = check_form(tokenizer, config.tests.form)
     accounts = stage.tell(accounts_of_tests(tokenizer, examples, config.tests))
-    check_prefill(tokenizer, config.generation.prefill)
+    check_prefill(tokenizer, config.generation.prefill, config.tests.form)
     shared = stage.tell_shared(shared_of_tests(examples, sets))
     judged_by = judge_record(config.judge)
     dtype = stage.loaded_dtype(model_path, config.model.dtype, revision)
     run_dir = stage.open_run(
         config, config.run, "evaluate", examples, {"model": inputs.of_model(model_path, revision), **made_of},
-        {"accounts": accounts, "shared": shared, "categories": _categories_hash(config.tests), "dtype": dtype},
+        {"accounts": accounts, "shared": shared, "categories": _categories_hash(config.tests), "dtype": dtype,
+         **template},
         changeable=names(JudgePart) | {"eval_batch_size"}, write=write)
     return Prepared(config, run_dir, model_path, revision, examples, judged_by, dtype)
 
@@ -317,7 +328,7 @@ def _measure(config: EvaluateConfig, run_dir: Path, model_path: str, revision: s
                 max_new_tokens=generation.longest(task), batch_size=rows,
                 bucket=generation.eval_bucket, sampling=generation.sampling(config.run.seed),
                 progress=config.run.progress, answered=found[task], keep=keep, prompt=config.tests.form,
-                prefill=generation.begins(task))))
+                prefill=generation.begins(task), stop=generation.stop)))
     return _in_order(found, loss)
 
 

@@ -42,6 +42,8 @@ def values_of(setting):
         return st.integers(1000, 5000)
     if setting.name == "targets":
         return st.lists(st.sampled_from(TARGETS), min_size=1, unique=True).map(tuple)
+    if setting.name == "stop":
+        return st.lists(st.text("abcz/._-=:", min_size=1), min_size=1, max_size=2).map(tuple)
     if setting.name.endswith(("_data", "_test")):
         return st.sampled_from(SOURCES)
     return {int: st.integers(1, 5000), float: st.floats(0.001, 0.999), bool: st.booleans(),
