@@ -12,8 +12,8 @@ Fate = Literal["kept", "cut", "dropped", "empty"]
 
 
 class Account(NamedTuple):
-    """One source's rows. `rows` is the sum of left_out, other_category, duplicates, outside, variants and
-    examples.
+    """One source's rows. `rows` is the sum of left_out, other_category, duplicates, outside, variants, examples and
+    of what is bad.
 
     Attributes:
       source: as `DataSource` writes it.
@@ -32,6 +32,8 @@ class Account(NamedTuple):
       empty: examples without a prompt or an answer, which are not trained on.
       dropped: examples whose prompt alone fills max_length, which are not trained on either.
       cut: examples whose answer lost its end to max_length; they are trained on.
+      bad: (what is wrong, how many) of the rows that could not be read and were left out.
+      partly: whether the slice was full before the rows ended; those behind it were not read.
       trained: examples in the batches; None where nothing is trained. Of an attack, those that were drawn.
     """
 
@@ -50,6 +52,8 @@ class Account(NamedTuple):
     cut: int = 0
     trained: int | None = None
     other_category: int = 0
+    bad: tuple[tuple[str, int], ...] = ()
+    partly: bool = False
 
 
 class Located(Example):
@@ -97,9 +101,14 @@ def tally(accounts: Iterable[Account], examples: Sequence[Example], fates: Seque
 
 def record(accounts: Mapping[str, Iterable[Account]]) -> dict[str, dict[str, dict[str, Any]]]:
     """{name of the data: {source: what the account counts}}, JSON values."""
-    return {name: {account.source: {key: list(value) if isinstance(value, tuple) else value
-                                    for key, value in account._asdict().items() if key != "source"}
+    return {name: {account.source: {key: dict(value) if key == "bad" else list(value) if isinstance(value, tuple)
+                                    else value for key, value in account._asdict().items() if key != "source"}
                    for account in of} for name, of in accounts.items()}
+
+
+def describe_bad(account: Account) -> str:
+    """"2 malformed JSON, 1 missing column 'prompt'": what is wrong with the rows that were left out as bad."""
+    return ", ".join(f"{count} {reason}" for reason, count in account.bad)
 
 
 def losses(account: Account) -> str:
@@ -112,6 +121,8 @@ def losses(account: Account) -> str:
         "with the prompt of an earlier one": account.repeated, "empty": account.empty,
         "with a prompt that fills max_length": account.dropped, "with an answer cut at max_length": account.cut}
     found = [f"{count} {what}" for what, count in parts.items() if count]
+    if account.bad:
+        found.insert(0, f"{sum(count for _, count in account.bad)} bad rows ({describe_bad(account)})")
     return ", ".join([*found, *([f"unread columns {', '.join(account.unread)}"] if account.unread else [])])
 
 

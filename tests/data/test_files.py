@@ -233,7 +233,7 @@ def test_zstandard(tmp_path, monkeypatch):
             read_rows(write(tmp_path / "a.jsonl.zst", magic + b"rest"))
     zstandard = pytest.importorskip("zstandard")
     text = "".join(json.dumps({"a": i}) + "\n" for i in range(20_000)).encode()
-    pack = zstandard.ZstdCompressor().compress
+    pack = zstandard.ZstdCompressor(write_checksum=True).compress
     whole = pack(text[:50_000]) + pack(text[50_000:])
     assert read_rows(write(tmp_path / "a.jsonl.zst", whole)) == [{"a": i} for i in range(20_000)]
     for damaged in (whole[:-5], whole[:200] + bytes(9) + whole[209:]):
