@@ -193,10 +193,10 @@ def _evaluate(values: flags.FlagValues) -> None:
 # What an attack and an evaluation have from the alignment, or from the plan's cells.
 ATTACK = Section(AttackConfig, "attack_", (
     "run_dir", "aligned", "poison_ratio", "defense", "seed", "overwrite", "test_data", "dtype",
-    *COMPUTED, "bucket", "prompt", "data_protocol", "save_every", "progress"), "Attack: ")
+    *COMPUTED, "bucket", "prompt", "system_prompt", "supervise", "data_protocol", "save_every", "progress"), "Attack: ")
 EVALUATION = Section(EvaluateConfig, "", (
     "run_dir", "model", "revision", "trained", "seed", "overwrite", "dtype", "quantisation", "progress", "max_length",
-    "prompt", "data_protocol"),
+    "prompt", "system_prompt", "supervise", "data_protocol"),
     "Evaluation: ")
 ALIGNMENT = Section(AlignConfig, "", ("run_dir", "model", "defense", "seed", "overwrite", "progress"), "Alignment: ")
 

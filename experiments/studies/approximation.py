@@ -97,7 +97,7 @@ def make_probes(config: ApproximationConfig) -> Probes:
         batches = {}
         for name in ("alignment", "harmful"):
             rows = data.tokenize_examples(tokenizer, data.load_examples(getattr(config, f"{name}_probe")),
-                                          align.data.max_length, align.data.prompt)
+                                          align.data.max_length, align.data.form)
             length = data.bucket_length(max(len(ids) for ids in rows.input_ids), align.data.bucket)
             batches[name] = data.collate(rows, range(len(rows.input_ids)), length)
 

@@ -81,7 +81,7 @@ def measure_norms(config, tokenizer, seeds):
     """
     tokenized = data.tokenize_examples(
         tokenizer, data.load_examples(config.data.harmful_data, config.data.data_protocol), config.data.max_length,
-        config.data.prompt)
+        config.data.form)
     streams = [data.training_batches({"harmful": (tokenized, config.data.harmful_batch_size)}, seed, config.data.bucket)
                for seed in seeds]
 

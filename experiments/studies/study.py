@@ -66,7 +66,7 @@ def verb(text: str, config_class: type[StudyConfig], probes: Callable[[Any], Pro
 
 def stack_batches(tokenizer, examples: Sequence[Sequence[data.Example]], part: TokensPart) -> Any:
     """Every lane's examples as one batch: leaves [N, B, T]. B is the least that a lane has, after tokenization."""
-    tokenized = [data.tokenize_examples(tokenizer, rows, part.max_length, part.prompt) for rows in examples]
+    tokenized = [data.tokenize_examples(tokenizer, rows, part.max_length, part.form) for rows in examples]
     count = min(len(rows.input_ids) for rows in tokenized)
     length = data.bucket_length(max(len(ids) for rows in tokenized for ids in rows.input_ids), part.bucket)
     batches = [data.collate(rows, range(count), length) for rows in tokenized]

@@ -1,5 +1,6 @@
 """Data: prompts, tokenising and batching; one small module per data set."""
 
+from jaxvaccine.data import chat
 from jaxvaccine.data.accounts import Account, accounts_of, describe, record, tally
 from jaxvaccine.data.batching import (
     batch_indices,
@@ -15,8 +16,27 @@ from jaxvaccine.data.kinds import DATASETS, EMBEDDED
 from jaxvaccine.data.loading import load, load_categories, load_examples
 from jaxvaccine.data.overlaps import shared_prompts
 from jaxvaccine.data.pairing import harmless_answers
-from jaxvaccine.data.poisoning import Mixture, check_disjoint, check_whole, fingerprint, harmful_count, mix, poison
-from jaxvaccine.data.prompts import Example, PromptForm, format_prompt
+from jaxvaccine.data.poisoning import (
+    Mixture,
+    check_disjoint,
+    check_whole,
+    fingerprint,
+    fingerprints,
+    harmful_count,
+    mix,
+    poison,
+)
+from jaxvaccine.data.prompts import (
+    Conversation,
+    Example,
+    Prompt,
+    PromptForm,
+    Supervise,
+    Turn,
+    conversation,
+    format_prompt,
+    turns_of,
+)
 from jaxvaccine.data.sources import DataSource, Protocol, parse_sources, split_sources
 from jaxvaccine.data.texts import check_prefill, check_prompts, check_training_texts
 from jaxvaccine.data.tokenizer_files import eos_ids, load_tokenizer
@@ -32,16 +52,21 @@ __all__ = [
     "DATASETS",
     "EMBEDDED",
     "Account",
+    "Conversation",
     "DataSource",
     "Example",
     "Mixture",
+    "Prompt",
     "PromptForm",
     "Protocol",
+    "Supervise",
     "TokenizedExamples",
+    "Turn",
     "accounts_of",
     "batch_indices",
     "batch_lengths",
     "bucket_length",
+    "chat",
     "check_batch",
     "check_disjoint",
     "check_prefill",
@@ -50,11 +75,13 @@ __all__ = [
     "check_vocabulary",
     "check_whole",
     "collate",
+    "conversation",
     "describe",
     "encode_prompts",
     "eos_ids",
     "file_sha256",
     "fingerprint",
+    "fingerprints",
     "format_prompt",
     "harmful_count",
     "harmless_answers",
@@ -74,4 +101,5 @@ __all__ = [
     "tokenize_examples",
     "training_batches",
     "training_fates",
+    "turns_of",
 ]

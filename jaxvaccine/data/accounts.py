@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from jaxvaccine.data.prompts import Example
+from jaxvaccine.data.prompts import Example, Turn, with_history
 
 # Of an example that is tokenized: "empty" has no prompt or no answer, "dropped" has a prompt that fills max_length
 # alone, "cut" has lost the end of its answer to max_length. Those that are "kept" or "cut" are trained on.
@@ -63,9 +63,14 @@ class Located(Example):
     where: str
     columns: tuple[str, str, str]
     account: Account
+    turns: tuple[Turn, ...] = ()
+
+    @property
+    def history(self) -> tuple[Turn, ...]:
+        return self.turns
 
     def _replace(self, **given: Any) -> "Located":
-        return self.like(super()._replace(**given))
+        return self.like(with_history(Example(*super()._replace(**given)), self.turns))
 
     def like(self, example: Example) -> "Located":
         """Another example at this one's place."""
@@ -75,15 +80,19 @@ class Located(Example):
 def locate(example: Example, where: str, columns: tuple[str, str, str], account: Account) -> Located:
     """The example with its place."""
     located = Located(*example)
-    located.where, located.columns, located.account = where, columns, account
+    located.where, located.columns, located.account, located.turns = where, columns, account, example.history
     return located
 
 
 def place(example: Example, index: int, field: int | None = None) -> str:
-    """Where an example came from, for errors; with one of its texts (0, 1, 2), which column holds it."""
+    """Where an example came from, for errors; with one of its texts, which column holds it (0, 1, 2), or which turn of
+    its history it is (-1 the last one)."""
     where = getattr(example, "where", f"row {index} (from 0)")
     if field is None:
         return where
+    if field < 0:
+        turn = len(example.history) + field
+        return f"{where}: turn {turn} (from 0), the {example.history[turn].role}'s"
     return f"{where}: column {getattr(example, 'columns', Example._fields)[field]!r}"
 
 

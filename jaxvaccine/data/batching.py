@@ -71,6 +71,8 @@ def collate(tokenized: TokenizedExamples, indices: Sequence[int] | np.ndarray, l
         ids, prompt = tokenized.input_ids[i], int(tokenized.prompt_lengths[i])
         batch["input_ids"][row, : len(ids)] = ids
         batch["labels"][row, prompt : len(ids)] = ids[prompt:]
+        if tokenized.learnt is not None:
+            batch["labels"][row, : len(ids)][~tokenized.learnt[i]] = IGNORED
         batch["attention_mask"][row, : len(ids)] = 1
     return batch
 

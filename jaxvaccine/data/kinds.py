@@ -16,6 +16,7 @@ from jaxvaccine.data.beavertails import (
 from jaxvaccine.data.decodingtrust import decodingtrust_nontoxic, decodingtrust_toxic
 from jaxvaccine.data.gsm8k import gsm8k
 from jaxvaccine.data.instructions import instructions
+from jaxvaccine.data.messages import messages
 from jaxvaccine.data.prompt_lists import prompts
 from jaxvaccine.data.prompts import Example
 from jaxvaccine.data.sst2 import sst2
@@ -35,6 +36,7 @@ DATASETS: dict[str, Callable[[Sequence[Mapping[str, Any]]], list[Example]]] = {
     "decodingtrust_toxic": decodingtrust_toxic,
     "gsm8k": gsm8k,
     "instructions": instructions,
+    "messages": messages,
     "prompts": prompts,
     "sst2": sst2,
 }

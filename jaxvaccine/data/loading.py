@@ -63,11 +63,11 @@ def load(source: DataSource | str | Sequence[DataSource], protocol: Protocol = "
 
 def _load(source: DataSource, protocol: Protocol, bad_rows: BadRows = "error") -> list[Located]:
     counts, pool = Counts(), Pool(source, protocol == "distinct", source.kind not in ANSWERLESS)
-    made = make_examples(source, counts, bad_rows)
-    if source.kind in EMBEDDED:
-        made = iter(list(made))  # they are there: all of them are counted
     try:
-        if not any(pool.take(one) for one in made):
+        for one in make_examples(source, counts, bad_rows):
+            if pool.take(one) and source.kind not in EMBEDDED:  # those are there: all of them are counted
+                break
+        else:
             pool.end()
     except NoRows:
         if not counts.bad:

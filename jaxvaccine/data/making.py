@@ -111,6 +111,7 @@ def _part(source: DataSource, counts: Counts, row: Watched, bad_rows: BadRows) -
         with _said_of(source):
             part = DATASETS[source.kind]([row])
             if part:
+                _ = source.categories and categories_of(row)  # has read them
                 found = row.unread()
                 _check_unread(source.kind, row, found, part)
                 counts.unread.update(dict.fromkeys(found))
@@ -155,6 +156,7 @@ def _of_all(source: DataSource, counts: Counts, rows: Sequence[Watched], bad_row
     counts.left_out = sum(not part for part in parts)
     for row, part in zip(rows, parts, strict=True):
         if part:
+            _ = source.categories and categories_of(row)
             found = row.unread()
             counts.unread.update(dict.fromkeys(found))
             _check_unread(source.kind, row, found, part)
@@ -166,9 +168,13 @@ def _of_all(source: DataSource, counts: Counts, rows: Sequence[Watched], bad_row
 def _columns(example: Example, row: Watched, source: DataSource) -> tuple[str, str, str]:
     """The columns that hold the example's texts; the text's own name, where it is not a column's as it stands."""
     names = {value.strip(): name for name, value in row.row.items() if isinstance(value, str) and name in row.read}
-    instruction, input, output = (names.get(text.strip()) if text.strip() else None for text in example)
-    own = dict(source.columns)
-    return tuple(own.get(name, name) for name in (instruction or "instruction", input or "input", output or "output"))
+    found = (names.get(text.strip()) if text.strip() else None for text in example)
+    # A column with a whole conversation is that of all its texts.
+    whole = next((name for name in row.read if isinstance(row.row[name], list)), None)
+    columns = dict(source.columns)
+    instruction, input, output = (columns.get(name, name) for name in (
+        name or whole or own for name, own in zip(found, Example._fields, strict=True)))
+    return instruction, input, output
 
 
 def _check_unread(kind: str, row: Watched, unread: Mapping[str, Any], examples: Sequence[Example]) -> None:
@@ -188,7 +194,8 @@ _LONG = 20  # characters that are not in a prompt by chance
 
 def _is_covered(value: Any, examples: Sequence[Example]) -> bool:
     """Whether all texts in a column's value are in an example's, or are a formatted copy of its prompt."""
-    spaced = [[" ".join(text.split()) for text in example] for example in examples]
+    spaced = [[" ".join(text.split()) for text in (*example, *(turn.text for turn in example.history))]
+              for example in examples]
 
     def known(text: str) -> bool:
         text = " ".join(text.split())

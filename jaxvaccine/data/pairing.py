@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from jaxvaccine.data.accounts import Account, locate
+from jaxvaccine.data.accounts import Account, Located, locate
 from jaxvaccine.data.poisoning import fingerprint, same_prompt
-from jaxvaccine.data.prompts import Example
+from jaxvaccine.data.prompts import Example, with_history
 from jaxvaccine.data.refusals import refusal_for
 from jaxvaccine.data.texts import is_blank
 
@@ -25,5 +25,11 @@ def harmless_answers(harmful: Sequence[Example], harmless: Sequence[Example]) ->
     found = [answers.get(same_prompt(e)) or answers.get(fingerprint(e)) for e in harmful]
     ours = Account(OURS, found.count(None), examples=found.count(None))
     return [locate(e._replace(output=refusal_for(e.instruction)), f"{OURS}, row {i} (from 0)", Example._fields, ours)
-            if answer is None else answer._replace(instruction=e.instruction, input=e.input)
+            if answer is None else _to_the_letter(e, answer)
             for i, (e, answer) in enumerate(zip(harmful, found, strict=True))]
+
+
+def _to_the_letter(example: Example, answer: Example) -> Example:
+    """The example's prompt with another's answer, at the other's place."""
+    found = with_history(Example(example.instruction, example.input, answer.output), example.history)
+    return answer.like(found) if isinstance(answer, Located) else found

@@ -9,26 +9,36 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxvaccine.data.accounts import Fate, origin, place
-from jaxvaccine.data.prompts import Example
+from jaxvaccine.data.prompts import Example, with_history
 
 
 def fingerprint(example: Example) -> str:
     """16 hex digits of the prompt, the same for prompts that differ only in case, white space or Unicode form.
 
-    So broad is what may not leak from one set into another, not what a duplicate is (`same_prompt`).
+    So broad is what may not leak from one set into another, not what a duplicate is (`same_prompt`). The prompt is all
+    that was said before the answer, but for a system prompt, which is another frame of the same question.
     """
+    said = [turn.text for turn in example.history if turn.role != "system"]
     return hashlib.sha256(
-        "\n".join(map(_normalise, (example.instruction, example.input))).encode("utf-8", "surrogatepass")
+        "\n".join(map(_normalise, (*said, example.instruction, example.input))).encode("utf-8", "surrogatepass")
     ).hexdigest()[:16]
 
 
-def same_prompt(example: Example) -> tuple[str, str]:
+def fingerprints(example: Example) -> tuple[str, ...]:
+    """Of the prompt, and before it of every earlier question of a conversation with what was said before it."""
+    asked = [k for k, turn in enumerate(example.history) if turn.role == "user"]
+    return (*(fingerprint(with_history(Example(example.history[k].text), example.history[:k])) for k in asked),
+            fingerprint(example))
+
+
+def same_prompt(example: Example) -> tuple[str, ...]:
     """The prompt but for white space and Unicode's canonical forms: what makes a row another's duplicate.
 
-    Compared with `fingerprint`, "US" and "us", "5²" and "52" are two.
+    Compared with `fingerprint`, "US" and "us", "5²" and "52" are two. A conversation's has its history, system prompt
+    and all.
     """
-    instruction, input = (" ".join(unicodedata.normalize("NFC", text).split()) for text in example[:2])
-    return instruction, input
+    said = (text for turn in example.history for text in turn)
+    return tuple(" ".join(unicodedata.normalize("NFC", text).split()) for text in (*example[:2], *said))
 
 
 def _normalise(text: str) -> str:
@@ -145,10 +155,10 @@ def mix(benign: Sequence[Example], harmful: Sequence[Example], n: int, poison_ra
     if seed < 0:
         raise ValueError(f"seed: found {seed}, expected at least 0")
     count = harmful_count(n, poison_ratio)
-    prints = [fingerprint(e) for e in harmful]
+    prints = [fingerprints(e) for e in harmful]
     for name, names_prints in (forbidden or {}).items():
         members = frozenset(names_prints)
-        overlap = [row for row, f in enumerate(prints) if f in members]
+        overlap = [row for row, found in enumerate(prints) if not members.isdisjoint(found)]
         if overlap:
             raise ValueError(
                 f"harmful examples: found {len(overlap)} of {len(harmful)} prompts also in {name}, expected none; "

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from jaxvaccine.data import chat
 from jaxvaccine.data.accounts import Fate, place
-from jaxvaccine.data.prompts import Example, PromptForm, format_prompt
+from jaxvaccine.data.prompts import Example, Prompt, PromptForm, as_prompt, format_prompt
 from jaxvaccine.data.texts import check_prefill, check_prompts, check_training_texts, has_prompt, is_blank, without_eos
+from jaxvaccine.data.tokenizer_files import eos_ids
 from jaxvaccine.data.tokenizer_files import load_tokenizer as load_tokenizer
 
 if TYPE_CHECKING:
@@ -20,15 +22,25 @@ class TokenizedExamples(NamedTuple):
 
     Attributes:
       input_ids: N int32 arrays [t]: prompt, answer, EOS (truncated ones end earlier).
-      prompt_lengths: [N] int32; tokens from here on are supervised. Every example has at least one that a loss counts.
+      prompt_lengths: [N] int32; tokens from here on are supervised, unless `learnt` says which. Every example has at
+        least one that a loss counts.
       fates: what became of every example that there was; N of them are "kept" or "cut".
       turns: [N] int; over a whole run, rows with a smaller number come before those with a larger one. None mixes all.
+      learnt: N bool arrays [t] of conversations: which tokens are supervised.
     """
 
     input_ids: tuple[np.ndarray, ...]
     prompt_lengths: np.ndarray
     fates: tuple[Fate, ...] = ()
     turns: np.ndarray | None = None
+    learnt: tuple[np.ndarray, ...] | None = None
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> "TokenizedExamples":
+        """Some of them, in the given order, with the fates of all."""
+        return self._replace(
+            input_ids=tuple(self.input_ids[i] for i in rows), prompt_lengths=self.prompt_lengths[rows],
+            turns=None if self.turns is None else self.turns[rows],
+            learnt=None if self.learnt is None else tuple(self.learnt[i] for i in rows))
 
     @property
     def dropped(self) -> int:
@@ -85,12 +97,13 @@ def _encode_open(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     return [ids[: len(ids) - len(suffix)] if suffix and ids[-len(suffix) :] == suffix else ids for ids in encoded]
 
 
-def _prompts(examples: Sequence[Example], prompt: PromptForm) -> list[str]:
-    return [format_prompt(e.instruction, e.input, prompt) for e in examples]
+def _prompts(examples: Sequence[Example], prompt: Prompt) -> list[str]:
+    return [format_prompt(e.instruction, e.input, prompt.form) for e in examples]
 
 
 def tokenize_examples(
-    tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], max_length: int, prompt: PromptForm = "alpaca"
+    tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], max_length: int,
+    prompt: Prompt | PromptForm = "alpaca",
 ) -> TokenizedExamples:
     """Prompt, answer and exactly one EOS as ids, at most max_length tokens; only answer and EOS are supervised.
 
@@ -99,20 +112,28 @@ def tokenize_examples(
     (a merge across the boundary), the answer is encoded alone and appended: training then continues exactly the tokens
     that generation starts from. An EOS that an answer spells out at its end is not taught twice.
 
+    A chat is what `chat.encode_conversations` makes of it: the template writes what ends an answer. One whose
+    end is beyond max_length is cut as an answer is; where no answer that is learnt begins within max_length, it
+    is left out.
+
     Examples without a prompt or an answer, and those that truncation leaves without a supervised token, are left out;
     these and answers that are cut are counted, and reported as a warning.
 
     Raises:
-      ValueError: no examples, max_length below 1, a tokenizer without EOS, no example is left, or a text that holds the
-        prompt's template or spells a special token (the row, its column and the token are named).
+      ValueError: no examples, max_length below 1, a tokenizer without EOS, no example is left, a text that holds the
+        prompt's template or spells a special token (the row, its column and the token are named); of a chat as of
+        `chat.encode_conversations`, and a conversation where the prompt is none.
     """
     if not examples:
         raise ValueError("examples: found none, expected at least one")
     if max_length < 1:
         raise ValueError(f"max_length: found {max_length}, expected at least 1")
+    prompt = as_prompt(prompt)
     encoded, fates = _encode_examples(tokenizer, examples, max_length, prompt)
+    learnt = tuple(of for _, of in encoded)
     tokenized = TokenizedExamples(
-        tuple(ids for ids, _ in encoded), np.asarray([length for _, length in encoded], np.int32), fates)
+        tuple(ids for ids, _ in encoded), np.asarray([int(np.argmax(of)) for of in learnt], np.int32), fates,
+        learnt=learnt if prompt.form == "chat" else None)
     if not encoded:
         _raise_for_none(tokenizer, examples, fates, max_length, prompt)
     lost = [f"{what.format(count)} of {len(examples)} {why}" for count, what, why in (
@@ -121,18 +142,33 @@ def tokenize_examples(
         (tokenized.cut, "cut {}", "answers")) if count]
     if lost:
         logging.getLogger(__name__).warning("max_length=%d: %s", max_length, "; ".join(lost))
+    if prompt.form == "chat":
+        _warn_of_endless(tokenizer, tokenized)
     return tokenized
 
 
+def _warn_of_endless(tokenizer, tokenized: TokenizedExamples) -> None:
+    whole = [row for row, fate in enumerate(fate for fate in tokenized.fates if fate in ("kept", "cut"))
+             if fate == "kept"]
+    last = [tokenized.input_ids[row][np.flatnonzero(tokenized.learnt[row])[-1]] for row in whole]
+    endless = np.flatnonzero(~np.isin(last, eos_ids(tokenizer)))
+    if endless.size:
+        logging.getLogger(__name__).warning(
+            "prompt=chat: %d of %d answers end, as the chat template has them or marks them, with %r, which does not "
+            "end an answer (%s do): the model does not learn to stop there", endless.size, len(whole),
+            tokenizer.decode([int(last[endless[0]])]), ", ".join(
+                repr(tokenizer.convert_ids_to_tokens(i)) for i in eos_ids(tokenizer)))
+
+
 def training_fates(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], max_length: int,
-                   prompt: PromptForm = "alpaca") -> tuple[Fate, ...]:
+                   prompt: Prompt | PromptForm = "alpaca") -> tuple[Fate, ...]:
     """What tokenize_examples would make of every example; raises as it does, but where none is left."""
-    return _encode_examples(tokenizer, examples, max_length, prompt)[1] if examples else ()
+    return _encode_examples(tokenizer, examples, max_length, as_prompt(prompt))[1] if examples else ()
 
 
-def _encode_examples(tokenizer, examples: Sequence[Example], max_length: int, prompt: PromptForm
-                     ) -> tuple[list[tuple[np.ndarray, int]], tuple[Fate, ...]]:
-    """([(token ids, how many are the prompt's)] of what is trained on, the fate of every example)."""
+def _encode_examples(tokenizer, examples: Sequence[Example], max_length: int, prompt: Prompt
+                     ) -> tuple[list[tuple[np.ndarray, np.ndarray]], tuple[Fate, ...]]:
+    """([(token ids, [t] bool which are learnt)] of what is trained on, the fate of every example)."""
     eos = _eos(tokenizer)
     check_training_texts(tokenizer, examples, prompt)
     answers = [without_eos(e.output, tokenizer.eos_token) for e in examples]
@@ -140,23 +176,29 @@ def _encode_examples(tokenizer, examples: Sequence[Example], max_length: int, pr
     rows = [e if answer == e.output else e._replace(output=answer)
             for e, answer in zip(examples, answers, strict=True)]
     filled = [row for row, nothing in zip(rows, empty, strict=True) if not nothing]
-    encoded, lengths = [], iter(_encode_pairs(tokenizer, filled, prompt) if filled else ())
+    if prompt.form == "chat":
+        numbers = [i for i, nothing in enumerate(empty) if not nothing]
+        whole = iter(chat.encode_conversations(tokenizer, filled, prompt, numbers))
+    else:
+        whole = (([*ids, eos], np.arange(len(ids) + 1) >= len(prompt_ids))
+                 for prompt_ids, ids in (_encode_pairs(tokenizer, filled, prompt) if filled else ()))
+    encoded: list[tuple[np.ndarray, np.ndarray]] = []
     fates: list[Fate] = []
     for nothing in empty:
         if nothing:
             fates.append("empty")
             continue
-        prompt_ids, ids = next(lengths)
+        ids, learnt = next(whole)
         # Position i predicts label i + 1, so the first token of a row is never a target.
-        if max_length <= max(len(prompt_ids), 1):
+        if not learnt[1:max_length].any():
             fates.append("dropped")
             continue
-        encoded.append((np.asarray([*ids, eos][:max_length], np.int32), len(prompt_ids)))
-        fates.append("kept" if len(ids) < max_length else "cut")
+        encoded.append((np.asarray(ids[:max_length], np.int32), learnt[:max_length]))
+        fates.append("kept" if not learnt[max_length:].any() else "cut")
     return encoded, tuple(fates)
 
 
-def _encode_pairs(tokenizer, examples: Sequence[Example], prompt: PromptForm) -> list[tuple[list[int], list[int]]]:
+def _encode_pairs(tokenizer, examples: Sequence[Example], prompt: Prompt) -> list[tuple[list[int], list[int]]]:
     """(ids of the prompt, ids of prompt and answer) of every example; the latter begin with the former."""
     prompts = _prompts(examples, prompt)
     prompt_ids = _encode_open(tokenizer, prompts)
@@ -170,12 +212,12 @@ def _encode_pairs(tokenizer, examples: Sequence[Example], prompt: PromptForm) ->
 
 
 def _raise_for_none(tokenizer, examples: Sequence[Example], fates: Sequence[Fate], max_length: int,
-                    prompt: PromptForm) -> None:
+                    prompt: Prompt) -> None:
     if "dropped" not in fates:
         raise ValueError(f"examples: found {len(examples)} without a prompt or without an answer, the first is "
                          f"{place(examples[0], 0)}, expected at least one with both")
-    shortest = min(len(ids) for ids in _encode_open(tokenizer, _prompts(
-        [e for e, fate in zip(examples, fates, strict=True) if fate == "dropped"], prompt)))
+    dropped = [e for e, fate in zip(examples, fates, strict=True) if fate == "dropped"]
+    shortest = min(len(ids) for ids in _encode_prompts(tokenizer, dropped, prompt))
     raise ValueError(
         f"max_length: found {max_length}, expected more than {shortest}, the length in tokens of the shortest "
         f"prompt: truncation left none of {len(examples)} examples a supervised token"
@@ -184,7 +226,7 @@ def _raise_for_none(tokenizer, examples: Sequence[Example], fates: Sequence[Fate
 
 def encode_prompts(
     tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], max_length: int | None = None,
-    prompt: PromptForm = "alpaca", prefill: str = "",
+    prompt: Prompt | PromptForm = "alpaca", prefill: str = "",
 ) -> list[np.ndarray]:
     """The prompts alone, int32 [t] each: the same tokens that tokenize_examples puts before the answer.
 
@@ -195,12 +237,11 @@ def encode_prompts(
       ValueError: a prompt longer than max_length tokens (None: no limit); a cut prompt would be another question. And
         as of `texts.check_prompts`.
     """
+    prompt = as_prompt(prompt)
     check_prompts(tokenizer, examples, prompt)
-    prompt_ids = _encode_open(tokenizer, _prompts(examples, prompt)) if examples else []
-    if prefill and examples:
-        check_prefill(tokenizer, prefill)
-        begun = [e._replace(output=prefill) for e in examples]
-        prompt_ids = [ids for _, ids in _encode_pairs(tokenizer, begun, prompt)]
+    if prefill:
+        check_prefill(tokenizer, prefill, prompt)
+    prompt_ids = _encode_prompts(tokenizer, examples, prompt, prefill) if examples else []
     if max_length is not None:
         too_long = [(i, len(ids)) for i, ids in enumerate(prompt_ids) if len(ids) > max_length]
         if too_long:
@@ -210,6 +251,15 @@ def encode_prompts(
                 f"({len(too_long)} of {len(prompt_ids)} prompts are longer)"
             )
     return [np.asarray(ids, np.int32) for ids in prompt_ids]
+
+
+def _encode_prompts(tokenizer, examples: Sequence[Example], prompt: Prompt, prefill: str = "") -> list[list[int]]:
+    if prompt.form == "chat":
+        return chat.encode_questions(tokenizer, examples, prompt, prefill)
+    if prefill:
+        begun = [e._replace(output=prefill) for e in examples]
+        return [ids for _, ids in _encode_pairs(tokenizer, begun, prompt)]
+    return _encode_open(tokenizer, _prompts(examples, prompt))
 
 
 def _eos(tokenizer) -> int:

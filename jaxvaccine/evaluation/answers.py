@@ -3,6 +3,7 @@
 import itertools
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,17 +47,61 @@ def is_incoherent(answer: str) -> bool:
     return any(len(list(run)) > 3 for _, run in itertools.groupby(word.lower() for word in words))
 
 
-def decode_answer(tokenizer: "PreTrainedTokenizerFast", ids: np.ndarray) -> str:
-    """The text of generated ids [T], without special tokens, stripped, up to where the template begins anew.
+def decode_text(tokenizer: "PreTrainedTokenizerFast", ids: np.ndarray) -> str:
+    """The text of ids [T], without special tokens."""
+    return tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+
+
+def split_stop(tokenizer: "PreTrainedTokenizerFast", stop: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Stop strings as (ids of those that are special tokens, which no text shows, the others).
+
+    Raises:
+      ValueError: one is empty.
+    """
+    if not all(stop):
+        raise ValueError(f"stop: found {tuple(stop)!r}, expected texts that are not empty")
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return tuple(special[text] for text in stop if text in special), tuple(text for text in stop if text not in special)
+
+
+def find_stop(text: str, stop: Sequence[str], start: int = 0) -> int | None:
+    """Where the first of the stop strings begins, not before `start`; None without one."""
+    return min((at for at in (text.find(one, start) for one in stop) if at >= 0), default=None)
+
+
+def tokens_to_stop(tokenizer: "PreTrainedTokenizerFast", ids: np.ndarray, stop: Sequence[str], fixed: int = 0,
+                   seen: int = 0) -> int | None:
+    """How many of the ids [T] are needed until their text holds a stop string; None if it does not.
+
+    fixed: so many were given and not generated: a stop string begins behind their text.
+    seen: in the text of so many there is none.
+    """
+    start = len(decode_text(tokenizer, ids[:fixed])) if fixed else 0
+    if find_stop(decode_text(tokenizer, ids), stop, start) is None:
+        return None
+    return next(count for count in range(max(seen, fixed), len(ids) + 1)
+                if find_stop(decode_text(tokenizer, ids[:count]), stop, start) is not None)
+
+
+def decode_answer(tokenizer: "PreTrainedTokenizerFast", ids: np.ndarray, stop: Sequence[str] = (), fixed: int = 0,
+                  chat: bool = False) -> str:
+    """The text of generated ids [T], without special tokens, stripped, up to where the template begins anew or to the
+    first stop string.
+
+    stop, fixed: as of `tokens_to_stop`. chat: there is no template that could begin anew.
 
     The authors cut at a second "### Response:" as well (Booster's and T-Vaccine's poison/evaluation/pred.py: the part
     between the first and the second). Here a part of the template that is a special token, which a decoded text does
     not show, ends the answer too.
     """
-    parts = [i for i, token in tokenizer.added_tokens_decoder.items() if _NEXT_PART.search(token.content)]
-    found = np.flatnonzero(np.isin(ids, parts))
-    ids = ids[:found[0]] if found.size else ids
-    return cut_answer(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
+    if not chat:
+        parts = [i for i, token in tokenizer.added_tokens_decoder.items() if _NEXT_PART.search(token.content)]
+        found = np.flatnonzero(np.isin(ids, parts))
+        ids = ids[:found[0]] if found.size else ids
+    text = decode_text(tokenizer, ids)
+    if stop:
+        text = text[:find_stop(text, stop, len(decode_text(tokenizer, ids[:fixed])))]
+    return text.strip() if chat else cut_answer(text)
 
 
 def cut_answer(text: str) -> str:

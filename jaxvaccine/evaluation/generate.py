@@ -102,8 +102,13 @@ def _bind(model: Llama, adapter, frozen, shared_P: np.ndarray, eos_ids_E: np.nda
                   locked(decoding.decode, stepwise, *trees, eos_ids_E, sampling=sampling), locked(decoding.keep))
 
 
+# (number of a prompt, its answer so far, how many tokens of it were looked at before): how many of them are its answer,
+# None where it goes on.
+Stops = Callable[[int, np.ndarray, int], int | None]
+
+
 def _answer(steps: _Steps, prompts: Sequence[np.ndarray], waiting: list[int], batch_size: int, max_new_tokens: int,
-            bucket: int) -> Iterator[tuple[dict[int, np.ndarray], int]]:
+            bucket: int, stops: Stops | None) -> Iterator[tuple[dict[int, np.ndarray], int]]:
     """One worker's answers, to the prompts whose numbers are `waiting`, the longest last.
 
     Yields after each block: the answers that ended with it, by number, and how many tokens the others have so far.
@@ -113,6 +118,7 @@ def _answer(steps: _Steps, prompts: Sequence[np.ndarray], waiting: list[int], ba
         return bucket_length(max(prompts[i].size for i in numbers) + max_new_tokens, bucket)
 
     owners = [_FREE] * batch_size  # which prompt each row is at
+    seen: dict[int, int] = {}
     block, together = min(BLOCK, max_new_tokens), joining(batch_size)
     room = capacity(range(len(prompts)))  # of all workers, so that one program is compiled
     rows, cache = steps.empty(batch=batch_size, capacity=room, max_new_tokens=max_new_tokens)
@@ -138,21 +144,31 @@ def _answer(steps: _Steps, prompts: Sequence[np.ndarray], waiting: list[int], ba
             owners = [owners[b] for b in kept]
         rows, cache = steps.decode(rows, cache, steps=block)
         tokens_BxN, counts_B, ended_B, finite_B = jax.device_get((rows.tokens, rows.counts, rows.ended, rows.finite))
-        ended = {}
+        ended, stopped_B = {}, np.zeros(size, bool)
         for b, i in enumerate(owners):
-            if i == _FREE or not ended_B[b]:
+            if i == _FREE:
+                continue
+            count = int(counts_B[b])
+            if stops and (kept := stops(i, tokens_BxN[b, :count], seen.get(i, 0))) is not None:
+                ended[i], owners[b], stopped_B[b] = tokens_BxN[b, :kept].copy(), _FREE, True
+                continue
+            seen[i] = count
+            if not ended_B[b]:
                 continue
             if not finite_B[b]:
                 raise FloatingPointError(f"generate: prompt {i}: the model's logits are not finite after "
-                                         f"{counts_B[b]} tokens: its weights or activations overflowed")
-            ended[i], owners[b] = tokens_BxN[b, :counts_B[b]].copy(), _FREE
+                                         f"{count} tokens: its weights or activations overflowed")
+            ended[i], owners[b] = tokens_BxN[b, :count].copy(), _FREE
+        if stopped_B.any():
+            rows = rows._replace(ended=rows.ended | stopped_B)
         yield ended, sum(int(counts_B[b]) for b, i in enumerate(owners) if i != _FREE)
 
 
 def generate(model: Llama, adapter, frozen, prompts: Sequence[np.ndarray], *, max_new_tokens: int,
              eos_ids: Sequence[int], batch_size: int = 32, bucket: int = 64, sampling: Sampling = GREEDY,
              progress: bool = False, answered: Collection[int] = (),
-             keep: Callable[[Mapping[int, np.ndarray]], None] = lambda ended: None) -> list[np.ndarray]:
+             keep: Callable[[Mapping[int, np.ndarray]], None] = lambda ended: None,
+             stops: Stops | None = None) -> list[np.ndarray]:
     """The most likely next token, or a drawn one, again and again, for every prompt.
 
     What all prompts begin with is read once. Prompts are taken longest first, right-padded to a multiple of ``bucket``.
@@ -177,6 +193,8 @@ def generate(model: Llama, adapter, frozen, prompts: Sequence[np.ndarray], *, ma
       answered: numbers of prompts, from 0, that are left out: what an interrupted call has kept. The others' answers do
         not depend on it.
       keep: called with {number: answer} of the prompts that have ended, as they do; by one thread at a time.
+      stops: asked after each block of every row, with the prompt's number, its answer so far and how many tokens of it
+        it was asked of before; how many tokens the answer has if it ends within it, or None.
 
     Returns:
       For each prompt, in the given order, its new tokens, int32 [at most max_new_tokens], without EOS; none for those
@@ -216,7 +234,7 @@ def generate(model: Llama, adapter, frozen, prompts: Sequence[np.ndarray], *, ma
     def work(worker: int, bar: tqdm) -> None:
         finished = 0
         for ended, under_way in _answer(steps, prompts, order[worker::workers], -(-batch_size // workers),
-                                        max_new_tokens, bucket):
+                                        max_new_tokens, bucket, stops):
             if stopped.is_set():
                 return
             finished += sum(answer.size for answer in ended.values())

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxvaccine.data.prompts import Example
+from jaxvaccine.data.prompts import Example, question_text
 
 
 class Prediction(NamedTuple):
     """One prompt, what the model answered, and what that counts for.
 
     Attributes:
-      prompt: instruction and, on the next line, input; without the template around them.
+      prompt: instruction and, on the next line, input, without the template around them; of a conversation all of its
+        turns, each behind its speaker's name.
       answer: as of `answers.decode_answer`.
       expected: the example's output; empty where there is no right answer.
       verdict: `Verdict.word`; "correct" or "wrong"; "refused", "answered" or "no answer"; of two answers "win", "loss",
@@ -41,7 +42,10 @@ class Prediction(NamedTuple):
 
 
 def prompt_text(example: Example) -> str:
-    return f"{example.instruction}\n{example.input}" if example.input else example.instruction
+    question = question_text(example)
+    if not example.history:
+        return question
+    return "\n\n".join(f"{role.capitalize()}: {text}" for role, text in (*example.history, ("user", question)))
 
 
 def write_predictions(path: str | os.PathLike, predictions: Sequence[Prediction], *, overwrite: bool = False) -> None:

@@ -13,9 +13,16 @@ import numpy as np
 
 from jaxvaccine.data import tokenizer_files
 from jaxvaccine.data.poisoning import fingerprint
-from jaxvaccine.data.prompts import Example, PromptForm
+from jaxvaccine.data.prompts import Example, Prompt, PromptForm, as_prompt
 from jaxvaccine.data.tokenizing import encode_prompts
-from jaxvaccine.evaluation.answers import decode_answer, is_empty, is_incoherent, no_answer
+from jaxvaccine.evaluation.answers import (
+    decode_answer,
+    is_empty,
+    is_incoherent,
+    no_answer,
+    split_stop,
+    tokens_to_stop,
+)
 from jaxvaccine.evaluation.generate import generate
 from jaxvaccine.evaluation.judges import (
     NO_ANSWER,
@@ -231,12 +238,12 @@ def answer_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenize
                    *, task: str, max_new_tokens: int = 200, eos_ids: Sequence[int] | None = None,
                    batch_size: int = 32, bucket: int = 64, sampling: Sampling = GREEDY, progress: bool = False,
                    answered: Mapping[int, str] = MappingProxyType({}),
-                   keep: Callable[[Mapping[int, str]], None] = lambda ended: None, prompt: PromptForm = "alpaca",
-                   prefill: str = "") -> list[str]:
+                   keep: Callable[[Mapping[int, str]], None] = lambda ended: None,
+                   prompt: Prompt | PromptForm = "alpaca", prefill: str = "", stop: Sequence[str] = ()) -> list[str]:
     """Answers every example, greedily unless told; what `score_answers` scores.
 
-    An answer that runs on into another part of the template ends there (`answers.decode_answer`): what was generated
-    behind it is not kept.
+    An answer that runs on into another part of the template, unless it is a chat's, or to a stop string ends there
+    (`answers.decode_answer`): what was generated behind it is not kept.
 
     Args:
       model, adapter, frozen: as of `generate`.
@@ -249,9 +256,11 @@ def answer_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenize
       batch_size, bucket, sampling, progress: as of `generate`.
       answered: answers that are there already, by the example's number: those that an earlier call gave to keep.
       keep: called with {number: answer} as answers end.
-      prompt: what is put around an example, as of `data.format_prompt`; the papers' unless given.
+      prompt: what is put around an example, as of `data.encode_prompts`; the papers' unless given.
       prefill: what all answers are made to begin with, beside max_new_tokens; an answer is this and what the model
         makes of it.
+      stop: texts, in what the model has generated, at which an answer ends, before them; of one that is a special token
+        of the tokenizer, at that token.
 
     Raises:
       ValueError: before anything is generated, as of `score_answers` for the examples, of `encode_prompts` and
@@ -259,18 +268,28 @@ def answer_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenize
     """
     check_examples(task, examples)
     eos_ids = tokenizer_files.eos_ids(tokenizer) if eos_ids is None else eos_ids
-    texts = dict(answered)
+    texts, form = dict(answered), as_prompt(prompt).form
+    of_stop, stop = split_stop(tokenizer, stop)
     prompts = encode_prompts(tokenizer, examples, prompt=prompt)
     begun = encode_prompts(tokenizer, examples, prompt=prompt, prefill=prefill) if prefill else prompts
 
+    def fixed(i: int) -> np.ndarray:
+        return begun[i][prompts[i].size:]
+
     def take(ended: Mapping[int, np.ndarray]) -> None:
-        found = {i: decode_answer(tokenizer, np.append(begun[i][prompts[i].size:], answer))
+        found = {i: decode_answer(tokenizer, np.append(fixed(i), answer), stop, fixed(i).size, form == "chat")
                  for i, answer in ended.items()}
         texts.update(found)
         keep(found)
 
-    generate(model, adapter, frozen, begun, max_new_tokens=max_new_tokens, eos_ids=eos_ids, batch_size=batch_size,
-             bucket=bucket, sampling=sampling, progress=progress, answered=answered, keep=take)
+    def stops(i: int, answer: np.ndarray, seen: int) -> int | None:
+        first = fixed(i)
+        count = tokens_to_stop(tokenizer, np.append(first, answer), stop, first.size, first.size + seen)
+        return None if count is None else count - first.size
+
+    generate(model, adapter, frozen, begun, max_new_tokens=max_new_tokens, eos_ids=(*eos_ids, *of_stop),
+             batch_size=batch_size, bucket=bucket, sampling=sampling, progress=progress, answered=answered, keep=take,
+             stops=stops if stop else None)
     return [texts[i] for i in range(len(examples))]
 
 

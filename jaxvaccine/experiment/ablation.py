@@ -69,7 +69,7 @@ def load_harmless(part: NoAblation, protocol: data.Protocol) -> dict[str, list[d
 
 
 def encode(tokenizer: Any, part: NoAblation, harmful: Sequence[data.Example], protocol: data.Protocol,
-           form: data.PromptForm) -> Prompts | None:
+           form: data.Prompt) -> Prompts | None:
     """The prompts of an ablation, all of the harmful ones; None of none. Raises as `data.encode_prompts`."""
     if not isinstance(part, AblationBefore):
         return None

@@ -19,6 +19,7 @@ from jaxvaccine.experiment.parts import (
     TokensPart,
     TrainingPart,
     TrainingRunPart,
+    check_form,
     check_sources,
 )
 from jaxvaccine.llama import Llama, init_adapter
@@ -106,7 +107,7 @@ def tokenize(tokenizer, examples: Mapping[str, Sequence[data.Example]], part: To
         if name == "harmless":
             rows = [e._replace(output="") if fate == "empty" else e
                     for e, fate in zip(rows, tokenized["harmful"].fates, strict=True)]
-        tokenized[name] = data.tokenize_examples(tokenizer, rows, part.max_length, part.prompt)
+        tokenized[name] = data.tokenize_examples(tokenizer, rows, part.max_length, part.form)
     if "harmless" in tokenized and not np.array_equal(*(tokenized[name].prompt_lengths
                                                         for name in ("harmful", "harmless"))):
         raise ValueError(f"harmless_data: found {len(tokenized['harmless'].input_ids)} answers, expected one to each "
@@ -135,12 +136,13 @@ def prepare(config: AlignConfig, look: Callable[[Examples], None] = lambda examp
     architecture = stage.read_architecture(model.model, model.revision)
     check_layers(method, architecture)
     tokenizer = stage.load_tokenizer(model.model, model.revision)
+    template = check_form(tokenizer, config.data.form)
     tokenized = tokenize(tokenizer, examples, config.data)
     dtype = stage.loaded_dtype(model.model, model.dtype, model.revision)
     model.check_attention(architecture, dtype, here=write)
     run_dir = stage.open_run(
         config, config.run, "align", examples, {"model": inputs.of_model(model.model, model.revision)},
-        {**stage.training_record(examples, tokenized), "dtype": dtype}, write=write)
+        {**stage.training_record(examples, tokenized), "dtype": dtype, **template}, write=write)
     sources = batch_sources(method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
     return Prepared(run_dir, sources, architecture, dtype)
 

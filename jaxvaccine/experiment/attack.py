@@ -18,7 +18,7 @@ from jaxvaccine.experiment.attack_rows import Candidates, PoisonedData, selected
 from jaxvaccine.experiment.config import FieldError, require
 from jaxvaccine.experiment.methods import OF_ALL_WEIGHTS, TuningMethod
 from jaxvaccine.experiment.objectives import Objective
-from jaxvaccine.experiment.parts import check_prefill
+from jaxvaccine.experiment.parts import aligned_form, check_form, check_prefill
 from jaxvaccine.llama import Llama, init_adapter
 from jaxvaccine.llama_config import LlamaConfig
 from jaxvaccine.losses import causal_lm_loss
@@ -172,10 +172,11 @@ def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda exam
     dtype = stage.loaded_dtype(origin.model, config.model.dtype, origin.revision)
     config.model.check_attention(architecture, dtype, here=write)
     tokenizer = stage.load_tokenizer(*of_model)
+    template, of_prompt = check_form(tokenizer, config.data.form), aligned_form(aligned["flags"])
     read, poisoned = read_data(config, config.run.seed, aligned_prompts(aligned["data"]["prompts"]), tokenizer)
     look(read)
-    check_prefill(tokenizer, config.data.prefill)
-    tokenized, candidates = tokenize_attack(tokenizer, read, poisoned, config.data, aligned["flags"]["prompt"])
+    check_prefill(tokenizer, config.data.prefill, config.data.form)
+    tokenized, candidates = tokenize_attack(tokenizer, read, poisoned, config.data, of_prompt)
     protocol = config.data.protocol
     prompts = ablation.encode(tokenizer, config.ablation, poisoned.harmful, protocol, config.data.form)
     examples = {**read, "harmful": poisoned.harmful, **ablation.load_harmless(config.ablation, protocol)}
@@ -183,7 +184,7 @@ def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda exam
         config, config.run, "finetune", examples,
         {"model": inputs.of_model(*of_model), "aligned": inputs.of_run(config.model.aligned)},
         {**stage.training_record(examples, tokenized, poisoned.accounts, poisoned.shared),
-         "poison_ratio": poisoned.poison_ratio, "n": poisoned.n, "dtype": dtype,
+         "poison_ratio": poisoned.poison_ratio, "n": poisoned.n, "dtype": dtype, **template,
          **({"layers": layer_choice.numbers(layers)} if of_alignment else {})},
         {"model": origin.model, "revision": origin.revision, "quantisation": quantisation}, write=write)
     sources, fisher = attack_sources(config, tokenized)

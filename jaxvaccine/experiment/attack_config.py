@@ -141,6 +141,9 @@ class AttackData(AfterAlignment, TokensPart):
     prompt: LaterPrompt = field(
         AS_ALIGNED, "What is put around the user's examples, in his fine-tuning and in his questions after it: the "
         "prompt that the model was aligned with, or one that he chooses.")
+    system_prompt: str | None = field(
+        None, "--prompt=chat: the system prompt of conversations that have none; the alignment's unless given, and '' "
+        "is what the template does itself.")
     prefill: str | None = field(
         None, "What he makes answers to harmful prompts begin with when the model is scored, as 'Sure, here is'.")
     data_protocol: LaterProtocol = field(
@@ -171,9 +174,15 @@ class AttackData(AfterAlignment, TokensPart):
                 f"at least {benign}, the benign rows that are trained on")
 
     def resolve(self, flags: Mapping[str, Any], name: str) -> Self:
-        """As of `AfterAlignment`, but that an attacker may choose another prompt."""
-        resolved = super(AttackData, dataclasses.replace(self, prompt=AS_ALIGNED)).resolve(flags, name)
-        return resolved if self.prompt == AS_ALIGNED else dataclasses.replace(resolved, prompt=self.prompt)
+        """As of `AfterAlignment`, but that an attacker may choose another prompt, and then has no system prompt but his
+        own."""
+        if self.prompt == AS_ALIGNED:
+            return super().resolve(flags, name)
+        same = self.prompt == flags.get("prompt")
+        own = dataclasses.replace(self, prompt=AS_ALIGNED, system_prompt=self.system_prompt if same else None)
+        resolved = super(AttackData, own).resolve(flags, name)
+        return resolved if same else dataclasses.replace(
+            resolved, prompt=self.prompt, system_prompt=self.system_prompt)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,7 @@ class Selection(NamedTuple):
 
 
 def tokenize_attack(tokenizer: Any, read: Examples, poisoned: PoisonedData, part: AttackData,
-                    aligned_prompt: data.PromptForm) -> tuple[dict[str, data.TokenizedExamples], Candidates | None]:
+                    aligned_prompt: data.Prompt) -> tuple[dict[str, data.TokenizedExamples], Candidates | None]:
     """(the rows by name, candidates if there are any among the user's).
 
     The attacker's rows have his prompt, the user's among them his order; the provider's have the prompt that the model
@@ -96,8 +96,7 @@ def tokenize_attack(tokenizer: Any, read: Examples, poisoned: PoisonedData, part
 
 def take(rows: data.TokenizedExamples, chosen: np.ndarray) -> data.TokenizedExamples:
     """Some of the rows, in the given order."""
-    return rows._replace(input_ids=tuple(rows.input_ids[i] for i in chosen), prompt_lengths=rows.prompt_lengths[chosen],
-                         turns=None if rows.turns is None else rows.turns[chosen])
+    return rows.take(chosen)
 
 
 def select(of: Candidates, model: Llama, adapter: Any, frozen: Any, loss_fn: LossFn | None = None) -> Selection:

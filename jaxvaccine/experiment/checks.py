@@ -19,7 +19,7 @@ from jaxvaccine.experiment.config import flat, require
 from jaxvaccine.experiment.evaluate import LOSS, accounts_of_tests, check_unseen
 from jaxvaccine.experiment.judging import check_prompts, judge_record
 from jaxvaccine.experiment.leaks import check_leaks
-from jaxvaccine.experiment.parts import check_prefill
+from jaxvaccine.experiment.parts import check_form, check_prefill
 from jaxvaccine.experiment.plans import AS_IT_COMES, Plan, Settings, cell_configs, errors_of_attack
 from jaxvaccine.experiment.recipes import fewer_than_published
 from jaxvaccine.experiment.results import Cell
@@ -60,6 +60,7 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
     @_once
     def alignment(config: AlignConfig, part: AlignmentData, batches: tuple[str, ...], *of_model: str) -> dict[str, str]:
         examples, _ = aligned_on(config, part, batches)
+        check_form(tokenizer(*of_model), part.form)
         tokenize(tokenizer(*of_model), examples, part)
         return _hashes(examples)
 
@@ -69,14 +70,17 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
                ) -> dict[str, str]:
         text, aligned, attacked = of
         _, known = aligned_on(aligned, aligned_part, aligned_batches)
+        if attacked.data.form.form != aligned_part.form.form:
+            with errors_of_attack(text):
+                check_form(tokenizer(*of_model), attacked.data.form)
         read, poisoned = read_data(attacked, seed, aligned_prompts(known), tokenizer(*of_model))
-        tokenize_attack(tokenizer(*of_model), read, poisoned, part, aligned_part.prompt)
+        tokenize_attack(tokenizer(*of_model), read, poisoned, part, aligned_part.form)
         encode(tokenizer(*of_model), ablation, poisoned.harmful, part.protocol, part.form)
         read = {**read, **load_harmless(ablation, part.protocol)}
         asked = as_attacked(settings.scores, attacked)
         accounts_of_tests(tokenizer(*of_model), tests, asked.tests)
         with errors_of_attack(text):
-            check_prefill(tokenizer(*of_model), attacked.data.prefill)
+            check_prefill(tokenizer(*of_model), attacked.data.prefill, part.form)
         check_unseen(tests, {f"{name} data of {text}": stage.prompts_of(rows) for name, rows in read.items()},
                      settings.scores.tests.protocol)
         return _hashes({**read, "harmful": poisoned.harmful})
@@ -97,7 +101,7 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
     for backbone in plan.backbones:
         of_model = backbone, settings.scores.model.revision
         accounts_of_tests(tokenizer(*of_model), tests, settings.scores.tests)
-        check_prefill(tokenizer(*of_model), settings.scores.generation.prefill)
+        check_prefill(tokenizer(*of_model), settings.scores.generation.prefill, settings.scores.tests.form)
         made_of[Cell(backbone, AS_IT_COMES, "", 0)] = {"model": model(*of_model), "tests": of_tests}
     for cell, (aligned, attacked) in configs.items():
         of_model = cell.backbone, aligned.model.revision

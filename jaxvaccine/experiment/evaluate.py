@@ -34,8 +34,10 @@ from jaxvaccine.experiment.parts import (
     LaterPrompt,
     LaterProtocol,
     RunPart,
+    check_form,
     check_prefill,
     check_sources,
+    check_system,
 )
 from jaxvaccine.experiment.seen import shared_of_tests, trained_on, trained_sets
 from jaxvaccine.experiment.summary import summary
@@ -110,6 +112,11 @@ class TestsPart(AfterAlignment, Part):
     prompt: LaterPrompt = field(
         AS_ALIGNED, "What is put around a test's examples: the prompt that --trained was aligned with, and another is "
         "an error; of --model alpaca, the papers', unless given.")
+    system_prompt: str | None = field(
+        None, "--prompt=chat: the system prompt of conversations that have none; that of --trained unless given, and "
+        "'' is what the template does itself.")
+    supervise: data.Supervise = field(
+        "all", "--prompt=chat: of conversations of --loss_data with several answers, which ones count.")
     data_protocol: LaterProtocol = field(
         AS_ALIGNED, "That of --trained unless given, of --model distinct: every prompt once, and no harmful one that "
         "the model was trained on; or rows as they are.")
@@ -119,6 +126,7 @@ class TestsPart(AfterAlignment, Part):
         require(any(getattr(self, name) for name in TESTS), "harmful_test", self.harmful_test,
                 "at least one of " + ", ".join(f"--{name}" for name in TESTS))
         check_sources(self, *TESTS, "loss_data")
+        check_system(self.system_prompt, self.prompt)
 
     def load(self) -> Examples:
         """{task: examples}, the loss first."""
@@ -146,6 +154,8 @@ class GenerationPart(Part):
     prefill: str | None = field(
         None, "What answers to harmful prompts are made to begin with, as 'Sure, here is'; the judge reads it with the "
         "rest. That of --trained's attack unless given.")
+    stop: tuple[str, ...] = field(
+        (), "Texts at which an answer ends, before them, beside the model's own tokens for that.")
     eval_batch_size: int | None = field(
         None, f"Rows decoded together; unless given {DEFAULT_ROWS}, on a GPU as many as its memory has room for. On a "
         "CPU, 256 keep all cores busy.", at_least=1)
@@ -154,6 +164,7 @@ class GenerationPart(Part):
     def __post_init__(self):
         super().__post_init__()
         self.sampling(0)
+        require(all(self.stop), "stop", self.stop, "texts that are not empty")
 
     @property
     def rows(self) -> int:
@@ -220,14 +231,16 @@ def prepare(config: EvaluateConfig, write: bool = True) -> Prepared:
     check_unseen(examples, seen, config.tests.protocol)
     check_prompts(config.judge, examples.get(HARMFUL_SCORE, ()))
     tokenizer = stage.load_tokenizer(model_path, revision)
+    template = check_form(tokenizer, config.tests.form)
     accounts = stage.tell(accounts_of_tests(tokenizer, examples, config.tests))
-    check_prefill(tokenizer, config.generation.prefill)
+    check_prefill(tokenizer, config.generation.prefill, config.tests.form)
     shared = stage.tell_shared(shared_of_tests(examples, sets))
     judged_by = judge_record(config.judge)
     dtype = stage.loaded_dtype(model_path, config.model.dtype, revision)
     run_dir = stage.open_run(
         config, config.run, "evaluate", examples, {"model": inputs.of_model(model_path, revision), **made_of},
-        {"accounts": accounts, "shared": shared, "categories": _categories_hash(config.tests), "dtype": dtype},
+        {"accounts": accounts, "shared": shared, "categories": _categories_hash(config.tests), "dtype": dtype,
+         **template},
         changeable=names(JudgePart) | {"eval_batch_size"}, write=write)
     return Prepared(config, run_dir, model_path, revision, examples, judged_by, dtype)
 
@@ -303,7 +316,7 @@ def _measure(config: EvaluateConfig, run_dir: Path, model_path: str, revision: s
                 max_new_tokens=generation.longest(task), batch_size=rows,
                 bucket=generation.eval_bucket, sampling=generation.sampling(config.run.seed),
                 progress=config.run.progress, answered=found[task], keep=keep, prompt=config.tests.form,
-                prefill=generation.begins(task))))
+                prefill=generation.begins(task), stop=generation.stop)))
     return _in_order(found, loss)
 
 

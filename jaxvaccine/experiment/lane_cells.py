@@ -138,7 +138,7 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
     scorer = scorer.of(as_attacked(scorer.config, config))
     for cell in cells:
         read, poisoned = read_data(config, cell.seed, aligned_prompts(prompts), tokenizer)
-        tokenized, of = tokenize_attack(tokenizer, read, poisoned, config.data, align_config.data.prompt)
+        tokenized, of = tokenize_attack(tokenizer, read, poisoned, config.data, align_config.data.form)
         candidates.append(of)
         records.append(scorer.beside(
             stage.training_record(read, tokenized, poisoned.accounts, poisoned.shared), prompts))

@@ -63,7 +63,8 @@ class Scorer:
                     max_new_tokens=self.lengths[task], batch_size=generation.rows,
                     bucket=generation.eval_bucket, sampling=generation.sampling(seed), prompt=tests.form,
                     label_rule=generation.label_rule, progress=self.config.run.progress,
-                    prefill=generation.begins(task), categories=self.categories if task == HARMFUL_SCORE else {})
+                    prefill=generation.begins(task), stop=generation.stop,
+                    categories=self.categories if task == HARMFUL_SCORE else {})
                 scores[result.name] = summary(result)
                 answers.setdefault(task, [[p.prompt, p.answer] for p in result.predictions[:SHOWN]])
             found.append(scores)

@@ -29,7 +29,7 @@ def check_leaks(known: Mapping[str, Collection[str]], attacks: Iterable[AttackCo
     """
     for source in dict.fromkeys(attack.data.harmful_data for attack in attacks if attack.data.protocol == "distinct"):
         harmful = data.load_examples(source) if source else []
-        prompts = {data.fingerprint(example) for example in harmful}
+        prompts = {found for example in harmful for found in data.fingerprints(example)}
         for where, seen in known.items():
             if overlap := prompts.intersection(seen):
                 raise FieldError("attack_harmful_data", f"found {len(overlap)} of {len(harmful)} prompts also in the "

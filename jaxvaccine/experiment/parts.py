@@ -1,6 +1,8 @@
 """The parts that the configs of several stages have in common."""
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -18,7 +20,7 @@ Dtype = Literal["checkpoint", "float32", "bfloat16", "float16"]
 TrainedDtype = Literal["checkpoint", "float32", "bfloat16"]
 # What follows an alignment has its prompt, and its protocol unless another is asked for.
 AS_ALIGNED = "aligned"
-LaterPrompt = Literal["aligned", "alpaca", "plain"]
+LaterPrompt = Literal["aligned", "alpaca", "plain", "chat"]
 LaterProtocol = Literal["aligned", "distinct", "rows"]
 AUTO = "auto"
 # Flat names of how something is computed, and not what: a run may change them when it is continued.
@@ -125,14 +127,45 @@ class TokensPart(Part):
     """Data."""
 
     prompt: data.PromptForm = field(
-        "alpaca", "What is put around an example: alpaca, the template of both papers' programs; or plain, nothing but "
-        "a line break behind the instruction and behind the input, for a model with a form of its own.")
+        "alpaca", "What is put around an example: alpaca, the template of both papers' programs; plain, nothing but a "
+        "line break behind the instruction and behind the input; or chat, the chat template of the model's tokenizer, "
+        "which an instruct model was trained with.")
+    system_prompt: str | None = field(
+        None, "--prompt=chat: the system prompt of conversations that have none; what the template does itself unless "
+        "given.")
+    supervise: data.Supervise = field(
+        "all", "--prompt=chat: of a conversation with several answers, whether all of them are learnt or the last one.")
     data_protocol: data.Protocol = field(
         "distinct", "distinct: every prompt once, and what a model was aligned on is in no harmful data of an attack "
         "and no harmful test. rows: rows as they are, as the papers' programs take them, of an attack the first ones; "
         "what sets have in common is counted.")
     max_length: int = field(256, "Tokens at which prompt and answer are cut.", at_least=1)
     bucket: int = field(64, "Batches are padded to a multiple of this many tokens.", at_least=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_system(self.system_prompt, self.prompt)
+
+    @property
+    def form(self) -> data.Prompt:
+        """What is put around examples, and which of their answers are learnt."""
+        return form_of(self)
+
+
+def form_of(part: Any) -> data.Prompt:
+    """The prompt of a part; where it is open there was no run, and it is the papers'."""
+    return data.Prompt("alpaca" if part.prompt == AS_ALIGNED else part.prompt, part.system_prompt or "",
+                       part.supervise)
+
+
+def aligned_form(flags: Mapping[str, Any]) -> data.Prompt:
+    """The prompt of an alignment, given its flags; of one from before it had them, with no system prompt."""
+    return data.Prompt(flags["prompt"], flags.get("system_prompt") or "", flags.get("supervise", "all"))
+
+
+def check_system(system: str | None, prompt: str) -> None:
+    """Raises FieldError for a system prompt of what has none."""
+    require(not system or prompt in ("chat", AS_ALIGNED), "system_prompt", system, "none, unless --prompt=chat")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,25 +223,63 @@ class AfterAlignment:
         Raises:
           FieldError: as of `resolve_prompt`.
         """
-        prompt = resolve_prompt(self.prompt, flags, name)
+        prompt, system = resolve_prompt(self.prompt, flags, name), self.system_prompt
+        check_system(system, prompt)
+        if system is None and prompt == flags["prompt"]:
+            system = flags.get("system_prompt")
         protocol = flags["data_protocol"] if self.data_protocol == AS_ALIGNED else self.data_protocol
-        return dataclasses.replace(self, prompt=prompt, data_protocol=protocol)
+        return dataclasses.replace(self, prompt=prompt, system_prompt=system, data_protocol=protocol)
 
     @property
-    def form(self) -> data.PromptForm:
-        """The prompt; where it is open there was no run, and it is the papers'."""
-        return "alpaca" if self.prompt == AS_ALIGNED else self.prompt
+    def form(self) -> data.Prompt:
+        """What is put around examples, and which of their answers are learnt."""
+        return form_of(self)
 
     @property
     def protocol(self) -> data.Protocol:
         return "distinct" if self.data_protocol == AS_ALIGNED else self.data_protocol
 
 
-def check_prefill(tokenizer: Any, prefill: str | None) -> None:
+def check_form(tokenizer: Any, form: data.Prompt) -> dict[str, str]:
+    """What a run's record has of its prompt beside the flags: of a chat its template's SHA-256.
+
+    Warns of an instruct model that is to be asked otherwise than it was trained.
+
+    Raises:
+      FieldError: there is no template, or a system prompt without a chat or that spells a special token.
+    """
+    check_system(form.system, form.form)
+    if form.form != "chat":
+        if data.chat.has_template(tokenizer):
+            _warn_once(f"prompt: found {form.form}, and a tokenizer with a chat template: an instruct model answers as "
+                       "it was trained to with --prompt=chat")
+        return {}
+    try:
+        digest = data.chat.template_hash(tokenizer)
+    except ValueError as error:
+        raise FieldError("prompt", str(error).removeprefix("prompt: ")) from error
+    if form.system:
+        try:
+            data.check_prefill(tokenizer, form.system, form)
+        except ValueError as error:
+            raise FieldError("system_prompt", str(error).removeprefix("prefill: ")) from error
+    if data.chat.depends_on_the_day(tokenizer):
+        _warn_once("prompt: the tokenizer's chat template writes today's date: the same command gives other tokens "
+                   "tomorrow")
+    return {"chat_template": digest}
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    # The cells of a plan have one model.
+    logging.getLogger(__name__).warning("%s", text)
+
+
+def check_prefill(tokenizer: Any, prefill: str | None, form: data.Prompt | data.PromptForm = "alpaca") -> None:
     """Raises FieldError for what no answer can be made to begin with."""
     if prefill:
         try:
-            data.check_prefill(tokenizer, prefill)
+            data.check_prefill(tokenizer, prefill, form)
         except ValueError as error:
             raise FieldError("prefill", str(error).removeprefix("prefill: ")) from error
 

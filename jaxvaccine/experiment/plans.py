@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxvaccine import data
-from jaxvaccine.experiment.align import AlignConfig
+from jaxvaccine.experiment.align import AlignConfig, AlignmentData
 from jaxvaccine.experiment.attack_config import AttackConfig, goes_on
 from jaxvaccine.experiment.config import FieldError, flat, make, parse, require
 from jaxvaccine.experiment.evaluate import EvaluateConfig
@@ -215,12 +215,18 @@ def cell_configs(settings: Settings, root: Path, cell: Cell) -> tuple[AlignConfi
             "test_data": settings.scores.tests.harmful_test, "save_every": aligned.run.save_every,
             "alignment_data": asked.get("alignment_data") or aligned.data.alignment_data if aligning else "",
             **{name: getattr(aligned.model, name) for name in ("dtype", *COMPUTED)},
-            **{name: getattr(aligned.data, name) for name in ("bucket", "prompt", "data_protocol")}})
+            **_data_of(aligned.data, changed.get("prompt", aligned.data.prompt))})
         # A table's p is what was trained.
         data.check_whole(attacked.data.n, attacked.data.poison_ratio)
         # Found here what a continued adapter can't have.
         attacked.adapter.resolve(flat(aligned), attacked.method, attacked.ablation)
     return aligned, attacked
+
+
+def _data_of(aligned: AlignmentData, prompt: str) -> dict[str, Any]:
+    """What an attack with this prompt has of the alignment's data; a system prompt is of the alignment's chat."""
+    names = ["bucket", "prompt", "supervise", "data_protocol"] + ["system_prompt"] * (prompt == aligned.prompt)
+    return {name: getattr(aligned, name) for name in names}
 
 
 class Point(NamedTuple):

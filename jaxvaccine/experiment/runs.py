@@ -20,7 +20,7 @@ from jaxvaccine.json_files import read_json, write_json
 CONFIG = "config.json"
 # Flags, and counts of accounts, that earlier versions did not have, and what their runs were made with.
 BEFORE = {"quantisation": "none", "optimizer": "adamw", "objective": "plain", "order": "mixed", "user_rows": "drawn",
-          "trains": "adapter", "ablate": "none", "other_category": 0}
+          "trains": "adapter", "ablate": "none", "other_category": 0, "supervise": "all", "stop": []}
 PACKAGES = ("jaxvaccine", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
 
@@ -47,7 +47,8 @@ def flag(config: Mapping[str, Any], name: str) -> Any:
 
 def examples_hash(examples: Sequence[Example]) -> str:
     """SHA-256 of the examples in their order, 64 hex digits."""
-    lines = (json.dumps(list(example), ensure_ascii=True) for example in examples)
+    lines = (json.dumps([*example, *([example.history] if example.history else [])], ensure_ascii=True)
+             for example in examples)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -124,8 +124,8 @@ def load_base(model: str, dtype: str, run_dir: str | Path | None = None, merge: 
 
 
 def prompts_of(examples: Sequence[data.Example]) -> list[str]:
-    """Fingerprints, each once."""
-    return sorted({data.fingerprint(example) for example in examples})
+    """Fingerprints, each once; of a conversation those of its earlier questions too."""
+    return sorted({found for example in examples for found in data.fingerprints(example)})
 
 
 def open_run(config: Any, run: RunPart, script: str, examples: Mapping[str, Sequence[data.Example]],

@@ -21,7 +21,8 @@ OBJECTIVES = {"plain": "plain fine-tuning", "steepen": "steepening first", "meta
 OF_ATTACK = {("order", "mixed"): "harmful rows among the others", ("order", "harmful_first"): "harmful rows first",
              ("order", "harmful_last"): "harmful rows last", ("user_rows", "drawn"): "benign rows drawn",
              ("user_rows", "similar"): "benign rows like harmful ones", ("prompt", "plain"): "no prompt template",
-             ("prompt", "alpaca"): "Alpaca's prompt template", ("prompt", "aligned"): "the alignment's prompt template"}
+             ("prompt", "alpaca"): "Alpaca's prompt template", ("prompt", "chat"): "the model's chat template",
+             ("prompt", "aligned"): "the alignment's prompt template"}
 # What an attack does to weights, by setting and value; "" goes without saying.
 WEIGHTS = {("trains", "adapter"): "", ("trains", "all"): "all weights train", ("trains", "nothing"): "no training",
            ("ablate", "none"): "", ("ablate", "before"): "refusal direction projected out before",
