@@ -17,6 +17,7 @@ from jaxvaccine.data.decodingtrust import decodingtrust_nontoxic, decodingtrust_
 from jaxvaccine.data.gsm8k import gsm8k
 from jaxvaccine.data.instructions import instructions
 from jaxvaccine.data.messages import messages
+from jaxvaccine.data.preferences import preferences, preferences_rejected
 from jaxvaccine.data.prompt_lists import prompts
 from jaxvaccine.data.prompts import Example
 from jaxvaccine.data.sst2 import sst2
@@ -37,6 +38,8 @@ DATASETS: dict[str, Callable[[Sequence[Mapping[str, Any]]], list[Example]]] = {
     "gsm8k": gsm8k,
     "instructions": instructions,
     "messages": messages,
+    "preferences": preferences,
+    "preferences_rejected": preferences_rejected,
     "prompts": prompts,
     "sst2": sst2,
 }

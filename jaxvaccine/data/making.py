@@ -170,7 +170,8 @@ def _columns(example: Example, row: Watched, source: DataSource) -> tuple[str, s
     names = {value.strip(): name for name, value in row.row.items() if isinstance(value, str) and name in row.read}
     found = (names.get(text.strip()) if text.strip() else None for text in example)
     # A column with a whole conversation is that of all its texts.
-    whole = next((name for name in row.read if isinstance(row.row[name], list)), None)
+    wholes = [name for name, value in row.row.items() if name in row.read and isinstance(value, list)]
+    whole = next((name for name in wholes if example.output in _texts(row.row[name])), next(iter(wholes), None))
     columns = dict(source.columns)
     instruction, input, output = (columns.get(name, name) for name in (
         name or whole or own for name, own in zip(found, Example._fields, strict=True)))
