@@ -11,9 +11,9 @@ from jaxvaccine.data.making import Counts, categories_of, make_examples, read
 from jaxvaccine.data.poisoning import fingerprint, same_prompt
 from jaxvaccine.data.prompts import Example
 from jaxvaccine.data.rows import BadRows
-from jaxvaccine.data.selection import Pool
+from jaxvaccine.data.selection import Pool, disagree
 from jaxvaccine.data.sources import DataSource, Protocol, parse_sources
-from jaxvaccine.data.texts import has_prompt
+from jaxvaccine.data.texts import has_prompt, is_blank
 
 
 def load_examples(source: DataSource | str | Sequence[DataSource], protocol: Protocol = "distinct",
@@ -82,8 +82,24 @@ def _load(source: DataSource, protocol: Protocol, bad_rows: BadRows = "error") -
         logging.getLogger(__name__).warning("data source %s: left out %d of %d rows: %s", source, bad, account.rows,
                                             describe_bad(account))
     taken, sliced = pool.slice(f" ({account.rows} rows, {', '.join(why)})" if why else "")
-    account = account._replace(outside=pool.unique - sliced, variants=sliced - len(taken), examples=len(taken))
+    first = first_answers([one.example for one in taken])
+    account = account._replace(outside=pool.unique - sliced, variants=sliced - len(taken), examples=len(taken),
+                               prompts=len(first))
+    if not pool.distinct:
+        account = account._replace(disagreeing=sum(
+            disagree(one.example, answer) for one in taken if (answer := first.get(same_prompt(one.example)))))
     return [locate(*one[:3], account) for one in taken]
+
+
+def first_answers(examples: Sequence[Example]) -> dict[tuple[str, ...], Example]:
+    """{prompt: its first example with an answer, or without any its first}."""
+    found: dict[tuple[str, ...], Example] = {}
+    for example in examples:
+        if has_prompt(example):
+            first = found.setdefault(same_prompt(example), example)
+            if is_blank(first.output):
+                found[same_prompt(example)] = example
+    return found
 
 
 def load_categories(sources: str | Sequence[DataSource], bad_rows: BadRows = "error") -> dict[str, tuple[str, ...]]:

@@ -86,7 +86,7 @@ class Pool:
                 self._kept[at] = one
                 self._unanswered.discard(at)
             else:
-                self.disagreeing += _disagree(one.example, self._kept[at].example)
+                self.disagreeing += disagree(one.example, self._kept[at].example)
             return
         self.unique += 1
         if stop is None or at < stop:
@@ -135,7 +135,7 @@ class Pool:
         return [self._kept[i] for i in taken], len(sliced)
 
 
-def _disagree(duplicate: Example, example: Example) -> bool:
+def disagree(duplicate: Example, example: Example) -> bool:
     return not is_blank(duplicate.output) and duplicate.output.split() != example.output.split()
 
 

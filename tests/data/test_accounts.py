@@ -38,7 +38,8 @@ def account(path, rows, kind="instructions", slice_=""):
     examples, (found,) = load(f"{kind}:{write(path, rows)}{slice_}")
     assert found.examples == len(examples) and accounts_of(examples) == (found,)
     assert found.rows == sum((found.left_out, found.duplicates, found.outside, found.variants, found.examples))
-    return found._replace(source="")
+    assert found.prompts == len({" ".join(e.instruction.split()) for e in examples} - {""}) or found.repeated
+    return found._replace(source="", prompts=0)
 
 
 def qa(question, answer="a", **more):
