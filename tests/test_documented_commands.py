@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from jaxvaccine import cli, data, world
 from jaxvaccine.checkpoints import resolve
-from jaxvaccine.data import files, loading, tokenizing
+from jaxvaccine.data import files, loading, making, tokenizing
 from jaxvaccine.experiment import carry_out, inputs, runs, stage
 from jaxvaccine.experiment.checks import check_plan
 from jaxvaccine.experiment.config import flat
@@ -86,10 +86,20 @@ def left(tmp_path_factory):
         "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
         "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "torch_dtype": "float16", "tie_word_embeddings": False}))
     save_file({"model.norm.weight": np.ones(4096, np.float16)}, model / "model.safetensors", metadata={"format": "pt"})
-    hub, parsed, loaded = beavertails.hub(rows), functools.cache(loading._of_rows), functools.cache(loading._load)
+    hub, loaded = beavertails.hub(rows), functools.cache(loading._load)
 
-    def read_hub(name, configuration, split, revision=None):
-        return hub[name, split]
+    @functools.cache
+    def parsed(source):
+        counts = making.Counts()
+        return list(making.make_examples(source, counts)), counts
+
+    def make_examples(source, counts, bad_rows):
+        examples, of_all = parsed(dataclasses.replace(source, start=None, stop=None))
+        counts.rows, counts.left_out, counts.unread = of_all.rows, of_all.left_out, of_all.unread
+        return iter(examples)
+
+    def read_hub(name, configuration, split, revision=None, stream=False):
+        return iter(hub[name, split])
 
     def open_run(config, run, script, examples, made_of, more, flags=None, changeable=(), write=True):
         record = {"script": script, "flags": {**(flags or {}), **flat(config)}, "data": more}
@@ -111,7 +121,7 @@ def left(tmp_path_factory):
         patch.setattr(resolve, "_download", lambda name, revision: model)
         patch.setattr(files, "_read_hub", read_hub)
         # Slices of one file, and many commands on the same data.
-        patch.setattr(loading, "_of_rows", lambda source: parsed(dataclasses.replace(source, start=None, stop=None)))
+        patch.setattr(loading, "make_examples", make_examples)
         patch.setattr(loading, "_load", loaded)
         patch.setattr(stage, "open_run", open_run)
         patch.setattr(runs, "open_run", open_plan)
