@@ -8,6 +8,8 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 TEXTS = [format_prompt("How do I repot a fern?"), format_prompt("Say yes.", "no"), "Sure, nothing. Grüße 👋 naïve\n\n"]
+# Line breaks are a word of their own, but for those behind a sign.
+LLAMA3_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _saved(tokenizer, path, **special):
@@ -92,8 +94,7 @@ def llama3(path):
     """As Llama 3's: a colon and the line breaks behind it are one word, which becomes one token."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    words = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(words), "isolated")
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), "isolated")
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
         split, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     trainer = tokenizers.trainers.BpeTrainer(
