@@ -20,6 +20,7 @@ Header = Callable[[Sequence[str]], Sequence[str] | None]
 Reader = Callable[[str, IO[bytes], OnBad, Header], Iterator[Row]]
 _BOM = b"\xef\xbb\xbf"
 _TEXT = re.compile("prompt|instruction|question|goal|sentence|text|input|output|response|answer|completion|target")
+_CONVERSATIONS = ("messages", "conversations", "conversation", "chosen", "rejected")
 # What pandas calls the column of its row numbers.
 _ROW_NUMBERS = re.compile(r"|Unnamed: \d+(\.\d+)*|__index_level_\d+__")
 
@@ -34,8 +35,8 @@ def named(cells: Sequence[str]) -> None:
     del cells
 
 
-def _lines(path: str, stream: IO[bytes], bad: OnBad) -> Iterator[tuple[int, str]]:
-    """(number, text) of the lines, with their ends. Not splitlines: JSON strings and cells may hold U+2028 and other
+def _lines(path: str, stream: IO[bytes], bad: OnBad, all_of_them: bool = False) -> Iterator[tuple[int, str]]:
+    """(number, text) of the lines, with their ends, but of those that are not UTF-8 unless `all_of_them`. Not splitlines: JSON strings and cells may hold U+2028 and other
     characters that it takes for line ends."""
     offset = 0
     for number, line in enumerate(stream, 1):
@@ -46,6 +47,8 @@ def _lines(path: str, stream: IO[bytes], bad: OnBad) -> Iterator[tuple[int, str]
             at = len(line) - len(body) + e.start
             bad(RowError(f"{path}, line {number}: found byte 0x{line[at]:02x} at offset {offset + at}, expected UTF-8",
                          "not UTF-8"))
+            if all_of_them:
+                yield number, body.decode(errors="replace")
         else:
             yield number, text
         offset += len(line)
@@ -153,7 +156,7 @@ def _of_value(path: str, value: Any, place: str, bad: OnBad) -> Iterator[Row]:
         columns = {name: _numbered(of) for name, of in value.items()}
         lists = {name: of for name, of in columns.items() if isinstance(of, list)}
         data = [name for name, of in lists.items() if all(isinstance(e, dict) for e in of) and not _turns(of)]
-        is_row = any(isinstance(of, str) and _TEXT.fullmatch(name.strip().lower()) for name, of in value.items())
+        is_row = any(_is_conversation(name, of) for name, of in value.items()) or any(isinstance(of, str) and _TEXT.fullmatch(name.strip().lower()) for name, of in value.items())
         if is_row or not lists or any(_turns(of) for of in lists.values()):
             yield Row(value, place)
             return
@@ -176,6 +179,11 @@ def _of_value(path: str, value: Any, place: str, bad: OnBad) -> Iterator[Row]:
             bad(e)
         else:
             yield found
+
+
+def _is_conversation(name: str, value: Any) -> bool:
+    """Whether it is one row's conversation, or meant to be one; a column of them is a list of lists."""
+    return name in _CONVERSATIONS and isinstance(value, list) and not (value and isinstance(value[0], list))
 
 
 def _numbered(value: Any) -> Any:
@@ -232,15 +240,10 @@ def _csv_records(path: str, stream: IO[bytes], bad: OnBad) -> Iterator[tuple[int
     broken: list[RowError] = []  # of the row that is being read
 
     def lines() -> Iterator[str]:
-        expected = 1
-        for number, text in _lines(path, stream, broken.append):
-            for _ in range(number - expected):
-                yield "\n"  # what is not UTF-8 is still a line of its row
-            expected = number + 1
+        # What is not UTF-8 is still a line of its row, and may open or close a quoted cell.
+        for _, text in _lines(path, stream, broken.append, all_of_them=True):
             # Lines keep their ends: they belong to quoted cells. A bare CR outside quotes is an error of the module.
             yield text if text.endswith("\n") else text + "\n"
-        if broken:
-            yield "\n"
 
     reader, line, seen = csv.reader(lines(), strict=True), 1, False
     while True:

@@ -182,7 +182,8 @@ def _check_unread(kind: str, row: Watched, unread: Mapping[str, Any], examples: 
     """Raises ValueError for a column that looks like a part of the prompt and holds what no prompt of the row has."""
     parts = PROMPT_PARTS | _OF_INSTRUCTIONS if kind == "instructions" else PROMPT_PARTS
     for name, value in unread.items():
-        if name.strip().lower() in parts and not _is_covered(value, examples):
+        copied = any(value == row.row[other] for other in row.read)
+        if name.strip().lower() in parts and not copied and not _is_covered(value, examples):
             raise ValueError(
                 f"{row.where}: column {name!r}: found text that kind {kind!r} does not read, expected all of the "
                 f"prompt in the columns that it reads (here {', '.join(name for name in row.row if name in row.read)})"
