@@ -53,11 +53,11 @@ from jaxvaccine.data.tokenizing import (
 __all__ = [
     "DATASETS",
     "EMBEDDED",
+    "LIKENESSES",
     "Account",
     "BadRows",
     "Conversation",
     "DataSource",
-    "LIKENESSES",
     "Example",
     "Mixture",
     "Prompt",

@@ -219,7 +219,7 @@ def test_damaged_compressed_files(tmp_path, packing):
     for damaged in (packed[: len(packed) // 2], packed[:99] + bytes(99) + packed[198:]):
         with pytest.raises(ValueError, match=rf"a\.jsonl\{packing}: found a damaged \w+ file \(.*, expected a whole"):
             read_rows(write(tmp_path / f"a.jsonl{packing}", damaged))
-    with pytest.raises(ValueError, match=rf"found b'.\\*\"a.*' at its start, expected a \w+ file"):
+    with pytest.raises(ValueError, match=r"found b'.\\*\"a.*' at its start, expected a \w+ file"):
         read_rows(write(tmp_path / f"b.jsonl{packing}", text))
 
 
