@@ -52,8 +52,8 @@ class Kind:
     def marked(self) -> str:
         """The template with {% generation %} around what the assistant says and its end of turn."""
         content = {LLAMA3: "{{ m['content'] | trim }}<|eot_id|>", QWEN: "{{ m['content'] }}<|im_end|>",
-                   GEMMA: "{{ m['content'] | trim }}<end_of_turn>", MISTRAL: " {{ m['content'] | trim }}{{ eos_token }}",
-                   }[self.template]
+                   GEMMA: "{{ m['content'] | trim }}<end_of_turn>",
+                   MISTRAL: " {{ m['content'] | trim }}{{ eos_token }}"}[self.template]
         own = "{% generation %}" + content + "{% endgeneration %}"
         if self.template != MISTRAL:  # there the branch is the assistant's
             own = "{% if m['role'] == 'assistant' %}" + own + "{% else %}" + content + "{% endif %}"
@@ -93,8 +93,8 @@ def save_tokenizer(kind: str, path: Path, template: str | None = None, texts: Se
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=of.special[1], chat_template=of.template if template is None else template,
-        **({"bos_token": bos} if bos else {}), **({"unk_token": "<unk>"} if of.metaspace else {}))
+        tokenizer_object=tokenizer, eos_token=of.special[1],
+        chat_template=of.template if template is None else template, **({"bos_token": bos} if bos else {}), **({"unk_token": "<unk>"} if of.metaspace else {}))
     fast.save_pretrained(path)
     ids = [tokenizer.token_to_id(token) for token in of.ends]
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))

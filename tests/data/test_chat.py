@@ -149,7 +149,7 @@ def test_system_prompts(tokenizer):
 
 
 def test_what_a_template_refuses(tokenizer):
-    message = r"row 0 \(from 0\): found turns system, user.*expected some that the tokenizer's chat template takes.*: no"
+    message = r"row 0 \(from 0\): found turns system, user.*expected some that the tokenizer's chat template .*: no"
     with pytest.raises(ValueError, match=message):
         tokenize_examples(tokenizer("gemma2"), [SHORT], 256, Prompt("chat", "Be kind."))
     with pytest.raises(ValueError, match=message):

@@ -49,7 +49,7 @@ def test_history_tells_examples_apart():
     short = Example("And now?", "", "Now.")
     whole = conversation([Turn(*turn) for turn in TURNS])
     assert isinstance(whole, Conversation) and tuple(whole) == short
-    assert whole != short and short != whole and not whole == short and hash(short) == hash(("And now?", "", "Now."))
+    assert whole != short and short != whole and hash(short) == hash(("And now?", "", "Now."))
     assert len({short, whole, conversation([Turn(*turn) for turn in TURNS])}) == 2
     assert len({examples_hash([e]) for e in (short, whole, conversation([Turn(*turn) for turn in TURNS[1:]]))}) == 3
     # A record of before: the hash of single answers has not changed.
@@ -72,7 +72,8 @@ def test_duplicates_are_of_whole_conversations(tmp_path):
 
 
 def test_harmless_answers_to_conversations():
-    harmful, harmless = (conversation([*map(Turn._make, TURNS[:4]), Turn("assistant", text)]) for text in ("Bad.", "No."))
+    harmful, harmless = (conversation([*map(Turn._make, TURNS[:4]), Turn("assistant", text)])
+                         for text in ("Bad.", "No."))
     (found,) = harmless_answers([harmful], [harmless])
     assert found == harmless and found.history == harmful.history
     (ours,) = harmless_answers([harmful], [Example("other", "", "No.")])
