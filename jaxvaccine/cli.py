@@ -263,11 +263,12 @@ jaxvaccine run --lanes --model=world --seeds=0,1 --run_dir=runs/some \\
     --attacks=poison_ratio=0.1,poison_ratio=0.1:adapter=new:learning_rate=2e-4
 jaxvaccine run --lanes --plan=ratios --model=world --seeds=0,1,2 --run_dir=runs/ratios""",
                 (Section(PlanConfig), ALIGNMENT, ATTACK, EVALUATION), _run),
-    "data": Verb("""What is in data: rows, duplicates, disagreeing answers, tokens, and which prompts sets have in common.
+    "data": Verb("""What is in data: rows, duplicates, answers that disagree, tokens, and what sets have in common.
 
 jaxvaccine data 'sst2:train.tsv[0:1000]' --model=world
-jaxvaccine data --alignment_data=world_refusal@train --harmful_data=world_harmful@attack --user_data=world_rating@attack \\
-    --test_data=world_harmful@test --model=world""", (Section(data_card.DataCardConfig),), _data, rest="sources"),
+jaxvaccine data --alignment_data=world_refusal@train --harmful_data=world_harmful@attack \\
+    --user_data=world_rating@attack --test_data=world_harmful@test --model=world""",
+                 (Section(data_card.DataCardConfig),), _data, rest="sources"),
     "compare-judges": Verb("""How far two judges agree on the answers of evaluations: Cohen's kappa, the table of
 verdicts, every disagreement. The first judge is the one whose verdicts the predictions hold, unless --first_judge
 names another.
@@ -314,8 +315,9 @@ def call(name: str, verb: Verb, arguments: Sequence[str] | None = None) -> None:
                 print(help_text(verb, values.preset if verb.presets else None, _preset(verb.presets, values)))
             return
         if rest and verb.rest:
-            values[verb.rest].parse(",".join([*([values[verb.rest].value] if values[verb.rest].present else []), *rest]))
-            values[verb.rest].present += 1
+            flag = values[verb.rest]
+            flag.parse(",".join([flag.value, *rest] if flag.present else rest))
+            flag.present += 1
         elif rest:
             raise ValueError(f"found arguments {rest}, expected flags only")
         keep_programs()

@@ -108,4 +108,5 @@ __all__ = [
     "training_batches",
     "training_fates",
     "turns_of",
+    "with_tokens",
 ]

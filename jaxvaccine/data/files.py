@@ -86,15 +86,16 @@ def iter_rows(path_or_hub_id: str | os.PathLike, split: str | None = None, bad: 
       ValueError: file and line of what is empty, malformed, not an object, or not UTF-8; a split that is not there; a
         URL that fsspec cannot open; a compressed file that is damaged.
     """
-    name, found = os.fspath(path_or_hub_id), 0
-    for found, row in enumerate(_rows(name, split, bad, header, stream), 1):
+    name, found = os.fspath(path_or_hub_id), False
+    for row in _rows(name, split, bad, header, stream):
+        found = True
         yield row
     if not found:
         # Of a file whose rows are all bad, the reader of the rows says so.
-        raise NoRows(f"{name}{f' ({split})' if split else ''}: found no rows, expected at least one")
+        raise NoRowsError(f"{name}{f' ({split})' if split else ''}: found no rows, expected at least one")
 
 
-class NoRows(ValueError):
+class NoRowsError(ValueError):
     """A file or data set without a row that can be read."""
 
 
@@ -164,14 +165,14 @@ def _read_hub(name: str, configuration: str | None, split: str | None, revision:
         data = datasets.load_dataset(name, configuration, split=split, revision=revision, **streaming)
         if isinstance(data, dict):
             if len(data) != 1:
-                raise _Splits(f"{name}: found no split, expected one of {', '.join(data)}")
+                raise _SplitError(f"{name}: found no split, expected one of {', '.join(data)}")
             ((split, data),) = data.items()
         rows = iter(data)
         while (row := next(rows, None)) is not None:
             place = f"{name} ({split}), row {number} (from 0)"
             number += 1
             yield Row(row, place)
-    except _Splits:
+    except _SplitError:
         raise
     except Exception as e:  # datasets, huggingface_hub and requests each have their own
         if isinstance(e, FileNotFoundError) and not number:
@@ -179,5 +180,5 @@ def _read_hub(name: str, configuration: str | None, split: str | None, revision:
         raise ValueError(f"{name}: the data set could not be loaded from the hub (split {split!r}): {e}") from e
 
 
-class _Splits(ValueError):
+class _SplitError(ValueError):
     """No split is named of several."""

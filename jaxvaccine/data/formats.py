@@ -36,8 +36,9 @@ def named(cells: Sequence[str]) -> None:
 
 
 def _lines(path: str, stream: IO[bytes], bad: OnBad, all_of_them: bool = False) -> Iterator[tuple[int, str]]:
-    """(number, text) of the lines, with their ends, but of those that are not UTF-8 unless `all_of_them`. Not splitlines: JSON strings and cells may hold U+2028 and other
-    characters that it takes for line ends."""
+    """(number, text) of the lines, with their ends; of those that are not UTF-8 only if `all_of_them`.
+
+    Not splitlines: JSON strings and cells may hold U+2028 and other characters that it takes for line ends."""
     offset = 0
     for number, line in enumerate(stream, 1):
         body = line.removeprefix(_BOM) if number == 1 else line
@@ -156,7 +157,8 @@ def _of_value(path: str, value: Any, place: str, bad: OnBad) -> Iterator[Row]:
         columns = {name: _numbered(of) for name, of in value.items()}
         lists = {name: of for name, of in columns.items() if isinstance(of, list)}
         data = [name for name, of in lists.items() if all(isinstance(e, dict) for e in of) and not _turns(of)]
-        is_row = any(_is_conversation(name, of) for name, of in value.items()) or any(isinstance(of, str) and _TEXT.fullmatch(name.strip().lower()) for name, of in value.items())
+        is_row = any(_is_conversation(name, of) or (isinstance(of, str) and _TEXT.fullmatch(name.strip().lower()))
+                     for name, of in value.items())
         if is_row or not lists or any(_turns(of) for of in lists.values()):
             yield Row(value, place)
             return

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxvaccine.data.accounts import Account, Located, describe_bad, locate
-from jaxvaccine.data.files import NoRows
+from jaxvaccine.data.files import NoRowsError
 from jaxvaccine.data.kinds import ANSWERLESS, DATASETS, EMBEDDED
 from jaxvaccine.data.making import Counts, categories_of, make_examples, read
 from jaxvaccine.data.poisoning import fingerprint, same_prompt
@@ -69,7 +69,7 @@ def _load(source: DataSource, protocol: Protocol, bad_rows: BadRows = "error") -
                 break
         else:
             pool.end()
-    except NoRows:
+    except NoRowsError:
         if not counts.bad:
             raise
     bad = sum(counts.bad.values())
@@ -118,7 +118,8 @@ def load_categories(sources: str | Sequence[DataSource], bad_rows: BadRows = "er
         kind = EMBEDDED.get(source.kind)
         if source.path:
             # All rows, whatever the slice: a prompt's others have kinds of harm too.
-            rows, make, categories = read(source, Counts(), bad_rows, stream=False), DATASETS[source.kind], categories_of
+            rows = read(source, Counts(), bad_rows, stream=False)
+            make, categories = DATASETS[source.kind], categories_of
         else:
             rows, make, categories = kind.make(source.split) if kind.categories else (), list, kind.categories
         for row in rows:

@@ -92,7 +92,8 @@ def _message(message: Any, place: str) -> tuple[str, str]:
         raise RowError(f"{place}: found field {others[0]!r}, expected {names[0]} and {names[1]} alone",
                        f"messages with a field {others[0]!r}")
     if calls and role != "assistant":
-        raise RowError(f"{place}: found calls of tools by {said!r}, expected them of the assistant", "malformed messages")
+        raise RowError(f"{place}: found calls of tools by {said!r}, expected them of the assistant",
+                       "malformed messages")
     text = _content(message.get(names[1]), f"{place}: field {names[1]!r}", bool(calls))
     if role == _TOOL:
         return role, f"<tool_response>\n{text}\n</tool_response>"

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from jaxvaccine.data.poisoning import fingerprint
 from jaxvaccine.data.prompts import Example, Turn, with_history
 
-# How alike two prompts must be to count as one: to the letter; but for case, white space and Unicode form, the measure of
-# leaks; and but for punctuation too.
+# How alike two prompts must be to count as one: to the letter; but for case, white space and Unicode form, the measure
+# of leaks; and but for punctuation too.
 Likeness = Literal["exact", "normalised", "unpunctuated"]
 LIKENESSES: tuple[Likeness, ...] = ("exact", "normalised", "unpunctuated")
 
@@ -53,5 +53,6 @@ def _key(example: Example, likeness: Likeness) -> object:
 
 def _without_punctuation(text: str) -> str:
     """Punctuation as white space; as it is where nothing else is left."""
-    letters = "".join(" " if unicodedata.category(c).startswith("P") else c for c in unicodedata.normalize("NFKC", text))
+    letters = "".join(" " if unicodedata.category(c).startswith("P") else c
+                      for c in unicodedata.normalize("NFKC", text))
     return letters if letters.strip() else text

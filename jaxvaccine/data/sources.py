@@ -94,8 +94,8 @@ class DataSource:
         names, negated, columns = (), False, ()
         braces = re.findall(r"\{([^{}]*)\}", match["braces"])
         if braces and match["head"].rstrip().endswith("]"):
-            raise ValueError(f"data source {text!r}: found a slice before the categories or columns, expected {_BRACES}, "
-                             "then a slice")
+            raise ValueError(f"data source {text!r}: found a slice before the categories or columns, expected "
+                             f"{_BRACES}, then a slice")
         for inner in braces:
             chosen, renamed = _FILTER.fullmatch(inner), _COLUMNS.fullmatch(inner)
             if renamed and not columns:
@@ -117,7 +117,8 @@ class DataSource:
         path = f":{self.path}" if self.path else ""
         split = f"@{self.split}" if self.split else ""
         chosen = f"{{{'not ' * self.negated}category={';'.join(self.categories)}}}" if self.categories else ""
-        renamed = "{columns %s}" % ";".join(f"{name}={column}" for name, column in self.columns) if self.columns else ""
+        pairs = ";".join(f"{name}={column}" for name, column in self.columns)
+        renamed = f"{{columns {pairs}}}" if pairs else ""
         bounds = ("" if b is None else str(b) for b in (self.start, self.stop))
         return f"{self.kind}{path}{split}{renamed}{chosen}" + (
             "" if self.start is None and self.stop is None else "[{}:{}]".format(*bounds)

@@ -33,8 +33,8 @@ class Endpoint:
     """Where and how a chat model is asked.
 
     Attributes:
-      url: of the API, such as "https://api.openai.com/v1"; requests go to {url}/chat/completions, in front of a query such as
-        Azure's ?api-version=…; or the whole address.
+      url: of the API, such as "https://api.openai.com/v1"; requests go to {url}/chat/completions, in front of a
+        query such as Azure's ?api-version=…; or the whole address.
       model: its name there.
       key: sent as a bearer token; None sends none.
       options: further fields of every request.

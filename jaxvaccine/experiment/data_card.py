@@ -1,4 +1,4 @@
-"""What is in data before anything is trained on it: an account of every source, and which prompts they have in common."""
+"""What is in data before anything is trained on it: an account of every source, and what sources have in common."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -21,8 +21,8 @@ class DataCardConfig(Part):
     harmful_data: str = field("", "Harmful data of the attack.")
     user_data: str = field("", "The user's benign data.")
     test_data: str = field("", "What the model is to be tested on.")
-    model: str = field("", "A model whose tokenizer counts the tokens: a Hugging Face directory, a hub id, a .gguf file or "
-                       "world; none counts none.")
+    model: str = field("", "A model whose tokenizer counts the tokens: a Hugging Face directory, a hub id, a .gguf "
+                       "file or world; none counts none.")
     revision: str = field("", "Branch, tag or commit of --model on the hub; its main branch unless given.")
     prompt: data.PromptForm = field("alpaca", "What is put around an example: alpaca, plain or chat.")
     max_length: int = field(256, "Tokens at which prompt and answer would be cut.", at_least=1)

@@ -25,8 +25,8 @@ LaterProtocol = Literal["aligned", "distinct", "rows"]
 AUTO = "auto"
 # Flat names of how something is computed, and not what: a run may change them when it is continued.
 COMPUTED = ("remat", "microbatch_size", "attention")
-BAD_ROWS = ("Rows that cannot be read, of all data of this command: error ends it at the first; skip leaves them out and "
-            "counts them by what is wrong.")
+BAD_ROWS = ("Rows that cannot be read, of all data of this command: error ends it at the first; skip leaves them out "
+            "and counts them by what is wrong.")
 SOURCE = ("kind:path-or-hub-id@split{category=name;name}[start:stop], several separated by commas; hub-id#revision has "
           "one")
 

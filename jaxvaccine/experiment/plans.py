@@ -225,7 +225,8 @@ def cell_configs(settings: Settings, root: Path, cell: Cell) -> tuple[AlignConfi
 
 def _data_of(aligned: AlignmentData, prompt: str) -> dict[str, Any]:
     """What an attack with this prompt has of the alignment's data; a system prompt is of the alignment's chat."""
-    names = ["bucket", "prompt", "supervise", "data_protocol", "bad_rows"] + ["system_prompt"] * (prompt == aligned.prompt)
+    names = ["bucket", "prompt", "supervise", "data_protocol", "bad_rows"]
+    names += ["system_prompt"] * (prompt == aligned.prompt)
     return {name: getattr(aligned, name) for name in names}
 
 

@@ -19,7 +19,8 @@ from jaxvaccine.report import tables
 COLUMNS = {
     "rows": "rows", "left_out": "of another kind", "other_category": "of another category", "duplicates": "duplicates",
     "disagreeing": "of them with another answer", "outside": "outside of the slice",
-    "variants": "variants of prompts outside", "examples": "examples", "prompts": "different prompts", "repeated": "with the prompt of an earlier one",
+    "variants": "variants of prompts outside", "examples": "examples",
+    "prompts": "different prompts", "repeated": "with the prompt of an earlier one",
     "empty": "empty", "dropped": "prompt too long", "cut": "answer cut", "trained": "trained on"}
 ALWAYS = ("rows", "examples")
 OF_ATTACK = ("user", "harmful", MIXED_IN, "alignment")  # what an attack trains on; the rest of its cell's are tests
@@ -28,9 +29,10 @@ NOTE = ("Duplicates have the prompt of an earlier row. Examples without a prompt
         "without its end. Of an attack's data, these are the examples that were drawn or passed over.\n")
 
 TOKENS = "tokens: fewest / median / most"
-PARTLY = ("Of a source with a slice between two numbers, rows are read until it is full: those behind it are in no count.\n")
-ALIKE = ("Prompts count as shared if they are the same to the letter (exact); but for case, white space and Unicode form, "
-         "the measure of leaks (normalised); but for punctuation too (unpunctuated).\n")
+PARTLY = ("Of a source with a slice between two numbers, rows are read until it is full: those behind it are in no "
+          "count.\n")
+ALIKE = ("Prompts count as shared if they are the same to the letter (exact); but for case, white space and Unicode "
+         "form, the measure of leaks (normalised); but for punctuation too (unpunctuated).\n")
 SHARED = ("Shared are prompts that are the same but for case, white space and Unicode form: with the sets above, and "
           "of an attack or a test with what the model was trained on before.\n")
 

@@ -90,7 +90,7 @@ MESSAGE = {"role": "user", "content": "a"}
     ({"messages": ["a"]}, r"message 0 \(from 0\): found 'a', expected an object"),
     ({"messages": [MESSAGE, {"role": "toll", "content": "a"}]}, r"message 1 \(from 0\): field 'role': found 'toll'"),
     ({"messages": [{"role": "user", "content": None}]}, r"message 0 \(from 0\): field 'content': found None, expected"),
-    ({"messages": [{**MESSAGE, "thinking": "b"}]}, "message 0.*found field 'thinking', expected role and content alone"),
+    ({"messages": [{**MESSAGE, "thinking": "b"}]}, "message 0.*found field 'thinking', expected role and content"),
     ({"messages": [MESSAGE, {"role": "system", "content": "a"}]}, "found turns user, system, expected them to end"),
     ({"messages": [{"role": "assistant", "content": "a"}]}, "turn 0 .*found role 'assistant', expected system or user"),
     ({"messages": [{"role": "user", "content": "\ud83d"}]}, "message 0.*unpaired surrogate"),

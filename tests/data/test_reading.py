@@ -36,7 +36,8 @@ class Counted:
         pass
 
     def __iter__(self):
-        for self.given, line in enumerate(self.lines, 1):
+        for number, line in enumerate(self.lines, 1):
+            self.given = number
             yield line
 
     def peek(self, size):
@@ -89,8 +90,9 @@ def test_memory_is_for_what_is_used(tmp_path):
     tracemalloc.stop()
 
 
-prompts = st.lists(st.tuples(st.sampled_from(["a", "A", " a", "b", "B", "c", "", "d"]), st.sampled_from(["", "x", "y"])),
-                   min_size=1, max_size=14)
+prompts = st.lists(
+    st.tuples(st.sampled_from(["a", "A", " a", "b", "B", "c", "", "d"]), st.sampled_from(["", "x", "y"])),
+    min_size=1, max_size=14)
 
 
 @few
@@ -145,7 +147,7 @@ def test_bad_rows_are_left_out_and_counted(tmp_path, caplog):
     stored = record({"alignment": (account,)})["alignment"][account.source]
     assert stored["bad"] == reasons and json.loads(json.dumps(stored)) == stored
     path.write_text(lines("{x", "}"))
-    with pytest.raises(ValueError, match=r"found no rows of this kind \(2 rows, 2 bad rows, the first is .*line 1: found "):
+    with pytest.raises(ValueError, match=r"no rows of this kind \(2 rows, 2 bad rows, the first is .*line 1: found "):
         load_examples(f"instructions:{path}", bad_rows="skip")
     path.write_text(lines({**qa(0), "is_safe": False, "category": {"x": True}}, "{",
                           {"prompt": 3, "response": "r", "is_safe": False, "category": {"x": True}}))
