@@ -289,3 +289,11 @@ def test_a_data_set_directory_is_streamed(tmp_path, monkeypatch):
     assert re.search(r"\(train\), row 2 \(from 0\)$", found[0].where) and read_rows(folder, "train")[2] == qa(2)
     with pytest.raises(ValueError, match="split 'dev'"):
         load_examples(f"instructions:{folder}@dev[0:1]")
+
+
+def test_overlaps_by_how_alike():
+    sets = {"alignment": ["Hi there", "A  b", "US", "!", "x"], "attack": ["hi THERE", "A b", "us.", "!!", "x"],
+            "test": ["other"]}
+    found = data.overlaps({name: [Example(text) for text in of] for name, of in sets.items()})
+    assert found["alignment", "attack"] == {"exact": 1, "normalised": 3, "unpunctuated": 4}
+    assert set(found["alignment", "test"].values()) == {0} and len(found) == 3
