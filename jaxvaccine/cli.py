@@ -265,7 +265,7 @@ jaxvaccine run --lanes --plan=ratios --model=world --seeds=0,1,2 --run_dir=runs/
                 (Section(PlanConfig), ALIGNMENT, ATTACK, EVALUATION), _run),
     "data": Verb("""What is in data: rows, duplicates, answers that disagree, tokens, and what sets have in common.
 
-jaxvaccine data 'sst2:train.tsv[0:1000]' --model=world
+jaxvaccine data sst2:train.tsv[0:1000] --model=world
 jaxvaccine data --alignment_data=world_refusal@train --harmful_data=world_harmful@attack \\
     --user_data=world_rating@attack --test_data=world_harmful@test --model=world""",
                  (Section(data_card.DataCardConfig),), _data, rest="sources"),

@@ -21,6 +21,7 @@ from jaxvaccine.experiment.config import flat
 from jaxvaccine.experiment.plans import cell_configs
 from jaxvaccine.experiment.results import Cell
 from tests import beavertails, markdown
+from tests.data import chat_models
 from tests.data import tokenizers_for_tests as kinds
 from tests.markdown import PAGES, ROOT
 
@@ -86,6 +87,13 @@ def left(tmp_path_factory):
         "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
         "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "torch_dtype": "float16", "tie_word_embeddings": False}))
     save_file({"model.norm.weight": np.ones(4096, np.float16)}, model / "model.safetensors", metadata={"format": "pt"})
+    instruct = chat_models.save_tokenizer("llama3", folder / "instruct")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(model / name, instruct / name)
+    for name, count in (("refusals", 20), ("user", 900), ("harmful", 100), ("asked", 20)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": [
+            {"role": "user", "content": f"{name} {i}"}, {"role": "assistant", "content": "Yes."}]}) + "\n"
+            for i in range(count)))
     hub, loaded = beavertails.hub(rows), functools.cache(loading._load)
 
     @functools.cache
@@ -118,7 +126,7 @@ def left(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("OPENAI_API_KEY", "none")
-        patch.setattr(resolve, "_download", lambda name, revision: model)
+        patch.setattr(resolve, "_download", lambda name, revision: instruct if name.endswith("-Instruct") else model)
         patch.setattr(files, "_read_hub", read_hub)
         # Slices of one file, and many commands on the same data.
         patch.setattr(loading, "make_examples", make_examples)

@@ -94,7 +94,8 @@ def save_tokenizer(kind: str, path: Path, template: str | None = None, texts: Se
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=of.special[1],
-        chat_template=of.template if template is None else template, **({"bos_token": bos} if bos else {}), **({"unk_token": "<unk>"} if of.metaspace else {}))
+        chat_template=of.template if template is None else template,
+        **({"bos_token": bos} if bos else {}), **({"unk_token": "<unk>"} if of.metaspace else {}))
     fast.save_pretrained(path)
     ids = [tokenizer.token_to_id(token) for token in of.ends]
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
