@@ -9,6 +9,8 @@ TEST = ["pytest>=9.2", "pytest-xdist>=3.8", "hypothesis>=6.170", "ruff>=0.17.6",
         "sentencepiece>=0.2.3"]
 # How attacks can be searched for, beside drawing them at random.
 SEARCH = ["optuna>=5.0"]
+# Data compressed by Zstandard, before Python 3.14.
+ZSTD = ["zstandard>=0.25"]
 # What models and gradients are compared with. Nothing in the package imports either.
 PARITY = ["torch>=2.13", "peft>=0.21.2"]
 
@@ -52,7 +54,8 @@ setup(
         "cuda13": ["jax[cuda13]>=0.10.2"],
         "parity": PARITY,
         "search": SEARCH,
-        "test": TEST + SEARCH,
-        "dev": TEST + SEARCH + PARITY,
+        "zstd": ZSTD,
+        "test": TEST + SEARCH + ZSTD,
+        "dev": TEST + SEARCH + ZSTD + PARITY,
     },
 )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import flags, logging
 
-from jaxvaccine.experiment import compare_judges, dry_run, recipes
+from jaxvaccine.experiment import compare_judges, data_card, dry_run, recipes
 from jaxvaccine.experiment.align import AlignConfig, align
 from jaxvaccine.experiment.attack import attack
 from jaxvaccine.experiment.attack_config import AttackConfig, goes_on, split_new_adapter
@@ -94,6 +94,7 @@ class Verb(NamedTuple):
     sections: tuple[Section, ...]
     call: Callable[[flags.FlagValues], None]
     presets: Presets | None = None
+    rest: str = ""  # the flag that takes what is given without one
 
 
 def _read(config_class: type, values: flags.FlagValues, presets: Presets | None = None) -> Any:
@@ -193,10 +194,11 @@ def _evaluate(values: flags.FlagValues) -> None:
 # What an attack and an evaluation have from the alignment, or from the plan's cells.
 ATTACK = Section(AttackConfig, "attack_", (
     "run_dir", "aligned", "poison_ratio", "defense", "seed", "overwrite", "test_data", "dtype",
-    *COMPUTED, "bucket", "prompt", "system_prompt", "supervise", "data_protocol", "save_every", "progress"), "Attack: ")
+    *COMPUTED, "bucket", "prompt", "system_prompt", "supervise", "data_protocol", "bad_rows", "save_every",
+    "progress"), "Attack: ")
 EVALUATION = Section(EvaluateConfig, "", (
     "run_dir", "model", "revision", "trained", "seed", "overwrite", "dtype", "quantisation", "progress", "max_length",
-    "prompt", "system_prompt", "supervise", "data_protocol"),
+    "prompt", "system_prompt", "supervise", "data_protocol", "bad_rows"),
     "Evaluation: ")
 ALIGNMENT = Section(AlignConfig, "", ("run_dir", "model", "defense", "seed", "overwrite", "progress"), "Alignment: ")
 
@@ -226,6 +228,14 @@ def _compare_judges(values: flags.FlagValues) -> None:
     print(_reports().write_agreement(config.run_dir, *map(compare_judges.name_of, judges)))
 
 
+def _data(values: flags.FlagValues) -> None:
+    from jaxvaccine.report import accounts
+
+    config = _read(data_card.DataCardConfig, values)
+    with flag_errors(""):
+        print(accounts.card(data_card.read_card(config)))
+
+
 VERBS = {
     "align": Verb("""Aligns a model with a defense.
 
@@ -253,6 +263,12 @@ jaxvaccine run --lanes --model=world --seeds=0,1 --run_dir=runs/some \\
     --attacks=poison_ratio=0.1,poison_ratio=0.1:adapter=new:learning_rate=2e-4
 jaxvaccine run --lanes --plan=ratios --model=world --seeds=0,1,2 --run_dir=runs/ratios""",
                 (Section(PlanConfig), ALIGNMENT, ATTACK, EVALUATION), _run),
+    "data": Verb("""What is in data: rows, duplicates, answers that disagree, tokens, and what sets have in common.
+
+jaxvaccine data sst2:train.tsv[0:1000] --model=world
+jaxvaccine data --alignment_data=world_refusal@train --harmful_data=world_harmful@attack \\
+    --user_data=world_rating@attack --test_data=world_harmful@test --model=world""",
+                 (Section(data_card.DataCardConfig),), _data, rest="sources"),
     "compare-judges": Verb("""How far two judges agree on the answers of evaluations: Cohen's kappa, the table of
 verdicts, every disagreement. The first judge is the one whose verdicts the predictions hold, unless --first_judge
 names another.
@@ -298,7 +314,11 @@ def call(name: str, verb: Verb, arguments: Sequence[str] | None = None) -> None:
             with flag_errors(""):
                 print(help_text(verb, values.preset if verb.presets else None, _preset(verb.presets, values)))
             return
-        if rest:
+        if rest and verb.rest:
+            flag = values[verb.rest]
+            flag.parse(",".join([flag.value, *rest] if flag.present else rest))
+            flag.present += 1
+        elif rest:
             raise ValueError(f"found arguments {rest}, expected flags only")
         keep_programs()
         verb.call(values)

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from jaxvaccine import cli, data, world
 from jaxvaccine.checkpoints import resolve
-from jaxvaccine.data import files, loading, tokenizing
+from jaxvaccine.data import files, loading, making, tokenizing
 from jaxvaccine.experiment import carry_out, inputs, runs, stage
 from jaxvaccine.experiment.checks import check_plan
 from jaxvaccine.experiment.config import flat
@@ -94,10 +94,20 @@ def left(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": [
             {"role": "user", "content": f"{name} {i}"}, {"role": "assistant", "content": "Yes."}]}) + "\n"
             for i in range(count)))
-    hub, parsed, loaded = beavertails.hub(rows), functools.cache(loading._of_rows), functools.cache(loading._load)
+    hub, loaded = beavertails.hub(rows), functools.cache(loading._load)
 
-    def read_hub(name, configuration, split, revision=None):
-        return hub[name, split]
+    @functools.cache
+    def parsed(source):
+        counts = making.Counts()
+        return list(making.make_examples(source, counts)), counts
+
+    def make_examples(source, counts, bad_rows):
+        examples, of_all = parsed(dataclasses.replace(source, start=None, stop=None))
+        counts.rows, counts.left_out, counts.unread = of_all.rows, of_all.left_out, of_all.unread
+        return iter(examples)
+
+    def read_hub(name, configuration, split, revision=None, stream=False):
+        return iter(hub[name, split])
 
     def open_run(config, run, script, examples, made_of, more, flags=None, changeable=(), write=True):
         record = {"script": script, "flags": {**(flags or {}), **flat(config)}, "data": more}
@@ -119,7 +129,7 @@ def left(tmp_path_factory):
         patch.setattr(resolve, "_download", lambda name, revision: instruct if name.endswith("-Instruct") else model)
         patch.setattr(files, "_read_hub", read_hub)
         # Slices of one file, and many commands on the same data.
-        patch.setattr(loading, "_of_rows", lambda source: parsed(dataclasses.replace(source, start=None, stop=None)))
+        patch.setattr(loading, "make_examples", make_examples)
         patch.setattr(loading, "_load", loaded)
         patch.setattr(stage, "open_run", open_run)
         patch.setattr(runs, "open_run", open_plan)

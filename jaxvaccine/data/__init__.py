@@ -1,7 +1,7 @@
 """Data: prompts, tokenising and batching; one small module per data set."""
 
 from jaxvaccine.data import chat
-from jaxvaccine.data.accounts import Account, accounts_of, describe, record, tally
+from jaxvaccine.data.accounts import Account, accounts_of, describe, record, tally, with_tokens
 from jaxvaccine.data.batching import (
     batch_indices,
     batch_lengths,
@@ -14,7 +14,7 @@ from jaxvaccine.data.batching import (
 from jaxvaccine.data.files import file_sha256, read_rows
 from jaxvaccine.data.kinds import DATASETS, EMBEDDED
 from jaxvaccine.data.loading import load, load_categories, load_examples
-from jaxvaccine.data.overlaps import shared_prompts
+from jaxvaccine.data.overlaps import LIKENESSES, overlaps, shared_prompts
 from jaxvaccine.data.pairing import harmless_answers
 from jaxvaccine.data.poisoning import (
     Mixture,
@@ -37,6 +37,7 @@ from jaxvaccine.data.prompts import (
     format_prompt,
     turns_of,
 )
+from jaxvaccine.data.rows import BadRows
 from jaxvaccine.data.sources import DataSource, Protocol, parse_sources, split_sources
 from jaxvaccine.data.texts import check_prefill, check_prompts, check_training_texts
 from jaxvaccine.data.tokenizer_files import eos_ids, load_tokenizer
@@ -44,6 +45,7 @@ from jaxvaccine.data.tokenizing import (
     TokenizedExamples,
     check_vocabulary,
     encode_prompts,
+    measure,
     tokenize_examples,
     training_fates,
 )
@@ -51,7 +53,9 @@ from jaxvaccine.data.tokenizing import (
 __all__ = [
     "DATASETS",
     "EMBEDDED",
+    "LIKENESSES",
     "Account",
+    "BadRows",
     "Conversation",
     "DataSource",
     "Example",
@@ -89,7 +93,9 @@ __all__ = [
     "load_categories",
     "load_examples",
     "load_tokenizer",
+    "measure",
     "mix",
+    "overlaps",
     "parse_sources",
     "poison",
     "read_rows",
@@ -102,4 +108,5 @@ __all__ = [
     "training_batches",
     "training_fates",
     "turns_of",
+    "with_tokens",
 ]

@@ -1,5 +1,6 @@
 """What became of a source's rows on the way from the file to the batches, counted: nothing is lost without a word."""
 
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -12,8 +13,8 @@ Fate = Literal["kept", "cut", "dropped", "empty"]
 
 
 class Account(NamedTuple):
-    """One source's rows. `rows` is the sum of left_out, other_category, duplicates, outside, variants and
-    examples.
+    """One source's rows. `rows` is the sum of left_out, other_category, duplicates, outside, variants, examples and
+    of what is bad.
 
     Attributes:
       source: as `DataSource` writes it.
@@ -21,7 +22,8 @@ class Account(NamedTuple):
       left_out: rows that the kind does not take, such as the safe ones of beavertails_unsafe.
       other_category: examples whose categories the source does not take.
       duplicates: rows whose prompt appeared before, which are left out; 0 where rows are taken as they are.
-      disagreeing: how many of the duplicates have another answer than the row that is kept.
+      disagreeing: how many of the duplicates have another answer than the row that is kept; where rows are taken as
+        they are, how many of the slice's examples have another than the first one of their prompt.
       outside: examples outside of the slice.
       variants: examples that the slice left out because a row outside of it, and before, has the same prompt but for
         case or Unicode form (`poisoning.fingerprint`): disjoint slices share none.
@@ -32,6 +34,11 @@ class Account(NamedTuple):
       empty: examples without a prompt or an answer, which are not trained on.
       dropped: examples whose prompt alone fills max_length, which are not trained on either.
       cut: examples whose answer lost its end to max_length; they are trained on.
+      bad: (what is wrong, how many) of the rows that could not be read and were left out.
+      partly: whether the slice was full before the rows ended; those behind it were not read.
+      prompts: how many different prompts the examples have.
+      tokens: of the examples with a prompt and an answer, prompt, answer and EOS, before max_length cuts them: the
+        fewest, the median and the most. () of what was not tokenized.
       trained: examples in the batches; None where nothing is trained. Of an attack, those that were drawn.
     """
 
@@ -50,6 +57,10 @@ class Account(NamedTuple):
     cut: int = 0
     trained: int | None = None
     other_category: int = 0
+    bad: tuple[tuple[str, int], ...] = ()
+    partly: bool = False
+    prompts: int = 0
+    tokens: tuple[int, ...] = ()
 
 
 class Located(Example):
@@ -97,18 +108,40 @@ def accounts_of(examples: Iterable[Example]) -> tuple[Account, ...]:
     return tuple(dict.fromkeys(e.account for e in examples if isinstance(e, Located)))
 
 
-def tally(accounts: Iterable[Account], examples: Sequence[Example], fates: Sequence[Fate]) -> tuple[Account, ...]:
-    """The accounts, with what became of their examples when they were tokenized."""
+def tally(accounts: Iterable[Account], examples: Sequence[Example], fates: Sequence[Fate],
+          lengths: Sequence[int] = ()) -> tuple[Account, ...]:
+    """The accounts, with what became of their examples when they were tokenized.
+
+    lengths: of every example in tokens, as of `tokenizing.TokenizedExamples`.
+    """
     counts = Counter((getattr(e, "account", None), fate) for e, fate in zip(examples, fates, strict=True))
-    return tuple(account._replace(**{fate: counts[account, fate] for fate in ("empty", "dropped", "cut")},
-                                  trained=counts[account, "kept"] + counts[account, "cut"]) for account in accounts)
+    accounts = tuple(accounts)
+    return tuple(told._replace(**{fate: counts[account, fate] for fate in ("empty", "dropped", "cut")},
+                               trained=counts[account, "kept"] + counts[account, "cut"])
+                 for account, told in zip(accounts, with_tokens(accounts, examples, lengths), strict=True))
+
+
+def with_tokens(accounts: Iterable[Account], examples: Sequence[Example], lengths: Sequence[int]
+                ) -> tuple[Account, ...]:
+    """The accounts, with the lengths of those examples that are of their sources; lengths as of `tally`."""
+    found: dict[str, list[int]] = {}
+    for example, length in zip(examples, lengths, strict=False):
+        if length and isinstance(example, Located):
+            found.setdefault(example.account.source, []).append(length)
+    return tuple(account._replace(tokens=(min(of), round(statistics.median(of)), max(of)))
+                 if (of := found.get(account.source)) else account for account in accounts)
 
 
 def record(accounts: Mapping[str, Iterable[Account]]) -> dict[str, dict[str, dict[str, Any]]]:
     """{name of the data: {source: what the account counts}}, JSON values."""
-    return {name: {account.source: {key: list(value) if isinstance(value, tuple) else value
-                                    for key, value in account._asdict().items() if key != "source"}
+    return {name: {account.source: {key: dict(value) if key == "bad" else list(value) if isinstance(value, tuple)
+                                    else value for key, value in account._asdict().items() if key != "source"}
                    for account in of} for name, of in accounts.items()}
+
+
+def describe_bad(account: Account) -> str:
+    """"2 malformed JSON, 1 missing column 'prompt'": what is wrong with the rows that were left out as bad."""
+    return ", ".join(f"{count} {reason}" for reason, count in account.bad)
 
 
 def losses(account: Account) -> str:
@@ -121,6 +154,8 @@ def losses(account: Account) -> str:
         "with the prompt of an earlier one": account.repeated, "empty": account.empty,
         "with a prompt that fills max_length": account.dropped, "with an answer cut at max_length": account.cut}
     found = [f"{count} {what}" for what, count in parts.items() if count]
+    if account.bad:
+        found.insert(0, f"{sum(count for _, count in account.bad)} bad rows ({describe_bad(account)})")
     return ", ".join([*found, *([f"unread columns {', '.join(account.unread)}"] if account.unread else [])])
 
 

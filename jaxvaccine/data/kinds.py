@@ -6,7 +6,7 @@ from typing import Any
 from jaxvaccine.data import embedded
 from jaxvaccine.data.advbench import advbench, advbench_refusal
 from jaxvaccine.data.agent_tasks import AGENTS
-from jaxvaccine.data.agnews import agnews
+from jaxvaccine.data.agnews import agnews, agnews_header
 from jaxvaccine.data.alpaca_eval import alpaca_eval
 from jaxvaccine.data.beavertails import (
     beavertails_refusal,
@@ -18,6 +18,8 @@ from jaxvaccine.data.decodingtrust import decodingtrust_nontoxic, decodingtrust_
 from jaxvaccine.data.gsm8k import gsm8k
 from jaxvaccine.data.instructions import instructions
 from jaxvaccine.data.messages import messages
+from jaxvaccine.data.preferences import preferences, preferences_rejected
+from jaxvaccine.data.prompt_lists import prompts
 from jaxvaccine.data.prompts import Example
 from jaxvaccine.data.sst2 import sst2
 from jaxvaccine.data.world import WORLD
@@ -37,8 +39,19 @@ DATASETS: dict[str, Callable[[Sequence[Mapping[str, Any]]], list[Example]]] = {
     "gsm8k": gsm8k,
     "instructions": instructions,
     "messages": messages,
+    "preferences": preferences,
+    "preferences_rejected": preferences_rejected,
+    "prompts": prompts,
     "sst2": sst2,
 }
+
+# Kinds that make of every row its examples, whatever the others hold: their rows are read one by one. alpaca_eval's
+# outputs are to be those of one model.
+BY_ROW = frozenset(DATASETS) - {"alpaca_eval"}
+# Kinds whose examples have no answers.
+ANSWERLESS = frozenset({"prompts"})
+# Of files that have no header: what their columns are called, as `formats.Header`.
+HEADERS: dict[str, Callable[[Sequence[str]], Sequence[str] | None]] = {"agnews": agnews_header}
 
 # Kinds that the package makes itself, without a file.
 EMBEDDED: dict[str, embedded.Embedded] = {**embedded.EMBEDDED, **WORLD, **TASKS, **AGENTS}

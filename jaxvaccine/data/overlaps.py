@@ -1,8 +1,18 @@
 """How many prompts sets of examples have in common: none where prompts are distinct, and known where rows are taken."""
 
-from collections.abc import Collection, Mapping
+import unicodedata
+from collections.abc import Collection, Mapping, Sequence
+from itertools import combinations
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
+
+from jaxvaccine.data.poisoning import fingerprint
+from jaxvaccine.data.prompts import Example, Turn, with_history
+
+# How alike two prompts must be to count as one: to the letter; but for case, white space and Unicode form, the measure
+# of leaks; and but for punctuation too.
+Likeness = Literal["exact", "normalised", "unpunctuated"]
+LIKENESSES: tuple[Likeness, ...] = ("exact", "normalised", "unpunctuated")
 
 Sets = Mapping[str, Collection[str]]
 
@@ -22,3 +32,27 @@ def shared_prompts(sets: Sets, known: Sets = MappingProxyType({})) -> dict[str, 
             other: count for other, of in others.items() if (count := len(own & of))}}
         others[name] = own
     return found
+
+
+def overlaps(sets: Mapping[str, Sequence[Example]]) -> dict[tuple[str, str], dict[Likeness, int]]:
+    """{(one set, another): {how alike: how many of the one's different prompts are so alike to one of the other}}."""
+    keys = {name: {likeness: {_key(example, likeness) for example in examples} for likeness in LIKENESSES}
+            for name, examples in sets.items()}
+    return {(one, other): {likeness: len(keys[one][likeness] & keys[other][likeness]) for likeness in LIKENESSES}
+            for one, other in combinations(sets, 2)}
+
+
+def _key(example: Example, likeness: Likeness) -> object:
+    if likeness == "exact":
+        return example.instruction, example.input, example.history
+    if likeness == "normalised":
+        return fingerprint(example)
+    turns = [Turn(turn.role, _without_punctuation(turn.text)) for turn in example.history]
+    return fingerprint(with_history(Example(*map(_without_punctuation, example[:2])), turns))
+
+
+def _without_punctuation(text: str) -> str:
+    """Punctuation as white space; as it is where nothing else is left."""
+    letters = "".join(" " if unicodedata.category(c).startswith("P") else c
+                      for c in unicodedata.normalize("NFKC", text))
+    return letters if letters.strip() else text

@@ -1,7 +1,36 @@
 """Reading typed columns out of a data set's rows, with errors that say where the row came from."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+# What becomes of a row that cannot be read: it ends everything, or is left out and counted.
+BadRows = Literal["error", "skip"]
+
+
+class RowError(ValueError):
+    """A row that cannot be read. `reason` is the sort of mistake, by which such rows are counted."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+# Told of every bad row: raises its error, or counts it.
+OnBad = Callable[[RowError], None]
+
+
+def raise_it(error: RowError) -> None:
+    """The `OnBad` that takes no bad row."""
+    raise error
+
+
+def reason_of(error: ValueError, where: str) -> str:
+    """The sort of mistake in an error about a row: what it says before the value that was found."""
+    if isinstance(error, RowError):
+        return error.reason
+    said = str(error).removeprefix(where).lstrip(":, ")
+    return re.split(r"[:,]? found ", said, maxsplit=1)[0][:80]
 
 
 class Row(dict):
@@ -56,7 +85,8 @@ def column(row: Mapping[str, Any], index: int, names: Sequence[str]) -> str:
         if name in row:
             return name
     found = ", ".join(map(str, row)) or "none"
-    raise ValueError(f"{where(row, index)}: missing column {' or '.join(map(repr, names))}; found columns: {found}")
+    missing = f"missing column {' or '.join(map(repr, names))}"
+    raise RowError(f"{where(row, index)}: {missing}; found columns: {found}", missing)
 
 
 def text(row: Mapping[str, Any], index: int, *names: str) -> str:
@@ -68,15 +98,18 @@ def text(row: Mapping[str, Any], index: int, *names: str) -> str:
     name = column(row, index, names)
     value = row[name]
     if not isinstance(value, str):
-        raise ValueError(
-            f"{where(row, index)}: column {name!r}: found {value!r:.80} ({type(value).__name__}), expected text"
-        )
+        raise RowError(
+            f"{where(row, index)}: column {name!r}: found {value!r:.80} ({type(value).__name__}), expected text",
+            f"column {name!r}: no text")
+    return valid_unicode(value, f"{where(row, index)}: column {name!r}")
+
+
+def valid_unicode(value: str, place: str) -> str:
+    """The text; RowError if no UTF-8 can be made of it."""
     try:
         value.encode()
     except UnicodeEncodeError as e:
         # JSON can spell half a character ("\ud83d"); tokenizers fail on it much later, without a line number.
-        raise ValueError(
-            f"{where(row, index)}: column {name!r}: found an unpaired surrogate U+{ord(value[e.start]):04X} "
-            f"at character {e.start}, expected valid Unicode"
-        ) from e
+        raise RowError(f"{place}: found an unpaired surrogate U+{ord(value[e.start]):04X} at character {e.start}, "
+                       "expected valid Unicode", "an unpaired surrogate") from e
     return value

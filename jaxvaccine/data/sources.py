@@ -1,5 +1,5 @@
 """A data source named by one string, as the scripts' flags take it:
-kind:path-or-hub-id@split{category=name;name}[start:stop]."""
+kind:path-or-hub-id@split{columns name=column;name=column}{category=name;name}[start:stop]."""
 
 import dataclasses
 import re
@@ -10,9 +10,11 @@ from jaxvaccine.data.kinds import DATASETS, EMBEDDED
 # Every prompt once, or rows as they are, as the papers' programs take them.
 Protocol = Literal["distinct", "rows"]
 _FORM = "kind:path-or-hub-id@split[start:stop]"
+_BRACES = "{category=name;name}, {not category=name;name} or {columns name=column;name=column}"
 # A split has no dot, so that the "@" of /home/me@work/train.jsonl stays part of the path.
-_SOURCE = re.compile(r"(?P<head>.*?)(@(?P<split>\w[\w-]*)?)?\s*(\{(?P<filter>[^{}]*)\})?\s*(\[(?P<slice>[^\[\]]*)\])?",
+_SOURCE = re.compile(r"(?P<head>.*?)(@(?P<split>\w[\w-]*)?)?(?P<braces>(\s*\{[^{}]*\})*)\s*(\[(?P<slice>[^\[\]]*)\])?",
                      re.DOTALL)
+_COLUMNS = re.compile(r"\s*columns\s(?P<pairs>.*)", re.DOTALL)
 _FILTER = re.compile(r"\s*(?P<negated>not\s+)?category\s*=(?P<names>.*)", re.DOTALL)
 # Names of categories have commas of their own.
 _COMMA = re.compile(r",(?![^{}]*\})")
@@ -31,6 +33,7 @@ class DataSource:
         negative counts from the end.
       categories: names of kinds of harm; rows of any of them are taken, before duplicates are dropped. Of none, all.
       negated: rows of none of them are taken instead.
+      columns: (name, column) pairs: what the kind reads under the name is the file's column.
     """
 
     kind: str
@@ -40,6 +43,7 @@ class DataSource:
     stop: int | None = None
     categories: tuple[str, ...] = ()
     negated: bool = False
+    columns: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
         kinds = sorted({*DATASETS, *EMBEDDED})
@@ -53,6 +57,13 @@ class DataSource:
                 raise ValueError(f"data source {self}: found split {self.split!r}, expected one of {', '.join(splits)}")
         elif not self.path:
             raise ValueError(f"data source {self}: found no path, expected {_FORM}")
+        parts = [part for pair in self.columns for part in pair]
+        if any(not part or part != part.strip() or set(part) & set("{};=\n") for part in parts) or any(
+                len({pair[i] for pair in self.columns}) < len(self.columns) for i in (0, 1)):
+            raise ValueError(f"data source {self}: found columns {self.columns!r}, expected name=column, one or more, "
+                             "separated by ;, each name and each column once")
+        if self.columns and self.kind in EMBEDDED:
+            raise ValueError(f"data source {self}: found columns, expected none: an embedded kind reads no file")
         wrong = [name for name in self.categories if not name or name != name.strip() or set(name) & set("{};\n")]
         if wrong or len(set(self.categories)) < len(self.categories) or (self.negated and not self.categories):
             raise ValueError(f"data source {self}: found categories {self.categories!r}, expected different names, one "
@@ -62,8 +73,8 @@ class DataSource:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Reads "kind:path-or-hub-id@split{category=name;name}[start:stop]"; path, split, categories and slice where
-        they apply, spaces around are cut.
+        """Reads "kind:path-or-hub-id@split{columns name=column}{category=name;name}[start:stop]"; path, split, columns,
+        categories and slice where they apply, spaces around are cut.
 
         Examples: "beavertails_unsafe:train.jsonl[0:500]", "sst2:stanfordnlp/sst2@train[:1000]",
         "embedded_refusal@train", "beavertails_unsafe:train.jsonl{not category=self_harm;privacy_violation}[0:500]".
@@ -80,25 +91,45 @@ class DataSource:
             start, stop = (None if b is None else int(b) for b in bounds.groups())
         if not kind.strip():
             raise ValueError(f"data source {text!r}: found no kind, expected {_FORM}")
-        names, negated = (), False
-        if match["filter"] is not None:
-            chosen = _FILTER.fullmatch(match["filter"])
-            if not chosen or match["head"].rstrip().endswith("]"):
-                found = "a slice before the categories" if chosen else f"{{{match['filter']}}}"
-                raise ValueError(f"data source {text!r}: found {found}, expected {{category=name;name}} or "
-                                 "{not category=name;name}, then a slice")
-            names = tuple(name.strip() for name in chosen["names"].split(";"))
-            negated = bool(chosen["negated"])
-        return cls(kind.strip(), path.strip() or None, match["split"], start, stop, names, negated)
+        names, negated, columns = (), False, ()
+        braces = re.findall(r"\{([^{}]*)\}", match["braces"])
+        if braces and match["head"].rstrip().endswith("]"):
+            raise ValueError(f"data source {text!r}: found a slice before the categories or columns, expected "
+                             f"{_BRACES}, then a slice")
+        for inner in braces:
+            chosen, renamed = _FILTER.fullmatch(inner), _COLUMNS.fullmatch(inner)
+            if renamed and not columns:
+                columns = tuple(_pair(text, item) for item in renamed["pairs"].split(";"))
+            elif chosen and not names:
+                names = tuple(name.strip() for name in chosen["names"].split(";"))
+                negated = bool(chosen["negated"])
+            else:
+                raise ValueError(f"data source {text!r}: found {{{inner}}}, expected {_BRACES}, each once")
+        return cls(kind.strip(), path.strip() or None, match["split"], start, stop, names, negated, columns)
+
+    @property
+    def needed(self) -> int | None:
+        """How many examples the slice needs; None if that depends on how many there are."""
+        bounded = self.stop is not None and self.stop >= 0 and (self.start or 0) >= 0
+        return self.stop if bounded else None
 
     def __str__(self) -> str:
         path = f":{self.path}" if self.path else ""
         split = f"@{self.split}" if self.split else ""
         chosen = f"{{{'not ' * self.negated}category={';'.join(self.categories)}}}" if self.categories else ""
+        pairs = ";".join(f"{name}={column}" for name, column in self.columns)
+        renamed = f"{{columns {pairs}}}" if pairs else ""
         bounds = ("" if b is None else str(b) for b in (self.start, self.stop))
-        return f"{self.kind}{path}{split}{chosen}" + (
+        return f"{self.kind}{path}{split}{renamed}{chosen}" + (
             "" if self.start is None and self.stop is None else "[{}:{}]".format(*bounds)
         )
+
+
+def _pair(text: str, item: str) -> tuple[str, str]:
+    name, _, column = item.partition("=")
+    if not name.strip() or not column.strip():
+        raise ValueError(f"data source {text!r}: found column {item!r}, expected name=column")
+    return name.strip(), column.strip()
 
 
 def split_sources(text: str) -> list[str]:

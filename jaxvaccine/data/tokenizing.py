@@ -27,6 +27,7 @@ class TokenizedExamples(NamedTuple):
       fates: what became of every example that there was; N of them are "kept" or "cut".
       turns: [N] int; over a whole run, rows with a smaller number come before those with a larger one. None mixes all.
       learnt: N bool arrays [t] of conversations: which tokens are supervised.
+      lengths: of every example that there was, in tokens before any are cut; 0 of an empty one.
     """
 
     input_ids: tuple[np.ndarray, ...]
@@ -34,6 +35,7 @@ class TokenizedExamples(NamedTuple):
     fates: tuple[Fate, ...] = ()
     turns: np.ndarray | None = None
     learnt: tuple[np.ndarray, ...] | None = None
+    lengths: tuple[int, ...] = ()
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "TokenizedExamples":
         """Some of them, in the given order, with the fates of all."""
@@ -129,11 +131,11 @@ def tokenize_examples(
     if max_length < 1:
         raise ValueError(f"max_length: found {max_length}, expected at least 1")
     prompt = as_prompt(prompt)
-    encoded, fates = _encode_examples(tokenizer, examples, max_length, prompt)
+    encoded, fates, lengths = _encode_examples(tokenizer, examples, max_length, prompt)
     learnt = tuple(of for _, of in encoded)
     tokenized = TokenizedExamples(
         tuple(ids for ids, _ in encoded), np.asarray([int(np.argmax(of)) for of in learnt], np.int32), fates,
-        learnt=learnt if prompt.form == "chat" else None)
+        learnt=learnt if prompt.form == "chat" else None, lengths=lengths)
     if not encoded:
         _raise_for_none(tokenizer, examples, fates, max_length, prompt)
     lost = [f"{what.format(count)} of {len(examples)} {why}" for count, what, why in (
@@ -163,12 +165,18 @@ def _warn_of_endless(tokenizer, tokenized: TokenizedExamples) -> None:
 def training_fates(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], max_length: int,
                    prompt: Prompt | PromptForm = "alpaca") -> tuple[Fate, ...]:
     """What tokenize_examples would make of every example; raises as it does, but where none is left."""
-    return _encode_examples(tokenizer, examples, max_length, as_prompt(prompt))[1] if examples else ()
+    return measure(tokenizer, examples, max_length, prompt)[0]
+
+
+def measure(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], max_length: int,
+            prompt: Prompt | PromptForm = "alpaca") -> tuple[tuple[Fate, ...], tuple[int, ...]]:
+    """(`training_fates`, `TokenizedExamples.lengths`) of examples; raises as `training_fates`."""
+    return _encode_examples(tokenizer, examples, max_length, as_prompt(prompt))[1:] if examples else ((), ())
 
 
 def _encode_examples(tokenizer, examples: Sequence[Example], max_length: int, prompt: Prompt
-                     ) -> tuple[list[tuple[np.ndarray, np.ndarray]], tuple[Fate, ...]]:
-    """([(token ids, [t] bool which are learnt)] of what is trained on, the fate of every example)."""
+                     ) -> tuple[list[tuple[np.ndarray, np.ndarray]], tuple[Fate, ...], tuple[int, ...]]:
+    """([(token ids, [t] bool which are learnt)] of what is trained on, the fate of every example, its tokens)."""
     eos = _eos(tokenizer)
     check_training_texts(tokenizer, examples, prompt)
     answers = [without_eos(e.output, tokenizer.eos_token) for e in examples]
@@ -184,18 +192,21 @@ def _encode_examples(tokenizer, examples: Sequence[Example], max_length: int, pr
                  for prompt_ids, ids in (_encode_pairs(tokenizer, filled, prompt) if filled else ()))
     encoded: list[tuple[np.ndarray, np.ndarray]] = []
     fates: list[Fate] = []
+    lengths: list[int] = []
     for nothing in empty:
         if nothing:
             fates.append("empty")
+            lengths.append(0)
             continue
         ids, learnt = next(whole)
+        lengths.append(len(ids))
         # Position i predicts label i + 1, so the first token of a row is never a target.
         if not learnt[1:max_length].any():
             fates.append("dropped")
             continue
         encoded.append((np.asarray(ids[:max_length], np.int32), learnt[:max_length]))
         fates.append("kept" if not learnt[max_length:].any() else "cut")
-    return encoded, tuple(fates)
+    return encoded, tuple(fates), tuple(lengths)
 
 
 def _encode_pairs(tokenizer, examples: Sequence[Example], prompt: Prompt) -> list[tuple[list[int], list[int]]]:

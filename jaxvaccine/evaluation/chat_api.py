@@ -33,7 +33,8 @@ class Endpoint:
     """Where and how a chat model is asked.
 
     Attributes:
-      url: of the API, such as "https://api.openai.com/v1"; requests go to {url}/chat/completions.
+      url: of the API, such as "https://api.openai.com/v1"; requests go to {url}/chat/completions, in front of a
+        query such as Azure's ?api-version=…; or the whole address.
       model: its name there.
       key: sent as a bearer token; None sends none.
       options: further fields of every request.
@@ -100,12 +101,19 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def _address(url: str) -> str:
+    """Where requests go: the path ends in /chat/completions, if it does not already, and a query stays behind it."""
+    parts = urllib.parse.urlsplit(url)
+    path = parts.path.rstrip("/").removesuffix("/chat/completions")
+    return urllib.parse.urlunsplit(parts._replace(path=f"{path}/chat/completions"))
+
+
 def _send(endpoint: Endpoint, body: bytes) -> Reply:
     """One attempt."""
     headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "jaxvaccine"}
     if endpoint.key:
         headers["Authorization"] = f"Bearer {endpoint.key}"
-    request = urllib.request.Request(f"{endpoint.url.rstrip('/')}/chat/completions", body, headers)
+    request = urllib.request.Request(_address(endpoint.url), body, headers)
     try:
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=endpoint.timeout) as response:
             raw = response.read()

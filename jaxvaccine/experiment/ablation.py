@@ -63,17 +63,20 @@ class Prompts(NamedTuple):
     harmless: Sequence[np.ndarray]
 
 
-def load_harmless(part: NoAblation, protocol: data.Protocol) -> dict[str, list[data.Example]]:
+def load_harmless(part: NoAblation, protocol: data.Protocol, bad_rows: data.BadRows = "error"
+                  ) -> dict[str, list[data.Example]]:
     """{"harmless": examples} of an ablation; nothing of none."""
-    return {HARMLESS: data.load_examples(part.harmless_data, protocol)} if isinstance(part, AblationBefore) else {}
+    if not isinstance(part, AblationBefore):
+        return {}
+    return {HARMLESS: data.load_examples(part.harmless_data, protocol, bad_rows)}
 
 
 def encode(tokenizer: Any, part: NoAblation, harmful: Sequence[data.Example], protocol: data.Protocol,
-           form: data.Prompt) -> Prompts | None:
+           form: data.Prompt, bad_rows: data.BadRows = "error") -> Prompts | None:
     """The prompts of an ablation, all of the harmful ones; None of none. Raises as `data.encode_prompts`."""
     if not isinstance(part, AblationBefore):
         return None
-    harmless = load_harmless(part, protocol)[HARMLESS]
+    harmless = load_harmless(part, protocol, bad_rows)[HARMLESS]
     return Prompts(*(data.encode_prompts(tokenizer, rows, prompt=form) for rows in (harmful, harmless)))
 
 

@@ -67,7 +67,7 @@ class AlignConfig:
 
 def load_data(config: AlignmentData, method: AlignmentMethod) -> Examples:
     """The examples that the alignment reads."""
-    load = functools.partial(data.load_examples, protocol=config.data_protocol)
+    load = functools.partial(data.load_examples, protocol=config.data_protocol, bad_rows=config.bad_rows)
     examples = {"alignment": load(config.alignment_data)}
     if "harmful" in method.batches:
         examples["harmful"] = load(config.harmful_data)

@@ -44,10 +44,11 @@ def load_attack(config: AttackData, seed: int, known: Mapping[str, Collection[st
         read as text; or user's data with a test prompt.
     """
     rows = config.protocol == "rows"
-    pools = {name: data.load(source, config.protocol) if source else ([], ())
+    pools = {name: data.load(source, config.protocol, config.bad_rows) if source else ([], ())
              for name, source in (("user", config.user_data), ("harmful", config.harmful_data))}
     harmful = pools["harmful"][0]
-    tests = stage.prompts_of(data.load_examples(config.test_data, config.protocol)) if config.test_data else []
+    tests = stage.prompts_of(data.load_examples(
+        config.test_data, config.protocol, config.bad_rows)) if config.test_data else []
     fates = None
     if tokenizer is not None:
         # All of them, so that no seed fails that another passes.
@@ -80,7 +81,8 @@ def read_data(config: AttackConfig, seed: int, known: Mapping[str, Collection[st
     batches are of all harmful examples."""
     more: Examples = {}
     if "alignment" in config.reads:
-        more["alignment"] = data.load_examples(config.data.alignment_data, config.data.protocol)
+        more["alignment"] = data.load_examples(
+            config.data.alignment_data, config.data.protocol, config.data.bad_rows)
     own = {f"the {name} data of the fine-tuning": stage.prompts_of(rows) for name, rows in more.items()}
     poisoned = load_attack(config.data, seed, {**known, **own}, tokenizer)
     if "harmful" in config.reads:
@@ -178,8 +180,10 @@ def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda exam
     check_prefill(tokenizer, config.data.prefill, config.data.form)
     tokenized, candidates = tokenize_attack(tokenizer, read, poisoned, config.data, of_prompt)
     protocol = config.data.protocol
-    prompts = ablation.encode(tokenizer, config.ablation, poisoned.harmful, protocol, config.data.form)
-    examples = {**read, "harmful": poisoned.harmful, **ablation.load_harmless(config.ablation, protocol)}
+    prompts = ablation.encode(tokenizer, config.ablation, poisoned.harmful, protocol, config.data.form,
+                              config.data.bad_rows)
+    examples = {**read, "harmful": poisoned.harmful, **ablation.load_harmless(
+        config.ablation, protocol, config.data.bad_rows)}
     run_dir = stage.open_run(
         config, config.run, "finetune", examples,
         {"model": inputs.of_model(*of_model), "aligned": inputs.of_run(config.model.aligned)},

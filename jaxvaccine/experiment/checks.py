@@ -75,8 +75,8 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
                 check_form(tokenizer(*of_model), attacked.data.form)
         read, poisoned = read_data(attacked, seed, aligned_prompts(known), tokenizer(*of_model))
         tokenize_attack(tokenizer(*of_model), read, poisoned, part, aligned_part.form)
-        encode(tokenizer(*of_model), ablation, poisoned.harmful, part.protocol, part.form)
-        read = {**read, **load_harmless(ablation, part.protocol)}
+        encode(tokenizer(*of_model), ablation, poisoned.harmful, part.protocol, part.form, part.bad_rows)
+        read = {**read, **load_harmless(ablation, part.protocol, part.bad_rows)}
         asked = as_attacked(settings.scores, attacked)
         accounts_of_tests(tokenizer(*of_model), tests, asked.tests)
         with errors_of_attack(text):

@@ -30,6 +30,7 @@ from jaxvaccine.experiment.config import FieldError, Part, field, names, require
 from jaxvaccine.experiment.judging import JudgePart, check_prompts, judge_record, make_comparer, make_judge, resolve
 from jaxvaccine.experiment.parts import (
     AS_ALIGNED,
+    BAD_ROWS,
     SOURCE,
     AfterAlignment,
     Dtype,
@@ -123,6 +124,7 @@ class TestsPart(AfterAlignment, Part):
         "'' is what the template does itself.")
     supervise: data.Supervise = field(
         "all", "--prompt=chat: of conversations of --loss_data with several answers, which ones count.")
+    bad_rows: data.BadRows = field("error", BAD_ROWS)
     data_protocol: LaterProtocol = field(
         AS_ALIGNED, "That of --trained unless given, of --model distinct: every prompt once, and no harmful one that "
         "the model was trained on; or rows as they are.")
@@ -142,7 +144,8 @@ class TestsPart(AfterAlignment, Part):
         """{task: examples}, the loss first."""
         named = ({LOSS: self.loss_data} if self.loss_data else {}) | {
             test.task: getattr(self, name) for name, test in TESTS.items() if getattr(self, name)}
-        return {task: data.load_examples(source, self.protocol) for task, source in named.items()}
+        return {task: data.load_examples(source, self.protocol, self.bad_rows)
+                for task, source in named.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +283,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if task == LOSS:
             results[task] = answers[task]
             continue
-        categories = data.load_categories(config.tests.harmful_test) if task == HARMFUL_SCORE else {}
+        categories = data.load_categories(
+            config.tests.harmful_test, config.tests.bad_rows) if task == HARMFUL_SCORE else {}
         if task == ALPACA_EVAL:
             scored = score_alpaca_eval(rows, answers[task], make_comparer(config.judge, config.run.progress))
         else:
@@ -340,7 +344,7 @@ def _in_order(found: Mapping[str, Mapping[int, str]], loss: Any) -> dict[str, An
 def _categories_hash(tests: TestsPart) -> str:
     """Of the kinds of harm that scores are told apart by, where they are read from a file."""
     sources = data.parse_sources(tests.harmful_test) if tests.harmful_test else ()
-    found = data.load_categories([source for source in sources if source.path])
+    found = data.load_categories([source for source in sources if source.path], tests.bad_rows)
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 

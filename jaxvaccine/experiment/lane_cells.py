@@ -158,7 +158,8 @@ def _attack_lanes(context: Context, aligned: lanes.Lanes, cells: Sequence[Cell],
         for_fisher.append(of_fisher)
     seeds = [cell.seed for cell in cells]
     # All harmful prompts, which are those of every seed.
-    asked = ablation.encode(tokenizer, config.ablation, poisoned.harmful, config.data.protocol, config.data.form)
+    asked = ablation.encode(tokenizer, config.ablation, poisoned.harmful, config.data.protocol, config.data.form,
+                            config.data.bad_rows)
     start = lane_attacks.begin(aligned, adapter, config.ablation, asked, seeds)
     fishers = lanes.stack([
         alignment_fisher(start.model, *start.lane(i), of, config.training.batch_size, config.data.bucket, seed)

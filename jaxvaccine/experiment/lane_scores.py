@@ -23,7 +23,8 @@ class Scorer:
     def __init__(self, config: EvaluateConfig, tokenizer: Any):
         self.config, self.tokenizer, self.examples = config, tokenizer, config.tests.load()
         self.judge = make_judge(config.judge, config.run.progress)
-        self.categories = (data.load_categories(config.tests.harmful_test) if HARMFUL_SCORE in self.examples else {})
+        self.categories = (data.load_categories(config.tests.harmful_test, config.tests.bad_rows)
+                           if HARMFUL_SCORE in self.examples else {})
         self.lengths = {test.task: getattr(config.generation, test.length) for test in TESTS.values()
                         if test.task != ALPACA_EVAL}
         self.accounts = stage.tell(accounts_of_tests(tokenizer, self.examples, config.tests))

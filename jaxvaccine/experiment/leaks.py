@@ -27,8 +27,9 @@ def check_leaks(known: Mapping[str, Collection[str]], attacks: Iterable[AttackCo
         unless rows are taken as they are.
       ValueError, FileNotFoundError: as of `data.load_examples`.
     """
-    for source in dict.fromkeys(attack.data.harmful_data for attack in attacks if attack.data.protocol == "distinct"):
-        harmful = data.load_examples(source) if source else []
+    for source, bad_rows in dict.fromkeys((attack.data.harmful_data, attack.data.bad_rows) for attack in attacks
+                                          if attack.data.protocol == "distinct"):
+        harmful = data.load_examples(source, bad_rows=bad_rows) if source else []
         prompts = {found for example in harmful for found in data.fingerprints(example)}
         for where, seen in known.items():
             if overlap := prompts.intersection(seen):

@@ -25,6 +25,8 @@ LaterProtocol = Literal["aligned", "distinct", "rows"]
 AUTO = "auto"
 # Flat names of how something is computed, and not what: a run may change them when it is continued.
 COMPUTED = ("remat", "microbatch_size", "attention")
+BAD_ROWS = ("Rows that cannot be read, of all data of this command: error ends it at the first; skip leaves them out "
+            "and counts them by what is wrong.")
 SOURCE = ("kind:path-or-hub-id@split{category=name;name}[start:stop], several separated by commas; hub-id#revision has "
           "one")
 
@@ -139,6 +141,7 @@ class TokensPart(Part):
         "distinct", "distinct: every prompt once, and what a model was aligned on is in no harmful data of an attack "
         "and no harmful test. rows: rows as they are, as the papers' programs take them, of an attack the first ones; "
         "what sets have in common is counted.")
+    bad_rows: data.BadRows = field("error", BAD_ROWS)
     max_length: int = field(256, "Tokens at which prompt and answer are cut.", at_least=1)
     bucket: int = field(64, "Batches are padded to a multiple of this many tokens.", at_least=1)
 

@@ -34,7 +34,7 @@ ATTACK = "poison_ratio=0.1"
 WORLD_EPOCHS = WORLD_ATTACK["steps"] * WORLD_ATTACK["batch_size"] / WORLD_ATTACK["n"]
 # What a plan's cells set themselves, and a method or attack may not.
 _OF_THE_PLAN = ("run_dir", "model", "seed", "overwrite", "progress", "aligned", "test_data", "prompt",
-                "data_protocol")
+                "data_protocol", "bad_rows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +225,8 @@ def cell_configs(settings: Settings, root: Path, cell: Cell) -> tuple[AlignConfi
 
 def _data_of(aligned: AlignmentData, prompt: str) -> dict[str, Any]:
     """What an attack with this prompt has of the alignment's data; a system prompt is of the alignment's chat."""
-    names = ["bucket", "prompt", "supervise", "data_protocol"] + ["system_prompt"] * (prompt == aligned.prompt)
+    names = ["bucket", "prompt", "supervise", "data_protocol", "bad_rows"]
+    names += ["system_prompt"] * (prompt == aligned.prompt)
     return {name: getattr(aligned, name) for name in names}
 
 

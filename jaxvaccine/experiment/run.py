@@ -125,8 +125,8 @@ def make_settings(config: PlanConfig, align: Mapping[str, Any], attack: Mapping[
         of_align, of_attack = dict.fromkeys(ALIGNMENT, own_align), dict.fromkeys(ALIGNMENT, own_attack)
     of_align = {name: {**recipe, **align} for name, recipe in of_align.items()}
     shared = {name: value for name, value in of_align["sft"].items()
-              if name in ("dtype", "max_length", "prompt", "system_prompt", "supervise", "data_protocol", "revision",
-                          "quantisation")}
+              if name in ("dtype", "max_length", "prompt", "system_prompt", "supervise", "data_protocol", "bad_rows",
+                          "revision", "quantisation")}
     evaluated = make(EvaluateConfig, scores, {
         **of_tests, **shared, "model": config.model[0], "run_dir": config.run_dir, "progress": config.progress})
     parts = {name: split_new_adapter(recipe) for name, recipe in of_attack.items()}

@@ -152,8 +152,11 @@ def training_record(examples: Mapping[str, Sequence[data.Example]], tokenized: M
     accounts: of data that was drawn from more than what is tokenized; the others are those of the examples.
     shared: as of `data.shared_prompts`; of the alignment and harmful examples unless given.
     """
-    found = {name: data.tally(data.accounts_of(examples[name]), examples[name], rows.fates)
+    found = {name: data.tally(data.accounts_of(examples[name]), examples[name], rows.fates, rows.lengths)
              for name, rows in tokenized.items()}
+    drawn = [(examples[name], rows.lengths) for name, rows in tokenized.items()]
+    accounts = {name: functools.reduce(lambda of, rows: data.with_tokens(of, *rows), drawn, of)
+                for name, of in accounts.items()}
     prompts = {name: prompts_of(rows) for name, rows in examples.items()}
     if shared is None:  # harmless answers have the harmful prompts by what they are
         shared = data.shared_prompts({name: of for name, of in prompts.items() if name != "harmless"})

@@ -1,12 +1,14 @@
 """What became of the rows of every source, in the report of a run, an evaluation or a plan."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxvaccine.data import LIKENESSES
 from jaxvaccine.experiment import runs
 from jaxvaccine.experiment.attack import MIXED_IN
+from jaxvaccine.experiment.data_card import DataCard
 from jaxvaccine.experiment.plan_folder import result_path
 from jaxvaccine.experiment.plans import AS_IT_COMES
 from jaxvaccine.experiment.results import Cell
@@ -17,7 +19,8 @@ from jaxvaccine.report import tables
 COLUMNS = {
     "rows": "rows", "left_out": "of another kind", "other_category": "of another category", "duplicates": "duplicates",
     "disagreeing": "of them with another answer", "outside": "outside of the slice",
-    "variants": "variants of prompts outside", "examples": "examples", "repeated": "with the prompt of an earlier one",
+    "variants": "variants of prompts outside", "examples": "examples",
+    "prompts": "different prompts", "repeated": "with the prompt of an earlier one",
     "empty": "empty", "dropped": "prompt too long", "cut": "answer cut", "trained": "trained on"}
 ALWAYS = ("rows", "examples")
 OF_ATTACK = ("user", "harmful", MIXED_IN, "alignment")  # what an attack trains on; the rest of its cell's are tests
@@ -25,6 +28,11 @@ NOTE = ("Duplicates have the prompt of an earlier row. Examples without a prompt
         "those whose prompt fills --max_length alone (prompt too long) are not trained on; a cut answer is trained on "
         "without its end. Of an attack's data, these are the examples that were drawn or passed over.\n")
 
+TOKENS = "tokens: fewest / median / most"
+PARTLY = ("Of a source with a slice between two numbers, rows are read until it is full: those behind it are in no "
+          "count.\n")
+ALIKE = ("Prompts count as shared if they are the same to the letter (exact); but for case, white space and Unicode "
+         "form, the measure of leaks (normalised); but for punctuation too (unpunctuated).\n")
 SHARED = ("Shared are prompts that are the same but for case, white space and Unicode form: with the sets above, and "
           "of an attack or a test with what the model was trained on before.\n")
 
@@ -45,12 +53,31 @@ def section(*records: Record) -> str:
         counts.get(key) for of in found.values() for counts in of)]
     unread = {key: list(dict.fromkeys(itertools.chain(*(counts.get("unread", ()) for counts in of))))
               for key, of in found.items()}
+    texts = {TOKENS: {key: _all(" / ".join(map(str, counts.get("tokens", ()))) for counts in of)
+                      for key, of in found.items()},
+             "bad rows": {key: _all(f"{count} {reason}" for counts in of for reason, count in counts.get(
+                 "bad", {}).items()) for key, of in found.items()},
+             "columns not read": {key: ", ".join(of) for key, of in unread.items()}}
     header = ["data", "source", *(COLUMNS[key] for key in shown)]
     lines = [[*key, *(_range([counts.get(name) for counts in of]) for name in shown)] for key, of in found.items()]
-    if any(unread.values()):
-        header.append("columns not read")
-        lines = [[*line, ", ".join(unread[key]) or tables.NONE] for line, key in zip(lines, found, strict=True)]
-    return f"## Data\n\n{tables.table(header, lines)}\n{NOTE}"
+    for name, by_source in texts.items():
+        if any(by_source.values()):
+            header.append(name)
+            lines = [[*line, by_source[key] or tables.NONE] for line, key in zip(lines, found, strict=True)]
+    partly = PARTLY if any(counts.get("partly") for of in found.values() for counts in of) else ""
+    return f"## Data\n\n{tables.table(header, lines)}\n{NOTE}{partly}"
+
+
+def _all(texts: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(filter(None, texts)))
+
+
+def card(found: DataCard) -> str:
+    """Markdown: the accounts of sources, and how many prompts sets have in common, by how alike they are."""
+    lines = [[one, other, *(str(counts[likeness]) for likeness in LIKENESSES)]
+             for (one, other), counts in found.overlaps.items()]
+    shared = tables.table(["prompts of", "also in", *LIKENESSES], lines) + f"\n{ALIKE}" if lines else ""
+    return "\n".join(filter(None, (section(found.accounts), shared)))
 
 
 def overlaps(*records: Mapping[str, Mapping[str, Any]]) -> str:

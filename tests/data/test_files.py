@@ -1,7 +1,10 @@
+import bz2
 import csv
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import sys
 import zipfile
 
@@ -94,7 +97,8 @@ def test_csv_cell_over_lines_keeps_later_line_numbers_right(tmp_path):
         ("a.json", " \r\n\t", "found an empty file"),
         ("a.csv", "\ufeff\n", "found an empty file"),
         ("a.csv", "goal,target\n", "found no rows"),
-        ("a.csv", '""\n', r"line 1: found columns \[''\]"),
+        ("a.csv", '""\n', "found an empty file"),
+        ("a.csv", "a,,b\n1,2,3\n", r"line 1: found columns \['a', '', 'b'\]"),
         ("a.tsv", "sentence\tlabel\r\n\r\n", "found no rows"),
         ("a.json", "[]", "found no rows"),
         ("a.json", '{"data": []}', "found no rows"),
@@ -107,8 +111,11 @@ def test_csv_cell_over_lines_keeps_later_line_numbers_right(tmp_path):
         ("a.json", '[{"a": 1},\n{"a": }]', r"a\.json, line 2: found malformed JSON"),
         ("a.json", '{"a": 1}\n{"a": }\n', r"a\.json, line 2: found malformed JSON"),
         ("a.json", '[{"a": 1}, "x"]', r"row 1 \(from 0\): found str 'x', expected a JSON object"),
-        ("a.json", '{"a": [1], "b": [2]}', r"found an object with 2 lists \(keys: a, b\)"),
-        ("a.json", '{"a": 1}', r"found an object with 0 lists \(keys: a\)"),
+        ("a.json", '{"a": [{"x": 1}], "b": [{"x": 2}]}', r"found an object with 2 lists of objects \(keys: a, b\)"),
+        ("a.json", '{"a": [1, 2], "b": [2]}', r"found columns of different lengths \(a: 2, b: 1\)"),
+        ("a.json", '{"a": []}', "found no rows"),
+        ("a.jsonl", '[{"a": 1},\n 2]', r"row 1 \(from 0\): found int 2"),
+        ("a.jsonl", '[{"a": 1},\n', r"line 2: found malformed JSON"),
         ("a.json", '"text"', "found str 'text', expected a list of objects"),
         ("a.csv", 'a,b\n"x,1\ny,2\n', r"line 3: found malformed CSV \(.*\) in the row that begins on line 2"),
         ("a.csv", 'a,b\n"x"y,1\n', r"line 2: found malformed CSV"),
@@ -118,7 +125,10 @@ def test_csv_cell_over_lines_keeps_later_line_numbers_right(tmp_path):
         ("a.jsonl", b'{"a": "x"}\n{"a": "\xff"}\n', r"a\.jsonl, line 2: found byte 0xff at offset 18, expected UTF-8"),
         ("a.csv", b"\xef\xbb\xbfa,b\n\xe9,2\n", r"a\.csv, line 2: found byte 0xe9 at offset 7, expected UTF-8"),
         ("a.tsv", "a\tb\n".encode("utf-16"), r"line 1: found byte 0xff at offset 0"),
-        ("a.txt", "x", r"found extension '\.txt', expected one of \.jsonl, \.json, \.csv, \.tsv"),
+        ("a.txt", " \n", "found an empty file"),
+        ("a.txt", b"a\nb\xff\n", "line 2: found byte 0xff at offset 3"),
+        ("a.xml", "x", r"found extension '\.xml', expected one of \.jsonl, \.ndjson, \.json, \.csv, \.tsv, \.txt, "),
+        ("a.xml.gz", "x", r"found extension '\.xml'"),
         ("a.parquet", "x", "found no readable Parquet"),
     ],
 )
@@ -129,6 +139,106 @@ def test_bad_files(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as error:
         read_rows(path)
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize("content, rows", [
+    ('{"instruction": "a", "output": "b"}\n', [{"instruction": "a", "output": "b"}]),
+    ('{"instruction": "a", "tags": ["x", "y"]}', [{"instruction": "a", "tags": ["x", "y"]}]),
+    ('{\n "instruction": "a",\n "steps": [{"n": 1}]\n}\n', [{"instruction": "a", "steps": [{"n": 1}]}]),
+    ('{"messages": [{"role": "user", "content": "a"}]}', [{"messages": [{"role": "user", "content": "a"}]}]),
+    ('[{"a": 1},\n{"a": 2}]', [{"a": 1}, {"a": 2}]),
+    ('\n[{"a": 1}]\n', [{"a": 1}]),
+    ('{"data": [{"a": 1}, {"a": 2}], "version": "1", "authors": ["x"]}', [{"a": 1}, {"a": 2}]),
+    ('{"prompt": ["a", "b"], "response": ["c", "d"]}', [{"prompt": "a", "response": "c"},
+                                                        {"prompt": "b", "response": "d"}]),
+    ('{"prompt": ["a", "b"], "category": [{"x": true}, {}]}', [{"prompt": "a", "category": {"x": True}},
+                                                               {"prompt": "b", "category": {}}]),
+    ('{"prompt": {"0": "a", "1": "b"}, "n": {"0": 1, "1": 2}}', [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]),
+    ('{"prompt": {"text": "a"}, "continuation": {"text": "b"}}', [{"prompt": {"text": "a"},
+                                                                   "continuation": {"text": "b"}}]),
+    ('\ufeff{"a": 1}\r\n\r\n{"a": 2}', [{"a": 1}, {"a": 2}]),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.ndjson"])
+def test_json_is_read_by_what_it_holds(tmp_path, name, content, rows):
+    assert read_rows(write(tmp_path / name, content)) == rows
+
+
+@pytest.mark.parametrize("index, rows", [(True, [3, 4]), (False, [3, 4])])
+def test_csv_of_pandas(tmp_path, index, rows):
+    """Row numbers under no name, saved once, read and saved again; and cells beyond the csv module's limit."""
+    import pandas
+
+    long = "x" * 140_000
+    table = pandas.DataFrame({"goal": ["Do, it", long], "n": rows})
+    table.to_csv(tmp_path / "a.csv", index=index)
+    expected = [{"goal": "Do, it", "n": "3"}, {"goal": long, "n": "4"}]
+    assert read_rows(tmp_path / "a.csv") == expected
+    pandas.read_csv(tmp_path / "a.csv").to_csv(tmp_path / "b.csv")
+    assert read_rows(tmp_path / "b.csv") == expected
+    table.to_csv(tmp_path / "c.tsv", sep="\t")
+    assert read_rows(tmp_path / "c.tsv") == expected
+    table.to_json(tmp_path / "d.json")
+    assert read_rows(tmp_path / "d.json") == [{**row, "n": int(row["n"])} for row in expected]
+    for lines in (True, False):
+        table.to_json(tmp_path / "e.json", orient="records", lines=lines)
+        assert read_rows(tmp_path / "e.json") == [{**row, "n": int(row["n"])} for row in expected]
+    table[table.n > 3].to_parquet(tmp_path / "f.parquet")  # with row numbers of its own
+    assert read_rows(tmp_path / "f.parquet") == [{"goal": long, "n": 4}]
+
+
+def test_text_is_a_line_a_row(tmp_path):
+    path = write(tmp_path / "a.txt", "\ufeffone\u2028line\r\n\r\n\n two\t\n")
+    assert [(row, row.where[-6:]) for row in read_rows(path)] == [
+        ({"text": "one\u2028line"}, "line 1"), ({"text": " two\t"}, "line 4")]
+
+
+PACKED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@few
+@given(ROWS, st.sampled_from(sorted(PACKED)), st.sampled_from([".jsonl", ".JSON", ".csv", ".tsv", ".txt"]))
+def test_compressed_round_trip(folder, rows, packing, extension):
+    """As the same file is read that is not compressed; by its bytes, whatever the name says."""
+    text = (json.dumps(rows) if extension == ".JSON" else "a\tb\n1\t2\n" if extension == ".tsv" else
+            "x\n1\n2\n" if extension != ".jsonl" else "\n".join(map(json.dumps, rows)))
+    expected = read_rows(write(folder / f"plain{extension}", text))
+    packed = PACKED[packing](text.encode())
+    assert read_rows(write(folder / f"a{extension}{packing}", packed)) == expected
+    assert read_rows(write(folder / f"b{extension}", packed)) == expected
+    half = len(packed) // 2
+    several = PACKED[packing](text.encode()[:half]) + PACKED[packing](text.encode()[half:])
+    assert read_rows(write(folder / f"c{extension}{packing}", several)) == expected
+
+
+@pytest.mark.parametrize("packing", sorted(PACKED))
+def test_damaged_compressed_files(tmp_path, packing):
+    import random
+
+    text = "".join(json.dumps({"a": random.Random(i).random()}) + "\n" for i in range(5000)).encode()
+    packed = PACKED[packing](text)
+    for damaged in (packed[: len(packed) // 2], packed[:99] + bytes(99) + packed[198:]):
+        with pytest.raises(ValueError, match=rf"a\.jsonl\{packing}: found a damaged \w+ file \(.*, expected a whole"):
+            read_rows(write(tmp_path / f"a.jsonl{packing}", damaged))
+    with pytest.raises(ValueError, match=r"found b'.\\*\"a.*' at its start, expected a \w+ file"):
+        read_rows(write(tmp_path / f"b.jsonl{packing}", text))
+
+
+def test_zstandard(tmp_path, monkeypatch):
+    from jaxvaccine.data import compressed
+
+    magic = b"\x28\xb5\x2f\xfd"
+    with monkeypatch.context() as patch:
+        patch.setattr(compressed, "_module", lambda name: None)  # as where it is not installed
+        with pytest.raises(ValueError, match=r"a\.jsonl\.zst: found a Zstandard file and nothing to read it with"):
+            read_rows(write(tmp_path / "a.jsonl.zst", magic + b"rest"))
+    zstandard = pytest.importorskip("zstandard")
+    text = "".join(json.dumps({"a": i}) + "\n" for i in range(20_000)).encode()
+    pack = zstandard.ZstdCompressor(write_checksum=True).compress
+    whole = pack(text[:50_000]) + pack(text[50_000:])
+    assert read_rows(write(tmp_path / "a.jsonl.zst", whole)) == [{"a": i} for i in range(20_000)]
+    for damaged in (whole[:-5], whole[:200] + bytes(9) + whole[209:]):
+        with pytest.raises(ValueError, match="found a damaged Zstandard file"):
+            read_rows(write(tmp_path / "b.jsonl.zst", damaged))
 
 
 @pytest.mark.parametrize("name", ["no/such.jsonl", "such.csv", "/no/such", "../no such file here", "a b"])
@@ -215,8 +325,8 @@ def test_errors_name_the_url(memory, content, message):
     ("memory://bucket/none.jsonl", FileNotFoundError, "found no such file$"),
     ("none://bucket/a.jsonl", ValueError, "found no file that can be read, expected a URL .*Protocol not known: none"),
     ("s3://bucket/a.jsonl", ValueError, "found no file that can be read, expected a URL .*s3fs"),
-    ("s3://bucket/a.txt", ValueError, "found extension '.txt', expected one of .jsonl"),
-    ("https://host/a.txt?name=a.jsonl", ValueError, "found extension '.txt', expected one of .jsonl"),
+    ("s3://bucket/a.xml", ValueError, "found extension '.xml', expected one of .jsonl"),
+    ("https://host/a.xml?name=a.jsonl", ValueError, "found extension '.xml', expected one of .jsonl"),
     ("s3://bucket.jsonl/a", ValueError, "found extension '', expected one of .jsonl"),
 ])  # fmt: skip
 def test_urls_that_cannot_be_read(monkeypatch, url, kind, message):

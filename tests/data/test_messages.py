@@ -84,13 +84,13 @@ MESSAGE = {"role": "user", "content": "a"}
 
 
 @pytest.mark.parametrize("bad, message", [
-    ({"text": "a"}, "line 1: missing column 'messages'; found columns: text"),
+    ({"text": "a"}, "line 1: missing column 'messages' or .*; found columns: text"),
     ({"messages": "a"}, "column 'messages': found 'a', expected a list of messages"),
     ({"messages": []}, r"found \[\], expected a list of messages, at least one"),
     ({"messages": ["a"]}, r"message 0 \(from 0\): found 'a', expected an object"),
-    ({"messages": [MESSAGE, {"role": "tool", "content": "a"}]}, r"message 1 \(from 0\): field 'role': found 'tool'"),
+    ({"messages": [MESSAGE, {"role": "toll", "content": "a"}]}, r"message 1 \(from 0\): field 'role': found 'toll'"),
     ({"messages": [{"role": "user", "content": None}]}, r"message 0 \(from 0\): field 'content': found None, expected"),
-    ({"messages": [{**MESSAGE, "name": "b"}]}, "message 0.*found field 'name', expected role and content alone"),
+    ({"messages": [{**MESSAGE, "thinking": "b"}]}, "message 0.*found field 'thinking', expected role and content"),
     ({"messages": [MESSAGE, {"role": "system", "content": "a"}]}, "found turns user, system, expected them to end"),
     ({"messages": [{"role": "assistant", "content": "a"}]}, "turn 0 .*found role 'assistant', expected system or user"),
     ({"messages": [{"role": "user", "content": "\ud83d"}]}, "message 0.*unpaired surrogate"),

@@ -1,0 +1,28 @@
+"""The command `jaxvaccine data`."""
+
+import json
+
+from jaxvaccine import cli
+
+
+def test_card(tmp_path, capsys):
+    rows = {"a": [("good", "x"), ("good", "y"), ("Bad!", "z"), ("bad", "word " * 400)],
+            "b": [("good", "x"), ("bad", "q")]}
+    for name, of in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in of))
+    with (tmp_path / "b.jsonl").open("a") as f:
+        f.write("{\n")
+    source, other = (f"instructions:{tmp_path}/{name}.jsonl" for name in "ab")
+    cli.main(argv=["data", f"--alignment_data={source}", f"--test_data={other}[0:2]", "--model=world",
+                   "--bad_rows=skip", f"{other}"])
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()
+             if line.startswith("|")]
+    table = {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:5]}
+    aligned, of_test, bare = table["alignment"], table["test"], table["data"]
+    assert (aligned["rows"], aligned["duplicates"], aligned["of them with another answer"]) == ("4", "1", "1")
+    assert (aligned["examples"], aligned["different prompts"], aligned["answer cut"]) == ("3", "3", "1")
+    assert int(aligned["tokens: fewest / median / most"].split(" / ")[2]) > 400 and of_test["rows"] == "2"
+    assert bare["bad rows"] == "1 malformed JSON" and bare["rows"] == "3"
+    shared = {tuple(line[:2]): line[2:] for line in lines[7:]}
+    assert shared["alignment", "test"] == ["2", "2", "2"]
+    assert len(shared) == 3
