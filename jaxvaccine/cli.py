@@ -195,8 +195,8 @@ ATTACK = Section(AttackConfig, "attack_", (
     "run_dir", "aligned", "poison_ratio", "defense", "seed", "overwrite", "test_data", "dtype",
     *COMPUTED, "bucket", "prompt", "data_protocol", "save_every", "progress"), "Attack: ")
 EVALUATION = Section(EvaluateConfig, "", (
-    "run_dir", "model", "revision", "trained", "seed", "overwrite", "dtype", "quantisation", "progress", "max_length",
-    "prompt", "data_protocol"),
+    "run_dir", "model", "revision", "trained", "answers", "seed", "overwrite", "dtype", "quantisation", "progress",
+    "max_length", "prompt", "data_protocol"),
     "Evaluation: ")
 ALIGNMENT = Section(AlignConfig, "", ("run_dir", "model", "defense", "seed", "overwrite", "progress"), "Alignment: ")
 
@@ -223,7 +223,8 @@ def _compare_judges(values: flags.FlagValues) -> None:
             judges.append(make(section.config_class, given(section, values)))
     with flag_errors(""):
         compare_judges.compare(config, *judges)
-    print(_reports().write_agreement(config.run_dir, *map(compare_judges.name_of, judges)))
+    names = [compare_judges.name_of(judge) for judge in judges]
+    print(_reports().write_agreement(config.run_dir, "labels" if config.labelled else names[0], names[1]))
 
 
 VERBS = {

@@ -1,7 +1,7 @@
 """Which phrases a refusal has: the one list that the keyword judge and over-refusal go by.
 
 After the prefixes that GCG's and AdvBench's attack success is counted with (arXiv 2307.15043; test_prefixes in
-llm-attacks/llm-attacks), which later attacks (AutoDAN, PAIR, the papers on fine-tuning) took over and added to, and what
+llm-attacks/llm-attacks), which later attacks (AutoDAN, PAIR, the papers on fine-tuning) took over, and what
 current models say. It is not any one of these lists to the letter. Case is ignored here, therefore what is a refusal
 there only by its capital ("As an", "I do not", "OpenAI") is spelt out until it is one, or counts at the answer's
 beginning alone. Chosen by what BeaverTails' labels say of each (docs/evaluation.md#how-far-a-judge-can-be-believed).
