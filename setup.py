@@ -4,8 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# jinja2 and sentencepiece: what converted tokenizers are compared with.
-TEST = ["pytest>=9.2", "pytest-xdist>=3.8", "hypothesis>=6.170", "ruff>=0.17.6", "import-linter>=2.17", "jinja2>=3.1",
+# sentencepiece: what converted tokenizers are compared with.
+TEST = ["pytest>=9.2", "pytest-xdist>=3.8", "hypothesis>=6.170", "ruff>=0.17.6", "import-linter>=2.17",
         "sentencepiece>=0.2.3"]
 # How attacks can be searched for, beside drawing them at random.
 SEARCH = ["optuna>=5.0"]
@@ -32,6 +32,7 @@ setup(
         "gguf>=0.19",
         "huggingface_hub>=2.4",
         "jax>=0.10.2",
+        "jinja2>=3.1",  # chat templates, of judges
         "matplotlib>=3.11",
         "ml_dtypes>=0.6",
         "numpy>=2.4",

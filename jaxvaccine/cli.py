@@ -242,7 +242,7 @@ jaxvaccine finetune --preset=booster --aligned=runs/booster --run_dir=runs/boost
     "evaluate": Verb("""Scores a model, as it comes or as a run left it: harmful score, fine-tune accuracy,
 over-refusal, the win rate on AlpacaEval and the loss on harmful answers.
 
-jaxvaccine evaluate --trained=runs/booster-p0.1 --run_dir=runs/booster-p0.1-scores \\
+jaxvaccine evaluate --trained=runs/booster-p0.1 --run_dir=runs/booster-p0.1-scores --judge=beaver_dam \\
     --harmful_test=beavertails_unsafe:train.jsonl[5500:6000] --sst2_test=sst2:stanfordnlp/sst2@validation""",
                      (Section(EvaluateConfig), DRY_RUN), _evaluate, TEST_PRESETS),
     "run": Verb("""Carries out a plan: backbones times methods times attacks times seeds, aligned, attacked and scored;

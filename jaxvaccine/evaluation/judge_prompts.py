@@ -58,10 +58,6 @@ def chat_render(tokenizer: "PreTrainedTokenizerFast", variables: Mapping[str, An
     """
     if not tokenizer.chat_template:
         raise ValueError(f"{tokenizer.name_or_path}: found no chat template, expected one, or a template's file")
-    try:
-        import jinja2  # noqa: F401
-    except ImportError as error:
-        raise ValueError("a chat template needs the package jinja2: pip install jinja2") from error
 
     def render(prompt: str, answer: str, parts: bool) -> str:
         def content(text: str) -> Any:

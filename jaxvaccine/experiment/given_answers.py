@@ -116,7 +116,8 @@ def judge_given(config: "EvaluateConfig") -> dict[str, Any]:
     give_way(run_dir, judged_by)
     if (run_dir / RESULTS).exists():
         return read_json(run_dir / RESULTS)
-    probe(config.judge)
+    if len(config.judge.panel()) > 1:  # another judge may take hours before an endpoint is asked
+        probe(config.judge)
     judged = judge_harm(config.judge, given.examples, given.answers, given.categories, config.run.progress)
     write_predictions(run_dir / PREDICTIONS, judged.first.predictions, overwrite=True)
     judged.write(run_dir)

@@ -140,6 +140,9 @@ WITH_MODEL = frozenset(("beaver_dam", "causal", "chat_api"))
 # Flags that only causal judges read. (Records of others, and of earlier versions, are without them.)
 OF_CAUSAL = frozenset(f"judge_{name}" for name in (
     "template", "guideline", "reading", "reply", "max_new_tokens", "least_mass"))
+# What an endpoint is probed by.
+PROBED = ("judge_model", "judge_url", "judge_key_variable", "judge_options", "judge_rubric", "judge_timeout",
+          "judge_attempts")
 # Judges whose weights are on this machine.
 MODELS = frozenset(("beaver_dam", "causal"))
 NEEDS = (
@@ -293,7 +296,8 @@ def probe(part: JudgePart, harm: bool = True) -> None:
       ConnectionError: nobody answers.
     """
     for member in part.panel():
-        unread = _probe(dataclasses.replace(member, judge_cache="")) if member.judge == "chat_api" else None
+        unread = _probe(JudgePart(member.judge, **{name: getattr(member, name) for name in PROBED})
+                        ) if member.judge == "chat_api" else None
         if unread and harm:
             logging.warning("judge %s: no verdict could be read of its reply to a probe: %s", labels([member])[0],
                             unread)
