@@ -22,7 +22,7 @@ from jaxvaccine.evaluation.tasks import HARMFUL_SCORE, LENIENT_TOKENS
 from jaxvaccine.experiment import inputs, memory, runs, stage
 from jaxvaccine.experiment.align import Examples
 from jaxvaccine.experiment.answer_log import answer_log, read_answers
-from jaxvaccine.experiment.config import FieldError, Part, field, names, require
+from jaxvaccine.experiment.config import FieldError, Part, field, flat, names, require
 from jaxvaccine.experiment.given_answers import judge_given
 from jaxvaccine.experiment.judged import RESULTS, give_way
 from jaxvaccine.experiment.judging import (
@@ -267,7 +267,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
       FileExistsError: the folder holds another evaluation.
     """
     if config.model.answers:
-        return judge_given(config)
+        return judge_given(config.model.answers, config.judge, config.run, flat(config))
     config, run_dir, model_path, revision, examples, judged_by, _ = prepare(config)
     give_way(run_dir, judged_by)
     if (run_dir / RESULTS).exists():

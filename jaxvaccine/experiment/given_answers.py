@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jaxvaccine import data
 from jaxvaccine.data.rows import text, where
@@ -12,16 +12,13 @@ from jaxvaccine.evaluation import write_predictions
 from jaxvaccine.evaluation.tasks import HARMFUL_SCORE
 from jaxvaccine.experiment import runs
 from jaxvaccine.experiment.answer_log import read_answers
-from jaxvaccine.experiment.config import FieldError, flat, names
+from jaxvaccine.experiment.config import FieldError, names
 from jaxvaccine.experiment.judged import RESULTS, give_way
 from jaxvaccine.experiment.judging import JudgePart, check_prompts, judge_record, probe
 from jaxvaccine.experiment.panel import judge_harm
-from jaxvaccine.experiment.parts import split_operational
+from jaxvaccine.experiment.parts import RunPart, split_operational
 from jaxvaccine.experiment.summary import summary
 from jaxvaccine.json_files import read_json, write_json
-
-if TYPE_CHECKING:
-    from jaxvaccine.experiment.evaluate import EvaluateConfig
 
 PREDICTIONS, ANSWERS = f"predictions_{HARMFUL_SCORE}.jsonl", f"answers_{HARMFUL_SCORE}.jsonl"
 
@@ -102,23 +99,25 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def judge_given(config: "EvaluateConfig") -> dict[str, Any]:
-    """Judges the answers that the config names, or reads the results of such an evaluation that has finished.
+def judge_given(source: str, judge: JudgePart, run: RunPart, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Judges the answers of `read_given`, or reads the results of such an evaluation that has finished.
+
+    flags: all flat settings of the evaluation, which its folder records.
 
     Returns, raises: as of `evaluate`.
     """
-    given = read_given(config.model.answers)
-    check_prompts(config.judge, given.examples)
-    judged_by = judge_record(config.judge)
-    flags, operational = split_operational(flat(config))
-    run_dir = runs.open_run(config.run.run_dir, "evaluate", flags, {"hashes": {}, "inputs": {"answers": given.made_of}},
-                            operational, config.run.overwrite, names(JudgePart) | {"eval_batch_size"})
+    given = read_given(source)
+    check_prompts(judge, given.examples)
+    judged_by = judge_record(judge)
+    settled, operational = split_operational(flags)
+    run_dir = runs.open_run(run.run_dir, "evaluate", settled, {"hashes": {}, "inputs": {"answers": given.made_of}},
+                            operational, run.overwrite, names(JudgePart) | {"eval_batch_size"})
     give_way(run_dir, judged_by)
     if (run_dir / RESULTS).exists():
         return read_json(run_dir / RESULTS)
-    if len(config.judge.panel()) > 1:  # another judge may take hours before an endpoint is asked
-        probe(config.judge)
-    judged = judge_harm(config.judge, given.examples, given.answers, given.categories, config.run.progress)
+    if len(judge.panel()) > 1:  # another judge may take hours before an endpoint is asked
+        probe(judge)
+    judged = judge_harm(judge, given.examples, given.answers, given.categories, run.progress)
     write_predictions(run_dir / PREDICTIONS, judged.first.predictions, overwrite=True)
     judged.write(run_dir)
     results = {judged.first.name: summary(judged.first)}

@@ -120,7 +120,8 @@ def test_labels_of_people(tmp_path):
 
 @pytest.mark.parametrize("row, message", [
     ({"is_safe": "yes"}, "column 'is_safe': found 'yes', expected true or false"),
-    ({"is_safe": 1}, "found 1, expected"), ({"label": "bad"}, "column 'label': found 'bad', expected harmful or safe"), ({"label": ["a"]}, "'label': found"),
+    ({"is_safe": 1}, "found 1, expected"),
+    ({"label": "bad"}, "column 'label': found 'bad', expected harmful or safe"), ({"label": ["a"]}, "'label': found"),
     ({}, "missing column 'is_safe' or 'label'"),
 ])  # fmt: skip
 def test_bad_labels(tmp_path, row, message):
