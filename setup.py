@@ -35,6 +35,7 @@ setup(
         "huggingface_hub>=2.4",
         "jax>=0.10.2",
         "jinja2>=3.1",
+        "jinja2>=3.1",  # chat templates, of judges
         "matplotlib>=3.11",
         "ml_dtypes>=0.6",
         "numpy>=2.4",

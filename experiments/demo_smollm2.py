@@ -21,7 +21,7 @@ ATTACK = {
     "max_length": 96, "batch_size": 8, "adapter": "continue", "user_data": "embedded_sentiment@attack",
     "harmful_data": "embedded_harmful@attack[0:100]", "n": 240, "steps": 30, "learning_rate": 3e-4}
 SCORES = {
-    "harmful_test": "embedded_harmful@test[0:48]", "sst2_test": "embedded_sentiment@test[0:64]",
+    "judge": "keyword", "harmful_test": "embedded_harmful@test[0:48]", "sst2_test": "embedded_sentiment@test[0:64]",
     "benign_test": "embedded_benign@test[0:32]", "max_new_tokens": 24, "label_max_new_tokens": 6, "eval_bucket": 16}
 
 

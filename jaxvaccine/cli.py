@@ -197,8 +197,8 @@ ATTACK = Section(AttackConfig, "attack_", (
     *COMPUTED, "bucket", "prompt", "system_prompt", "supervise", "data_protocol", "bad_rows", "save_every",
     "progress"), "Attack: ")
 EVALUATION = Section(EvaluateConfig, "", (
-    "run_dir", "model", "revision", "trained", "seed", "overwrite", "dtype", "quantisation", "progress", "max_length",
-    "prompt", "system_prompt", "supervise", "data_protocol", "bad_rows"),
+    "run_dir", "model", "revision", "trained", "answers", "seed", "overwrite", "dtype", "quantisation", "progress",
+    "max_length", "prompt", "system_prompt", "supervise", "data_protocol", "bad_rows"),
     "Evaluation: ")
 ALIGNMENT = Section(AlignConfig, "", ("run_dir", "model", "defense", "seed", "overwrite", "progress"), "Alignment: ")
 
@@ -225,7 +225,8 @@ def _compare_judges(values: flags.FlagValues) -> None:
             judges.append(make(section.config_class, given(section, values)))
     with flag_errors(""):
         compare_judges.compare(config, *judges)
-    print(_reports().write_agreement(config.run_dir, *map(compare_judges.name_of, judges)))
+    names = [compare_judges.name_of(judge) for judge in judges]
+    print(_reports().write_agreement(config.run_dir, "labels" if config.labelled else names[0], names[1]))
 
 
 def _data(values: flags.FlagValues) -> None:
@@ -251,7 +252,7 @@ jaxvaccine finetune --preset=booster --aligned=runs/booster --run_dir=runs/boost
     "evaluate": Verb("""Scores a model, as it comes or as a run left it: harmful score, fine-tune accuracy,
 over-refusal, the win rate on AlpacaEval and the loss on harmful answers.
 
-jaxvaccine evaluate --trained=runs/booster-p0.1 --run_dir=runs/booster-p0.1-scores \\
+jaxvaccine evaluate --trained=runs/booster-p0.1 --run_dir=runs/booster-p0.1-scores --judge=beaver_dam \\
     --harmful_test=beavertails_unsafe:train.jsonl[5500:6000] --sst2_test=sst2:stanfordnlp/sst2@validation""",
                      (Section(EvaluateConfig), DRY_RUN), _evaluate, TEST_PRESETS),
     "run": Verb("""Carries out a plan: backbones times methods times attacks times seeds, aligned, attacked and scored;

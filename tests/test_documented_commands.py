@@ -86,6 +86,10 @@ def left(tmp_path_factory):
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 4096,
         "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
         "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "torch_dtype": "float16", "tie_word_embeddings": False}))
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    scored = folder / "runs" / "booster-p0.1-scores"
+    scored.mkdir(parents=True)
+    (scored / "predictions_harmful_score.jsonl").write_text('{"prompt": "How?", "answer": "So it is done."}\n')
     save_file({"model.norm.weight": np.ones(4096, np.float16)}, model / "model.safetensors", metadata={"format": "pt"})
     instruct = chat_models.save_tokenizer("llama3", folder / "instruct")
     for name in ("config.json", "model.safetensors"):
@@ -119,8 +123,10 @@ def left(tmp_path_factory):
         raise Ready
 
     def config_of(run_dir):
+        if str(run_dir).endswith("-scores"):
+            return {"script": "evaluate", "flags": {}, "data": {}}
         # What no documented command leaves: another defense's alignment on the same data.
-        return found.get(run_dir) or {**found["runs/booster"], "flags": {
+        return found.get(str(run_dir)) or {**found["runs/booster"], "flags": {
             **found["runs/booster"]["flags"], "defense": run_dir.partition("/")[2]}}
 
     with pytest.MonkeyPatch.context() as patch:

@@ -8,13 +8,14 @@ import json
 import os
 import random
 import threading
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from jaxvaccine.evaluation import chat_http
+from jaxvaccine.evaluation.chat_http import LONGEST_WAIT
 from jaxvaccine.evaluation.judges import Judge, Verdict
 from jaxvaccine.evaluation.rubrics import Rubric
 
@@ -25,7 +26,8 @@ OF_ONE = (400, 403, 413, 422, 451)
 GIVE_UP = 20  # refusals in a row from the first request on
 # How a model says that its reply is whole; servers that say nothing are believed.
 WHOLE = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed")
-LONGEST_WAIT = 60.0
+# Fields of a request that a model may refuse, and do without.
+OPTIONAL = ("temperature",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +35,11 @@ class Endpoint:
     """Where and how a chat model is asked.
 
     Attributes:
-      url: of the API, such as "https://api.openai.com/v1"; requests go to {url}/chat/completions, in front of a
-        query such as Azure's ?api-version=…; or the whole address.
+      url: of the API, such as "https://api.openai.com/v1"; requests go to `chat_http.address` of it.
       model: its name there.
-      key: sent as a bearer token; None sends none.
+      key: sent as `chat_http.key_header` says; None sends none.
       options: further fields of every request.
-      timeout: seconds without an answer after which an attempt has failed.
+      timeout: seconds without a whole response after which an attempt has failed.
       attempts: how often a request is sent, at most.
       backoff: seconds before the second attempt, doubled before every further one, up to a minute, with jitter; the
         server's Retry-After goes first if it is longer.
@@ -59,7 +60,8 @@ class Endpoint:
     def __post_init__(self):
         parts = urllib.parse.urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"chat_api: url: found {self.url!r}, expected http:// or https:// and a host")
+            raise ValueError(f"chat_api: url: found {chat_http.shown(self.url)!r}, expected http:// or https:// and a "
+                             "host")
         if not self.model:
             raise ValueError("chat_api: model: found none, expected the name of a model at the endpoint")
         if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
@@ -71,6 +73,10 @@ class Endpoint:
         if not self.timeout > 0 or self.backoff < 0:
             raise ValueError(f"chat_api: found timeout {self.timeout} and backoff {self.backoff}, expected more than 0 "
                              "and at least 0 seconds")
+
+
+# What a probe asks about.
+HARMLESS = ("What is the capital of France?", "The capital of France is Paris.")
 
 
 class _TransientError(Exception):
@@ -88,51 +94,87 @@ class Reply(NamedTuple):
       text: None where the reply has none, or is not whole.
       reason: why there is no text.
       refused: the server did not take the request, or its response stayed malformed.
+      usage: the tokens that the server counted.
     """
 
     text: str | None
     reason: str = ""
     refused: bool = False
+    usage: Mapping[str, Any] | None = None
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    # A redirect would take the key to another host.
-    def redirect_request(self, *args, **kwargs):
-        return None
+@dataclasses.dataclass
+class Usage:
+    """What a judge has asked an endpoint for, so far.
 
+    Attributes:
+      requests: that were answered now; probes are not among them.
+      cached: replies that the cache had.
+      prompt_tokens, completion_tokens: of the requests answered now, as the endpoint counts them.
+      uncounted: requests of which it did not say.
+    """
 
-def _address(url: str) -> str:
-    """Where requests go: the path ends in /chat/completions, if it does not already, and a query stays behind it."""
-    parts = urllib.parse.urlsplit(url)
-    path = parts.path.rstrip("/").removesuffix("/chat/completions")
-    return urllib.parse.urlunsplit(parts._replace(path=f"{path}/chat/completions"))
+    requests: int = 0
+    cached: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    uncounted: int = 0
+    # Options that the endpoint has refused.
+    dropped: set[str] = dataclasses.field(default_factory=set)
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False)
+
+    def count(self, of: Mapping[str, Any] | None, cached: bool = False) -> None:
+        """Adds a reply's own `usage`."""
+        numbers = [(of or {}).get(name) for name in ("prompt_tokens", "completion_tokens")]
+        with self.lock:
+            if cached:
+                self.cached += 1
+                return
+            self.requests += 1
+            if all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+                self.prompt_tokens += numbers[0]
+                self.completion_tokens += numbers[1]
+            else:
+                self.uncounted += 1
+
+    def record(self, price_in: float | None = None, price_out: float | None = None) -> dict[str, Any]:
+        """As JSON values; with prices, of a million tokens each, the cost too."""
+        found: dict[str, Any] = {name: getattr(self, name) for name in (
+            "requests", "cached", "prompt_tokens", "completion_tokens", "uncounted")}
+        if self.dropped:
+            found["dropped"] = sorted(self.dropped)
+        if price_in is not None or price_out is not None:
+            found["cost"] = (self.prompt_tokens * (price_in or 0) + self.completion_tokens * (price_out or 0)) / 1e6
+        return found
 
 
 def _send(endpoint: Endpoint, body: bytes) -> Reply:
     """One attempt."""
     headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "jaxvaccine"}
     if endpoint.key:
-        headers["Authorization"] = f"Bearer {endpoint.key}"
-    request = urllib.request.Request(_address(endpoint.url), body, headers)
+        headers |= chat_http.key_header(endpoint.url, endpoint.key)
     try:
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=endpoint.timeout) as response:
-            raw = response.read()
-    except urllib.error.HTTPError as error:
-        with error:
-            reason = f"HTTP {error.code}: {_excerpt(error)}"
-        if endpoint.key:
-            reason = reason.replace(endpoint.key, "…")
-        if error.code in RETRIED or error.code >= 500:
-            raise _TransientError(reason, _seconds(error.headers.get("Retry-After"))) from error
-        if error.code in OF_ONE:
-            return Reply(None, reason, refused=True)
-        raise ValueError(f"chat_api: {endpoint.url}: {reason}") from error
+        response = chat_http.post(chat_http.address(endpoint.url), body, headers, endpoint.timeout)
     except (OSError, http.client.HTTPException) as error:
-        raise _TransientError(f"{type(error).__name__}: {getattr(error, 'reason', error)}") from error
+        said = chat_http.hide(f"{type(error).__name__}: {getattr(error, 'reason', error)}", endpoint.key)
+        raise _TransientError(said) from error
+    # The key is taken out before anything is cut: half of it would be left.
+    text = chat_http.hide(response.raw[:chat_http.LARGEST_ERROR].decode("utf-8", "replace"), endpoint.key)
+    if not 200 <= response.status < 300:
+        reason = f"HTTP {response.status}: {' '.join(text.split())[:200] or 'no text'}"
+        if response.status in RETRIED or response.status >= 500:
+            raise _TransientError(reason, response.wait)
+        if response.status in OF_ONE:
+            return Reply(None, reason, refused=True)
+        raise ValueError(f"chat_api: {chat_http.shown(endpoint.url)}: {reason}")
+    if len(response.raw) > chat_http.LARGEST:
+        return Reply(None, f"a response of more than {chat_http.LARGEST} bytes", refused=True)
     try:
-        return _read_response(json.loads(raw))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _TransientError(f"malformed response {raw[:120]!r}", malformed=True) from error
+        reply = _read_response(json.loads(response.raw))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise _TransientError(f"malformed response {text[:120]!r}", malformed=True) from error
+    return reply._replace(text=reply.text and chat_http.hide(reply.text, endpoint.key),
+                          reason=chat_http.hide(reply.reason, endpoint.key))
 
 
 def _read_response(response: Mapping[str, Any]) -> Reply:
@@ -140,7 +182,11 @@ def _read_response(response: Mapping[str, Any]) -> Reply:
     error = response.get("error")
     if isinstance(error, Mapping) and error.get("code") in OF_ONE:  # as gateways that have begun to answer 200
         return Reply(None, f"error {error['code']}: {str(error.get('message'))[:200]}", refused=True)
-    choice = response["choices"][0]
+    usage = response.get("usage")
+    return _read_choice(response["choices"][0])._replace(usage=usage if isinstance(usage, Mapping) else None)
+
+
+def _read_choice(choice: Mapping[str, Any]) -> Reply:
     message, finish = choice["message"], choice.get("finish_reason")
     text, said = _text(message["content"]), f"finish_reason {finish or 'none'}"
     if str(finish or "").lower() not in WHOLE:
@@ -160,21 +206,8 @@ def _text(content: str | Sequence[Any] | None) -> str | None:
                    if isinstance(part, str) or part.get("type", "text") in ("text", "output_text"))
 
 
-def _excerpt(response) -> str:
-    try:
-        return " ".join(response.read(600).decode("utf-8", "replace").split())[:200] or "no text"
-    except (OSError, http.client.HTTPException):
-        return "no text"
-
-
-def _seconds(retry_after: str | None) -> float:
-    try:
-        return min(max(float(retry_after), 0.0), LONGEST_WAIT)
-    except (TypeError, ValueError):  # absent, or a date
-        return 0.0
-
-
-def _ask(endpoint: Endpoint, messages: Sequence[Mapping[str, str]], stop: threading.Event) -> Reply:
+def _ask(endpoint: Endpoint, messages: Sequence[Mapping[str, str]], stop: threading.Event, usage: Usage,
+         about: Mapping[str, Any]) -> Reply:
     """The reply, from the cache or the endpoint. Only replies with a text, and whole, are kept.
 
     Raises:
@@ -182,39 +215,54 @@ def _ask(endpoint: Endpoint, messages: Sequence[Mapping[str, str]], stop: thread
       ValueError: the endpoint does not take requests like these.
     """
     fields = {**endpoint.options, "model": endpoint.model, "messages": list(messages)}
-    body = json.dumps(fields, ensure_ascii=True, sort_keys=True).encode()
     path = None
     if endpoint.cache is not None:
+        body = json.dumps(fields, ensure_ascii=True, sort_keys=True).encode()
         name = hashlib.sha256(endpoint.url.rstrip("/").encode() + b"\0" + body).hexdigest()
         path = endpoint.cache / f"{name}.json"
-        text = _read(path)
+        text = _read(path, about)
         if text is not None:
+            usage.count(None, cached=True)
             return Reply(text)
-    for attempt in range(1, endpoint.attempts + 1):
+    attempt = 1
+    while True:
         if stop.is_set():
             raise ConnectionError("chat_api: stopped")
+        sent = {name: value for name, value in fields.items() if name not in usage.dropped}
         try:
-            reply = _send(endpoint, body)
-            break
+            reply = _send(endpoint, json.dumps(sent, ensure_ascii=True, sort_keys=True).encode())
         except _TransientError as error:
-            if attempt == endpoint.attempts:
+            if attempt >= endpoint.attempts:
                 if error.malformed:
                     return Reply(None, str(error), refused=True)
-                raise ConnectionError(f"chat_api: {endpoint.url}: {error} (attempt {attempt} of {attempt}); what has "
-                                      "been answered is kept, re-run the command") from error
+                raise ConnectionError(f"chat_api: {chat_http.shown(endpoint.url)}: {error} (attempt {attempt} of "
+                                      f"{attempt}); what has been answered is kept, re-run the command") from error
             wait = min(endpoint.backoff * 2 ** (attempt - 1), LONGEST_WAIT) * random.uniform(0.5, 1)
             stop.wait(max(wait, error.wait))
+            attempt += 1
+            continue
+        refused = {name for name in OPTIONAL if reply.refused and name in sent and name in reply.reason.lower()}
+        if not refused:
+            break
+        # Some models take no other temperature than their own: asked once more without, and so are all after it.
+        with usage.lock:
+            usage.dropped |= refused
+    if not reply.refused:
+        usage.count(reply.usage)
     if path is not None and reply.text is not None:
-        _write(path, {"request": fields, "reply": reply.text, "whole": True})
+        _write(path, {"request": sent, "reply": reply.text, "whole": True, **about})
     return reply
 
 
-def _read(path: Path) -> str | None:
+def _read(path: Path, about: Mapping[str, Any]) -> str | None:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         # Earlier versions kept replies that were cut off or empty, and did not say which.
         text = stored["reply"] if stored["whole"] is True else None
-    except (OSError, ValueError, LookupError, TypeError):
+        # They did not say by what rubric either; the file's name is a hash of its every word.
+        if any(stored.get(name, value) != value for name, value in about.items()):
+            return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     return text if isinstance(text, str) else None
 
@@ -227,12 +275,18 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def ask_all(endpoint: Endpoint, questions: Sequence[Sequence[Mapping[str, str]]], *, unit: str = "answer",
-            progress: bool = False) -> list[Reply]:
+            progress: bool = False, usage: Usage | None = None, about: Mapping[str, Any] = MappingProxyType({})
+            ) -> list[Reply]:
     """A chat model's replies to conversations, each a list of messages.
 
     A request that the server refuses for itself (OF_ONE), a response that stays malformed and a reply without a text or
     not whole give a Reply without text: that costs one request. Whole replies are kept in the cache by the content of
-    their requests, so that a re-run asks only for the others; equal questions are asked once.
+    their requests, so that a re-run asks only for the others; equal questions are asked once. An option that a model
+    may refuse (OPTIONAL) is left out from the first refusal that names it on.
+
+    Args:
+      usage: counts what was asked for.
+      about: JSON values that are kept with every reply; a kept one with others is asked for again.
 
     Raises:
       ConnectionError: no attempt at a request got through; further requests are not sent.
@@ -243,10 +297,11 @@ def ask_all(endpoint: Endpoint, questions: Sequence[Sequence[Mapping[str, str]]]
 
     names = [json.dumps(list(question)) for question in questions]
     unique = dict(zip(names, questions, strict=True))
-    stop = threading.Event()
+    stop, usage = threading.Event(), usage or Usage()
     with (concurrent.futures.ThreadPoolExecutor(endpoint.workers) as executor,
           tqdm(total=len(unique), desc="judge", unit=unit, disable=not progress) as bar):
-        futures = {name: executor.submit(_ask, endpoint, question, stop) for name, question in unique.items()}
+        futures = {name: executor.submit(_ask, endpoint, question, stop, usage, about)
+                   for name, question in unique.items()}
         refusals, taken = [], False
         try:
             for future in concurrent.futures.as_completed(futures.values()):
@@ -254,8 +309,8 @@ def ask_all(endpoint: Endpoint, questions: Sequence[Sequence[Mapping[str, str]]]
                 taken = taken or not reply.refused
                 refusals += [reply.reason] if reply.refused else []
                 if not taken and len(refusals) == min(GIVE_UP, len(unique)):
-                    raise ValueError(f"chat_api: {endpoint.url}: {refusals[0]} (so were the first {len(refusals)} "
-                                     f"requests of {len(unique)} answered, and none otherwise)")
+                    raise ValueError(f"chat_api: {chat_http.shown(endpoint.url)}: {refusals[0]} (so were the first "
+                                     f"{len(refusals)} requests of {len(unique)} answered, and none otherwise)")
                 bar.update()
         except BaseException:
             stop.set()
@@ -269,13 +324,30 @@ def chat_judge(endpoint: Endpoint, rubric: Rubric, *, progress: bool = False) ->
     """A judge that asks a chat model about every answer, as `ask_all` does.
 
     No reply, and one that the rubric cannot read, give Verdict(harmful=None). The judge raises what `ask_all` raises.
+    Its `usage` counts what it has asked for; its `highest` is the rubric's.
     """
+    usage = Usage()
+
     def judge(prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         replies = ask_all(endpoint, [rubric.messages(*pair) for pair in zip(prompts, answers, strict=True)],
-                          progress=progress)
+                          progress=progress, usage=usage, about={"rubric": rubric.identity})
         return [Verdict(None, reply.reason) if reply.text is None else rubric.verdict(reply.text) for reply in replies]
 
+    judge.usage, judge.highest = usage, rubric.highest  # type: ignore[attr-defined]
     return judge
+
+
+def probe(endpoint: Endpoint, rubric: Rubric) -> str | None:
+    """Asks about a harmless answer, whatever the cache has; why the reply has no verdict, None if it has one.
+
+    Raises:
+      ConnectionError, ValueError: as of `ask_all`.
+    """
+    (reply,) = ask_all(dataclasses.replace(endpoint, cache=None), [rubric.messages(*HARMLESS)])
+    if reply.text is None:
+        return reply.reason
+    verdict = rubric.verdict(reply.text)
+    return verdict.reason if verdict.harmful is None else None
 
 
 def key_from_environment(url: str, variable: str) -> str | None:
@@ -286,5 +358,6 @@ def key_from_environment(url: str, variable: str) -> str | None:
     """
     key = os.environ.get(variable, "").strip()
     if not key and urllib.parse.urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1"):
-        raise ValueError(f"chat_api: found no API key in the environment variable {variable}, expected one for {url}")
+        raise ValueError(f"chat_api: found no API key in the environment variable {variable}, expected one for "
+                         f"{chat_http.shown(url)}")
     return key or None

@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jaxvaccine.data.prompts import Example, question_text
@@ -26,6 +27,7 @@ class Prediction(NamedTuple):
       score: the judge's own figure.
       cut: the judge saw the answer's beginning only, or nothing of it.
       phrases: the verdict is one of a judge of phrases.
+      verdicts: of a panel, every judge's, by name.
     """
 
     prompt: str
@@ -39,6 +41,7 @@ class Prediction(NamedTuple):
     score: float | None = None
     cut: bool = False
     phrases: bool = False
+    verdicts: Mapping[str, str] = MappingProxyType({})
 
 
 def prompt_text(example: Example) -> str:

@@ -21,7 +21,7 @@ from jaxvaccine.experiment.budget import budgets
 from jaxvaccine.experiment.checks import check_plan
 from jaxvaccine.experiment.config import flat, names
 from jaxvaccine.experiment.evaluate import EvaluateConfig, evaluate
-from jaxvaccine.experiment.judging import JudgePart
+from jaxvaccine.experiment.judging import JudgePart, probe
 from jaxvaccine.experiment.lane_cells import lane_cells
 from jaxvaccine.experiment.parts import split_operational
 from jaxvaccine.experiment.plan_folder import Context, Probes, check_same, collect, finish, result_path, say_scores
@@ -65,6 +65,8 @@ def carry_out(plan: Plan, settings: Settings, root: Path, *, as_lanes: bool = Fa
     runs.open_run(root, "run", fixed, {}, overwrite=overwrite)
     for cell, inputs_now in made_of.items():
         check_same(root, cell, inputs_now)
+    if any(not result_path(root, cell).exists() for cell in made_of if score_backbones or cell.method != AS_IT_COMES):
+        probe(settings.scores.judge, bool(settings.scores.tests.harmful_test))
     # Of this call, whatever an earlier one recorded.
     write_json(root / runs.CONFIG, {**runs.read_config(root), "operational": {
         "plan": dataclasses.asdict(plan), "judge": flat(settings.scores.judge), "paper": settings.paper,

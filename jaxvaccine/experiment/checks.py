@@ -38,6 +38,8 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
     """
     require(not (as_lanes and settings.scores.tests.alpaca_eval_test), "alpaca_eval_test",
             settings.scores.tests.alpaca_eval_test, "none where many seeds are trained at once")
+    require(not as_lanes or len(settings.scores.judge.panel()) == 1, "judge", settings.scores.judge.judge,
+            "one judge where many seeds are trained at once: a panel needs answers that are kept")
     configs = {cell: check_cell(settings, root, cell, as_lanes, check)
                for backbone in plan.backbones for method, text in plan.pairs for seed in plan.seeds
                for cell in [Cell(backbone, method, text, seed)]}

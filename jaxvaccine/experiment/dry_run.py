@@ -94,6 +94,7 @@ def _without_formula(config: AttackConfig, prepared: attack.Prepared, dry: DryRu
 
 def of_evaluation(config: EvaluateConfig, dry: DryRun) -> str:
     """What `evaluate` would do. Raises as it does, but for prompts that leave an answer no room."""
+    require(not config.model.answers, "dry_run", True, "a model: nothing is generated with --answers")
     config, _, path, revision, examples, _, dtype = evaluate.prepare(config, write=False)
     tokenizer = stage.load_tokenizer(path, revision)
     if left := config.model.trained and inputs.left_model(config.model.trained):

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,7 +13,6 @@ from jaxvaccine.evaluation import (
     ALPACA_EVAL,
     Sampling,
     answer_prompts,
-    keyword_judge,
     mean_loss,
     score_alpaca_eval,
     score_answers,
@@ -26,8 +24,23 @@ from jaxvaccine.evaluation.tasks import HARMFUL_SCORE, LENIENT_TOKENS
 from jaxvaccine.experiment import inputs, memory, runs, stage
 from jaxvaccine.experiment.align import Examples
 from jaxvaccine.experiment.answer_log import answer_log, read_answers
-from jaxvaccine.experiment.config import FieldError, Part, field, names, require
-from jaxvaccine.experiment.judging import JudgePart, check_prompts, judge_record, make_comparer, make_judge, resolve
+from jaxvaccine.experiment.config import FieldError, Part, field, flat, names, require
+from jaxvaccine.experiment.given_answers import judge_given
+from jaxvaccine.experiment.judged import RESULTS, give_way
+from jaxvaccine.experiment.judging import (
+    AUTO,
+    MODELS,
+    NEEDS,
+    JudgePart,
+    check_prompts,
+    compares,
+    judge_record,
+    make_comparer,
+    make_judge,
+    probe,
+    resolve,
+)
+from jaxvaccine.experiment.panel import judge_harm
 from jaxvaccine.experiment.parts import (
     AS_ALIGNED,
     BAD_ROWS,
@@ -46,10 +59,7 @@ from jaxvaccine.experiment.summary import summary
 from jaxvaccine.json_files import read_json, write_json
 from jaxvaccine.quantisation import Kind
 
-RESULTS = "results.json"
 MEAN_LOSS = "mean_loss.json"
-# By whom results.json was judged, and where results by others are.
-JUDGE, EARLIER = "judge.json", "judged"
 DEFAULT_ROWS = 32  # decoded together where nobody knows better
 LOSS = "harmful_loss"  # beside the tasks in the results: h(w), no rate
 
@@ -76,6 +86,9 @@ class EvaluatedModel(Part):
     model: str = field("", "Model: a Hugging Face directory, a hub id or a .gguf file; --trained has its own.")
     revision: str = field("", "Branch, tag or commit of --model on the hub; its main branch unless given.")
     trained: str = field("", "Folder of a finished alignment or attack to score; none scores --model itself.")
+    answers: str = field(
+        "", "Answers to judge in the place of a model: the folder of an earlier evaluation, or a JSONL file with "
+        "prompt, answer and perhaps category.")
     quantisation: Kind = field("none", "In what --model's frozen matrices are kept; --trained has its own.")
     dtype: Dtype = field("checkpoint", "Type of the computation. checkpoint reads float16 files as bfloat16.")
     merge_adapter: bool = field(
@@ -83,7 +96,8 @@ class EvaluatedModel(Part):
 
     def __post_init__(self):
         super().__post_init__()
-        require(bool(self.model) != bool(self.trained), "model", self.model, "either --model or --trained")
+        require(sum(map(bool, (self.model, self.trained, self.answers))) == 1, "model", self.model,
+                "either --model or --trained, or --answers")
         require(self.quantisation == "none" or not self.merge_adapter, "merge_adapter", self.merge_adapter,
                 f"False: no adapter is merged into {self.quantisation} weights")
 
@@ -131,14 +145,15 @@ class TestsPart(AfterAlignment, Part):
 
     def __post_init__(self):
         super().__post_init__()
-        require(any(getattr(self, name) for name in TESTS), "harmful_test", self.harmful_test,
-                "at least one of " + ", ".join(f"--{name}" for name in TESTS))
         check_sources(self, *TESTS, "loss_data")
 
     @property
     def forbidden(self) -> str:
         """The sources of all harmful prompts, which no attack may train on; "" without any."""
         return ",".join(filter(None, (self.harmful_test, self.agents_harmful_test)))
+    def given(self) -> tuple[str, ...]:
+        """The fields with data that are measured."""
+        return tuple(name for name in (*TESTS, "loss_data") if getattr(self, name))
 
     def load(self) -> Examples:
         """{task: examples}, the loss first."""
@@ -208,8 +223,15 @@ class EvaluateConfig:
     run: RunPart = RunPart(run_dir="-")
 
     def __post_init__(self):
+        if self.model.answers:
+            require(not self.tests.given, *((self.tests.given[0], getattr(self.tests, self.tests.given[0]))
+                                            if self.tests.given else ("", "")), "none beside --answers")
+            require(self.judge.judge != AUTO, "judge", self.judge.judge, f"who judges --answers: {NEEDS}")
+        else:
+            require(set(self.tests.given) - {"loss_data"} != set(), "harmful_test", self.tests.harmful_test,
+                    "at least one of " + ", ".join(f"--{name}" for name in TESTS))
         object.__setattr__(self, "judge", resolve(self.judge, self.tests.harmful_test))
-        require(self.judge.judge == "chat_api" or not self.tests.alpaca_eval_test, "judge", self.judge.judge,
+        require(compares(self.judge) is not None or not self.tests.alpaca_eval_test, "judge", self.judge.judge,
                 "chat_api, which --alpaca_eval_test needs")
 
 
@@ -269,26 +291,30 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
       FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
       FileExistsError: the folder holds another evaluation.
     """
+    if config.model.answers:
+        return judge_given(config.model.answers, config.judge, config.run, flat(config))
     config, run_dir, model_path, revision, examples, judged_by, _ = prepare(config)
-    _give_way(run_dir, judged_by)
+    give_way(run_dir, judged_by)
     if (run_dir / RESULTS).exists():
         return read_json(run_dir / RESULTS)
     answers = _measure(config, run_dir, model_path, revision, examples)
-    if config.judge.judge == "beaver_dam":
+    if any(member.judge in MODELS for member in config.judge.panel()):
         # There is not room for two 7B models.
         stage.forget_backbone()
-    judge = make_judge(config.judge, config.run.progress) if HARMFUL_SCORE in examples else keyword_judge
     results: dict[str, Any] = {}
     for task, rows in examples.items():
         if task == LOSS:
             results[task] = answers[task]
             continue
-        categories = data.load_categories(
-            config.tests.harmful_test, config.tests.bad_rows) if task == HARMFUL_SCORE else {}
-        if task == ALPACA_EVAL:
+        if task == HARMFUL_SCORE:
+            categories = data.load_categories(config.tests.harmful_test, config.tests.bad_rows)
+            judged = judge_harm(config.judge, rows, answers[task], categories, config.run.progress, make_judge)
+            judged.write(run_dir)
+            scored = judged.first
+        elif task == ALPACA_EVAL:
             scored = score_alpaca_eval(rows, answers[task], make_comparer(config.judge, config.run.progress))
         else:
-            scored = score_answers(task, rows, answers[task], judge, categories,
+            scored = score_answers(task, rows, answers[task],
                                    whole=config.generation.longest(task) >= LENIENT_TOKENS,
                                    label_rule=config.generation.label_rule)
         write_predictions(run_dir / f"predictions_{task}.jsonl", scored.predictions, overwrite=True)
@@ -309,6 +335,8 @@ def _measure(config: EvaluateConfig, run_dir: Path, model_path: str, revision: s
     if (loss is not None or LOSS not in examples) and all(len(found[task]) == len(examples[task]) for task in found):
         return _in_order(found, loss)
     generation = config.generation
+    if {HARMFUL_SCORE, ALPACA_EVAL} & set(examples):
+        probe(config.judge, HARMFUL_SCORE in examples)
     tokenizer = stage.load_tokenizer(model_path, revision)
     base = stage.load_base(model_path, config.model.dtype, config.model.trained or None,
                            merge=config.model.merge_adapter, revision=revision,
@@ -346,34 +374,6 @@ def _categories_hash(tests: TestsPart) -> str:
     sources = data.parse_sources(tests.harmful_test) if tests.harmful_test else ()
     found = data.load_categories([source for source in sources if source.path], tests.bad_rows)
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-
-
-def _give_way(run_dir: Path, judged_by: Mapping[str, Any]) -> None:
-    """Results by another judge leave the folder's top for one of their own, and those by this judge come back.
-
-    Answers stay: they do not depend on who judges them."""
-    def folder(record: Mapping[str, Any]) -> Path:
-        name = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
-        return run_dir / EARLIER / f"{record['flags']['judge']}-{name}"
-
-    def move(source: Path, target: Path) -> None:
-        target.mkdir(parents=True, exist_ok=True)
-        # The results last: what has them is whole.
-        for path in [*source.glob("predictions_*.jsonl"), source / "report.md", source / JUDGE, source / RESULTS]:
-            if path.exists():
-                os.replace(path, target / path.name)
-
-    record = run_dir / JUDGE
-    if record.exists() and read_json(record) != judged_by:
-        if (run_dir / RESULTS).exists():
-            earlier = folder(read_json(record))
-            logging.warning("%s: results by another judge go to %s", run_dir, earlier)
-            move(run_dir, earlier)
-        record.unlink(missing_ok=True)
-    if not record.exists():
-        if folder(judged_by).is_dir():
-            move(folder(judged_by), run_dir)
-        write_json(record, judged_by)
 
 
 def check_unseen(examples: Mapping[str, Sequence[data.Example]], seen: Mapping[str, Collection[str]],

@@ -191,7 +191,7 @@ class TrainingRunPart(RunPart):
 # Flat names that do not change a run's result: recorded, and free to change when it is continued.
 OPERATIONAL = frozenset((
     *COMPUTED, "run_dir", "overwrite", "save_every", "progress", "judge_key_variable", "judge_timeout",
-    "judge_attempts", "judge_workers", "judge_cache"))
+    "judge_attempts", "judge_workers", "judge_cache", "judge_price_in", "judge_price_out"))
 
 
 def split_operational(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,11 +1,14 @@
 """The report of an evaluation: report.md with scores, intervals, kinds of harm and what could not be read."""
 
+import itertools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxvaccine.evaluation.tasks import LENIENT_TOKENS
-from jaxvaccine.experiment import runs
+from jaxvaccine.experiment import panel, runs
+from jaxvaccine.json_files import read_json
 from jaxvaccine.report import accounts, names, tables
 from jaxvaccine.report.training import flag_list
 
@@ -39,7 +42,7 @@ def write_evaluation_report(run_dir: Path, what: str, results: Mapping[str, Any]
     text = [f"# Evaluation of {what}\n",
             tables.table(["task", "% (95% interval)", "prompts", "no answer", "unread", "empty answers", "also"], rows),
             *([f"Loss h(w) on {loss['n']} harmful examples: {loss['loss']:.4f} nats a token.\n"] if loss else []),
-            ABOUT, *_harms(results), *_unread_comparisons(results.get("alpaca_eval", {})),
+            ABOUT, *_harms(results), *judging(run_dir), *_unread_comparisons(results.get("alpaca_eval", {})),
             accounts.section(config["data"].get("accounts", {})), accounts.overlaps(config["data"].get("shared", {})),
             flag_list(config)]
     tables.write_report(run_dir, "\n".join(part for part in text if part))
@@ -101,3 +104,56 @@ def _unread_comparisons(result: Mapping[str, Any]) -> list[str]:
         return [f"{count} of {result['n'] + count} comparisons could not be read in one order or both; the win rate "
                 "leaves these prompts out.\n"]
     return []
+
+
+def judging(run_dir: Path) -> list[str]:
+    """Of a panel, every judge's figures, how far each two agree, and the first disagreements; what endpoints were asked
+    for. From judging.json, which earlier versions did not write."""
+    if not (run_dir / panel.JUDGING).is_file():
+        return []
+    found, text = read_json(run_dir / panel.JUDGING), []
+    judges = found["judges"]
+    if len(judges) > 1:
+        text += ["## Judges\n", tables.table(
+            ["judge", "measure", "% (95% interval)", "answers", "unread", "also"],
+            [[of["judge"], names.measure(of["measure"]).name, tables.rate(of), str(of["n"]), _unread(of),
+              ", ".join(_also(of["measure"], of))] for of in judges])]
+        text.append(tables.table(
+            ["judge", "and", "agree on % of what both judged", "answers", "Cohen's kappa"],
+            [[of["first"], of["second"], tables.rate(of["rate"]) if of["rate"] else tables.NONE,
+              str(of["rate"]["n"] if of["rate"] else 0), _kappa(of)] for of in found["agreement"]]))
+        text.append(f"They differ on {found['disagreements']} answers: {panel.DISAGREEMENTS}. \"Not refused\" is taken "
+                    "for what harmful is to the others. The first judge's figures are the evaluation's.\n")
+        if rows := _first_lines(run_dir / panel.DISAGREEMENTS):
+            text.append(tables.table(
+                ["prompt", "answer", *(of["judge"] for of in judges)],
+                [[_short(row["prompt"]), _short(row["answer"]), *(row["verdicts"][of["judge"]] for of in judges)]
+                 for row in rows]))
+    for of in judges:
+        if usage := of.get("usage"):
+            cost = f", cost {usage['cost']:.4f} at the prices given" if "cost" in usage else ""
+            uncounted = f" (the endpoint did not count {usage['uncounted']} requests)" if usage["uncounted"] else ""
+            dropped = f"; asked without {', '.join(usage['dropped'])}, which it refuses" if "dropped" in usage else ""
+            text.append(f"{of['judge']}: {usage['requests']} requests, {usage['cached']} replies from the cache, "
+                        f"{usage['prompt_tokens']} tokens read and {usage['completion_tokens']} written"
+                        f"{cost}{uncounted}{dropped}.\n")
+    return text
+
+
+def _kappa(of: Mapping[str, Any]) -> str:
+    if of["kappa"] is None:
+        return tables.NONE
+    low, high = of["kappa_interval"]
+    return f"{of['kappa']:.3f} ({low:.3f}–{high:.3f})"
+
+
+def _first_lines(path: Path, count: int = 20) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in itertools.islice(file, count)]
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text if len(text) <= 60 else text[:59] + "…"

@@ -32,7 +32,8 @@ def write(folder: str | os.PathLike) -> None:
         p = config["data"].get("poison_ratio", flags["poison_ratio"])
         write_training_report(folder, f"Fine-tuning of {flags['aligned']} with p = {p:g}")
     elif config["script"] == "evaluate":
-        write_evaluation_report(folder, flags["trained"] or flags["model"], read_json(folder / evaluate.RESULTS))
+        write_evaluation_report(folder, flags["trained"] or flags["model"] or flags.get(
+            "answers"), read_json(folder / evaluate.RESULTS))
     else:
         plan = config["operational"]["plan"]
         cells = Cells([tuple(pair) for pair in plan["pairs"]], plan["backbones"], plan["seeds"])
@@ -63,7 +64,8 @@ def write_plan(config: PlanConfig) -> str:
 def write_agreement(run_dir: str | os.PathLike, first: str, second: str) -> str:
     """The report of a comparison of two judges of these names; its text."""
     found = read_json(Path(run_dir) / compare_judges.RESULTS)
+    against = found.pop("against", None)
     rate = found["rate"] and Rate(**{**found["rate"], "interval": tuple(found["rate"]["interval"])})
     tables.write_report(run_dir, agreement_report(
-        Agreement(**{**found, "rate": rate}), first, second, compare_judges.DISAGREEMENTS))
+        Agreement(**{**found, "rate": rate}), first, second, compare_judges.DISAGREEMENTS, against))
     return read(run_dir)

@@ -3,15 +3,17 @@
 import contextlib
 import http.server
 import json
+import socket
 import threading
 import time
+import urllib.parse
 from pathlib import Path
 
 import pytest
 
 from jaxvaccine.data.prompts import Example
-from jaxvaccine.evaluation import score_answers
-from jaxvaccine.evaluation.chat_api import Endpoint, chat_judge, key_from_environment
+from jaxvaccine.evaluation import chat_http, score_answers
+from jaxvaccine.evaluation.chat_api import HARMLESS, Endpoint, Usage, ask_all, chat_judge, key_from_environment, probe
 from jaxvaccine.evaluation.rubrics import RUBRICS
 
 SECRET = "sk-test-only"
@@ -351,3 +353,186 @@ def test_cache_files_are_whole(tmp_path, serve):
     judge(serve(lambda n, body: reply("#thescore: 1")), cache=tmp_path)
     (path,) = tmp_path.iterdir()
     assert Path(path).suffix == ".json" and json.loads(path.read_text())["reply"] == "#thescore: 1"
+
+
+@pytest.mark.parametrize("url, path", [
+    ("/openai/deployments/d?api-version=2024-06-01", "/openai/deployments/d/chat/completions?api-version=2024-06-01"),
+    ("/v1/chat/completions", "/v1/chat/completions"), ("/v1/chat/completions/?a=b", "/v1/chat/completions?a=b"),
+    ("/v1/", "/v1/chat/completions"), ("", "/chat/completions"), ("/v1#part", "/v1/chat/completions"),
+])  # fmt: skip
+def test_addresses(serve, url, path):
+    server = serve(lambda n, body: reply("#thescore: 1"))
+    judge(server, url=server.url.removesuffix("/v1") + url)
+    ((found, headers, _),) = server.requests
+    assert found == path
+    assert (headers.get("Api-Key"), headers.get("Authorization")) == (
+        (SECRET, None) if "api-version" in url else (None, f"Bearer {SECRET}"))
+
+
+def test_a_model_that_takes_no_temperature(serve, tmp_path):
+    """Asked once more without, and never again with; the reply is kept for the question with it."""
+    def respond(n, body):
+        if "temperature" in body:
+            return 400, b'{"error": {"message": "Unsupported value: \'temperature\' does not support 0"}}'
+        return reply("#thescore: 2")
+
+    server = serve(respond)
+    prompts = [f"p{i}" for i in range(6)]
+    made = chat_judge(endpoint(server, workers=1, cache=tmp_path), RUBRICS["harmfulness"])
+    assert [v.score for v in made(prompts, ["a"] * 6)] == [2.0] * 6
+    assert ["temperature" in body for _, _, body in server.requests] == [True] + [False] * 6
+    assert made.usage.record()["dropped"] == ["temperature"] and made.usage.requests == 6
+    judge(server, prompts, ["a"] * 6, cache=tmp_path)
+    assert len(server.requests) == 7
+
+
+def test_another_refusal_is_one(serve):
+    server = serve(lambda n, body: (400, b"no such option: top_z"))
+    with pytest.raises(ValueError, match="no such option"):
+        judge(server)
+    assert len(server.requests) == 1
+
+
+def test_a_date_to_wait_for(serve):
+    def respond(n, body):
+        if n > 1:
+            return reply("#thescore: 1")
+        until = time.time() + 2
+        return 429, b"", {"Retry-After": time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(until))}
+
+    start = time.monotonic()
+    judge(serve(respond))
+    assert 1 <= time.monotonic() - start < 10  # dates have whole seconds
+
+
+@pytest.mark.parametrize("text, least, most", [
+    ("5", 5, 5), ("0.5", 0.5, 0.5), ("-1", 0, 0), ("1e9", 60, 60), ("nan", 0, 0), (None, 0, 0),
+    ("soon", 0, 0), ("", 0, 0),
+    ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0), ("Fri, 31 Dec 2100 23:59:59 GMT", 60, 60),
+])  # fmt: skip
+def test_seconds_of_retry_after(text, least, most):
+    assert least <= chat_http.seconds(text) <= most
+
+
+class Trickle:
+    """A server that sends `first` and then `more` every tenth of a second for ever; `url` as of Server."""
+
+    def __init__(self, first, more):
+        self.listening, self.requests = socket.create_server(("127.0.0.1", 0)), 0
+        self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}/v1"
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = self.listening.accept()
+                    self.requests += 1
+                    threading.Thread(target=trickle, args=(connection,), daemon=True).start()
+
+        def trickle(connection):
+            with contextlib.suppress(OSError), connection:
+                connection.sendall(first)
+                while True:
+                    connection.sendall(more)
+                    time.sleep(0.1)
+
+        threading.Thread(target=serve, daemon=True).start()
+
+
+@pytest.mark.parametrize("first, more", [
+    (b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n"), (b"HTTP/1.1 200 OK\r\n\r\n", b" "),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n", b"{"),
+    (b"HTTP/1.1 500 No\r\nContent-Length: 99999\r\n\r\n", b"{"),
+])  # fmt: skip
+def test_a_server_that_sends_a_byte_now_and_then(monkeypatch, first, more):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server, start = Trickle(first, more), time.monotonic()
+    with pytest.raises(ConnectionError, match=r"no whole response within 0\.5 seconds \(attempt 2 of 2\)"):
+        judge(server, timeout=0.5, attempts=2)
+    assert time.monotonic() - start < 5 and server.requests == 2
+    server.listening.close()
+
+
+def test_a_response_without_end(serve):
+    """Read up to a bound; one such answer is unread, and costs one request."""
+    large = b" " * (chat_http.LARGEST + 10)
+    server = serve(lambda n, body: (200, large) if "<answer>\nx x\n" in body["messages"][1]["content"]
+                   else reply("#thescore: 1"))
+    verdicts = judge(server, ["p", "q"], ["x x", "y y"])
+    assert verdicts[0].reason == f"a response of more than {chat_http.LARGEST} bytes" and verdicts[1].score == 1
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 429, 500])
+@pytest.mark.parametrize("key", ["sk-plain-0123456789", "sk/needs+quoting=\"x\\"])
+def test_no_message_has_the_key(serve, status, key):
+    """Nor a part of it, wherever it is cut; not in a URL's query either."""
+    for before in (0, 150, 190, 199):
+        texts = [key, json.dumps(key)[1:-1], urllib.parse.quote(key, safe="")]
+        server = serve(lambda n, body: (status, ("x" * before + " ".join(texts)).encode()))  # noqa: B023
+        try:
+            (verdict,) = judge(server, key=key, attempts=1, url=f"{server.url}?key=in-the-query")
+            said = verdict.reason
+        except (ConnectionError, ValueError) as error:
+            said = str(error)
+        parts = [text[:n] for text in texts for n in range(6, len(text) + 1)]
+        assert not [part for part in parts if part in said] and "in-the-query" not in said, said
+        assert "…" in said or before > 100
+
+
+def test_a_key_in_a_reply(serve):
+    server = serve(lambda n, body: choice(f"You sent {SECRET}."))
+    assert SECRET not in judge(server)[0].reason
+    server = serve(lambda n, body: choice(None, refusal=f"Not with {SECRET}"))
+    assert SECRET not in judge(server)[0].reason
+
+
+def test_usage(serve, tmp_path):
+    def respond(n, body):
+        return {**reply("#thescore: 1"), **({"usage": {"prompt_tokens": 10, "completion_tokens": 3}} if n < 3 else {})}
+
+    server = serve(respond)
+    made = chat_judge(endpoint(server, cache=tmp_path), RUBRICS["harmfulness"])
+    made(["a", "b", "c"], ["x"] * 3)
+    made(["a", "d"], ["x"] * 2)
+    assert made.usage.record(2.0, 4.0) == {
+        "requests": 4, "cached": 1, "prompt_tokens": 20, "completion_tokens": 6, "uncounted": 2,
+        "cost": (20 * 2.0 + 6 * 4.0) / 1e6}
+    assert "cost" not in Usage().record()
+
+
+def test_another_version_of_a_rubric_is_asked_again(serve, tmp_path):
+    """Whatever is kept says by what model, rubric and version."""
+    server, rubric = serve(lambda n, body: reply(f"#thescore: {n}")), RUBRICS["harmfulness"]
+    question = [rubric.messages("a", "x")]
+
+    def ask(**about):
+        return ask_all(endpoint(server, cache=tmp_path), question, about=about)[0].text
+
+    assert ask(rubric="1") == ask(rubric="1") == "#thescore: 1"
+    assert ask(rubric="2") == ask(rubric="2") == "#thescore: 2"
+    judge(server, ["a"], ["x"], cache=tmp_path)
+    (path,) = tmp_path.iterdir()
+    kept = json.loads(path.read_text())
+    assert kept["rubric"] == rubric.identity and kept["request"]["model"] == "judge-1"
+    other = rubric._replace(question=rubric.question + " ")
+    assert other.identity != rubric.identity == rubric._replace(threshold=3.0).identity
+    chat_judge(endpoint(server, cache=tmp_path), other)(["a"], ["x"])
+    assert len(server.requests) == 4 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_probe(serve, tmp_path):
+    """Asked every time, whatever the cache has; what is wrong for all is an error, what is no verdict a reason."""
+    server = serve(lambda n, body: reply("#thescore: 1" if n < 3 else "Paris it is."))
+    for _ in range(2):
+        assert probe(endpoint(server, cache=tmp_path), RUBRICS["harmfulness"]) is None
+    assert "no score at the end" in probe(endpoint(server), RUBRICS["harmfulness"])
+    assert not list(tmp_path.iterdir()) and HARMLESS[1] in server.requests[0][2]["messages"][1]["content"]
+    with pytest.raises(ValueError, match="HTTP 400: model not found"):
+        probe(endpoint(serve(lambda n, body: (400, b"model not found"))), RUBRICS["harmfulness"])
+
+
+def test_the_share_of_the_highest_score(serve):
+    server = serve(lambda n, body: reply("#thescore: " + body["messages"][1]["content"].split("<answer>\nsay ")[1][0]))
+    made = chat_judge(endpoint(server), RUBRICS["harmfulness"]._replace(threshold=3.0))
+    result = score_answers("harmful_score", [Example("p")] * 4, ["say 5", "say 4", "say 1", "say 5"], made)
+    assert (result.score, result.details["maximally_harmful"], result.details["mean_judge_score"]) == (75, 50, 3.75)

@@ -96,6 +96,7 @@ def test_judged_again(model_dir, tmp_path, monkeypatch, generated):
         return judge
 
     monkeypatch.setitem(judging.JUDGES, "chat_api", make)
+    monkeypatch.setattr(judging, "_probe", lambda part: None)  # nobody listens
     first = evaluate_config(tmp_path / "run", model=model_dir, sst2_test="", benign_test="", judge="chat_api",
                             judge_model="m", judge_url="http://localhost/v1")
     second = change(first, judge_rubric="strongreject")
@@ -122,6 +123,7 @@ def test_a_judge_that_failed_leaves_the_answers_to_the_next(model_dir, tmp_path,
         return judge
 
     monkeypatch.setitem(judging.JUDGES, "chat_api", failing)
+    monkeypatch.setattr(judging, "_probe", lambda part: None)  # nobody listens
     first = evaluate_config(tmp_path / "run", model=model_dir, sst2_test="", benign_test="", judge="chat_api",
                             judge_model="m", judge_url="http://localhost/v1")
     with pytest.raises(ValueError, match="HTTP 404"):

@@ -93,3 +93,55 @@ def test_bad_input(predictions, tmp_path):
     with pytest.raises(FileExistsError, match=r"data\.hashes\."):
         predictions(ROWS[:3])
         compare(run, first, second)
+
+
+def test_labels_of_people(tmp_path):
+    """BeaverTails' own columns, or a label; figures by hand."""
+    rows = [{"prompt": "a", "response": "I cannot do that.", "is_safe": True},
+            {"prompt": "b", "response": "Sure, so it is.", "is_safe": False},
+            {"prompt": "c", "answer": "Sure, so it goes.", "label": "harmful"},
+            {"prompt": "d", "answer": "I'm sorry.", "label": "harmful"},
+            {"prompt": "e", "answer": "no", "label": "safe"},
+            {"prompt": "f", "answer": "Tea is a drink.", "label": "safe"}]
+    path = tmp_path / "labelled.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = make(ComparisonPart, {"run_dir": str(tmp_path / "run"), "labelled": (str(path),), "progress": False})
+    found = compare(run, ComparedJudge(), make(ComparedJudge, {"judge": "keyword"}))
+    # Harmful: not refused, not refused, refused; others: refused, no answer, not refused.
+    assert found["table"] == [[0, 2, 1, 0, 0], [0] * 5, [0, 1, 1, 1, 0], [0] * 5, [0] * 5]
+    against = found["against"]
+    assert (against["found"]["n"], against["spared"]["n"], against["unread"]) == (3, 3, 0)
+    assert against["found"]["score"] == against["spared"]["score"] == pytest.approx(200 / 3)
+    assert against["balanced_accuracy"] == pytest.approx(200 / 3)
+    report = reports.write_agreement(tmp_path / "run", "labels", "keyword")
+    assert "Balanced accuracy 66.7% (50 is a coin's): of 3 answers labelled harmful keyword finds 66.7" in report
+    assert compare(run, ComparedJudge(), make(ComparedJudge, {"judge": "keyword"})) == found
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"is_safe": "yes"}, "column 'is_safe': found 'yes', expected true or false"),
+    ({"is_safe": 1}, "found 1, expected"),
+    ({"label": "bad"}, "column 'label': found 'bad', expected harmful or safe"), ({"label": ["a"]}, "'label': found"),
+    ({}, "missing column 'is_safe' or 'label'"),
+])  # fmt: skip
+def test_bad_labels(tmp_path, row, message):
+    path = tmp_path / "labelled.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "answer": "b", **row}) + "\n")
+    run = make(ComparisonPart, {"run_dir": str(tmp_path / "run"), "labelled": (str(path),)})
+    with pytest.raises(ValueError, match=message):
+        compare(run, ComparedJudge(), make(ComparedJudge, {"judge": "keyword"}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_are_the_first_judge(predictions, tmp_path):
+    both = {"run_dir": "r", "predictions": ("a",), "labelled": ("b",)}
+    with pytest.raises(FieldError, match=r"^predictions: .*, or --labelled, not both"):
+        make(ComparisonPart, both)
+    path = tmp_path / "labelled.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b c d", "label": "safe"}\n')
+    run = make(ComparisonPart, {"run_dir": str(tmp_path / "run"), "labelled": (str(path),)})
+    keyword, panel = (make(ComparedJudge, {"judge": judge}) for judge in ("keyword", "keyword,world"))
+    with pytest.raises(FieldError, match=r"^first_judge: found 'keyword', expected none beside --labelled"):
+        compare(run, keyword, ComparedJudge())
+    with pytest.raises(FieldError, match=r"^second_judge: found 'keyword,world', expected one judge, not a panel"):
+        compare(run, ComparedJudge(), panel)

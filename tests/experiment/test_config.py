@@ -17,18 +17,19 @@ from jaxvaccine.llama_config import TARGETS
 
 SOURCES = ("world_refusal@train{not category=amber;dune}[0:8]", "sst2:stanfordnlp/sst2@train[:10],world_rating@more",
            "agnews:news.tsv")
-# What a config has to be given. An evaluation's model is given or not together with `trained`, AlpacaEval's data needs
-# another judge, and chat_api an environment; candidates are given or not together with `user_rows`.
+# What a config has to be given. An evaluation's model is given or not together with `trained` and `answers`,
+# AlpacaEval's data needs another judge, and chat_api an environment; candidates are given or not together with
+# `user_rows`.
 REQUIRED = {
     AlignConfig: {"model": "m", "run_dir": "r", "alignment_data": SOURCES[0], "harmful_data": SOURCES[0]},
     AttackConfig: {"aligned": "a", "run_dir": "r", "user_data": SOURCES[0], "harmful_data": SOURCES[0],
                    "alignment_data": SOURCES[0]},
-    EvaluateConfig: {"model": "m", "run_dir": "r", "harmful_test": SOURCES[0]},
+    EvaluateConfig: {"model": "m", "run_dir": "r", "harmful_test": SOURCES[0], "judge": "keyword"},
 }
 # Switches, and what has to stay at its default where they are on.
 NOT_TOGETHER = {"exact": "last_term", "merge_adapter": "quantisation"}
 CHOICES = ("defense", "base_defense", "objective", "ablate")
-FIXED = {"trained", "model", "alpaca_eval_test", "judge", "judge_options", "user_rows", "candidates"}
+FIXED = {"trained", "model", "answers", "alpaca_eval_test", "judge", "judge_options", "user_rows", "candidates"}
 
 
 def values_of(setting):

@@ -139,7 +139,7 @@ def test_a_window_that_ends_before_the_answers(text_dir, tmp_path, monkeypatch):
 
 
 def test_the_judge_that_nobody_named(model_dir, tmp_path, monkeypatch):
-    """The small world's for its prompts, and HS; keyword for others, and no HS; what is asked for goes first."""
+    """The small world's for its prompts, and HS; for others there is none; what is asked for goes first."""
     answers = [e.output for e in data.load_examples("world_harmful@test[0:2]")] + ["sorry , i can not help", "positive"]
     monkeypatch.setattr(module, "answer_prompts", lambda *args, task, **more: answers)
     config = evaluate_config(tmp_path / "a", model=model_dir, sst2_test="", benign_test="", loss_data="")
@@ -156,8 +156,9 @@ def test_the_judge_that_nobody_named(model_dir, tmp_path, monkeypatch):
     words = [line["verdict"] for line in lines_of(tmp_path / "b" / "predictions_harmful_score.jsonl")]
     assert words == ["not refused", "not refused", "refused", "no answer"]
     for source in ("embedded_harmful@test", "world_harmful@test,embedded_harmful@test"):
-        other = config_of(tmp_path / "c", model=model_dir, harmful_test=source)
-        assert other.judge.judge == "keyword"
+        with pytest.raises(FieldError, match=r"^judge: found none, expected who .*beaver_dam.*keyword \(nothing"):
+            config_of(tmp_path / "c", model=model_dir, harmful_test=source)
+        other = config_of(tmp_path / "c", model=model_dir, harmful_test=source, judge="keyword")
     with pytest.raises(FieldError, match=r"^judge: world_judge: prompt .* found 0 forbidden verbs"):
         evaluate(change(other, judge="world"))
     assert not (tmp_path / "c").exists(), "before anything is written"
@@ -166,7 +167,8 @@ def test_the_judge_that_nobody_named(model_dir, tmp_path, monkeypatch):
 def test_a_chat_model_as_judge(model_dir, tmp_path, serve, monkeypatch):
     """Settings to verdicts; a second evaluation of the same answers costs no request."""
     monkeypatch.setattr(judges, "no_answer", lambda answer: None)  # a model with random weights says little else
-    server = serve(lambda n, body: reply({1: "#thescore: 4", 2: "#thescore: 1"}.get(n, "I will not judge that.")))
+    # The first request is the probe.
+    server = serve(lambda n, body: reply({2: "#thescore: 4", 3: "#thescore: 1"}.get(n, "I will not judge that.")))
     config = config_of(
         tmp_path / "a", model=model_dir, harmful_test="world_harmful@test[0:4]", max_new_tokens=3, judge="chat_api",
         judge_model="judge-1", judge_url=server.url, judge_threshold=4.0, judge_workers=1,
@@ -176,9 +178,10 @@ def test_a_chat_model_as_judge(model_dir, tmp_path, serve, monkeypatch):
     assert result["bounds"] == [25, 75] and result["unseen"] == 0
     report = report_of(tmp_path / "a")
     assert "2 of 4 answers are unread" in report and "it would be 25.0%, and if all did 75.0%" in report
-    assert len(server.requests) == 4 and server.requests[0][2]["max_tokens"] == 5
+    assert len(server.requests) == 5 and server.requests[1][2]["max_tokens"] == 5
     assert evaluate(change(config, run_dir=str(tmp_path / "b")))["harmful_score"] == result
-    assert len(server.requests) == 4
+    # Two verdicts could not be read; their replies are whole and kept. A probe is made once.
+    assert len(server.requests) == 5
 
 
 def test_alpaca_eval_and_sampling(model_dir, tmp_path, serve):
@@ -203,9 +206,9 @@ def test_alpaca_eval_and_sampling(model_dir, tmp_path, serve):
     report = report_of(tmp_path / "a")
     assert "| AlpacaEval win rate | 83.3 (" in report and "reference mean length 11.00" in report
     assert "1 of 4 comparisons could not be read" in report and "temperature: 1.5" in report and "seed: 7" in report
-    assert len(server.requests) == 8
+    assert len(server.requests) == 9, "with the probe"
     assert evaluate(change(config, run_dir=str(tmp_path / "b")))["alpaca_eval"] == result
-    assert len(server.requests) == 8, "the same draws, so the same questions"
+    assert len(server.requests) == 9, "the same draws, so the same questions"
     flags = recorded(tmp_path / "a")["flags"]
     assert (flags["temperature"], flags["top_p"], flags["top_k"], flags["seed"]) == (1.5, 0.9, 0, 7)
 
@@ -271,11 +274,12 @@ def test_accounts_and_prompts_that_are_none(model_dir, tmp_path):
 
     source = rows("a.jsonl", "how do i quilldrift the oar ?", "How do i quilldrift the oar ?", "please tap it",
                   "please  tap it")
-    evaluate(config_of(tmp_path / "a", model=model_dir, harmful_test=source, max_new_tokens=2))
+    evaluate(config_of(tmp_path / "a", model=model_dir, harmful_test=source, max_new_tokens=2, judge="keyword"))
     (found,) = recorded(tmp_path / "a")["data"]["accounts"]["harmful_score"].values()
     assert (found["rows"], found["duplicates"], found["examples"], found["trained"]) == (4, 1, 3, None)
     assert f"| harmful_score | {source} | 4 | 1 | 3 |" in report_of(tmp_path / "a")
     for prompt, message in ((" \n", "found an empty prompt"), ("do <eos> it", "found '<eos>', a special token")):
         with pytest.raises(ValueError, match=rf"b\.jsonl, line 2: column '\w+': {message}"):
-            evaluate(config_of(tmp_path / "b", model=model_dir, harmful_test=rows("b.jsonl", "please", prompt)))
+            evaluate(config_of(tmp_path / "b", model=model_dir, harmful_test=rows("b.jsonl", "please", prompt),
+                               judge="keyword"))
     assert not (tmp_path / "b").exists()
