@@ -198,7 +198,8 @@ EVALUATION = Section(EvaluateConfig, "", (
     "run_dir", "model", "revision", "trained", "seed", "overwrite", "dtype", "quantisation", "progress", "max_length",
     "prompt", "data_protocol"),
     "Evaluation: ")
-ALIGNMENT = Section(AlignConfig, "", ("run_dir", "model", "defense", "seed", "overwrite", "progress"), "Alignment: ")
+ALIGNMENT = Section(AlignConfig, "", (
+    "run_dir", "model", "start", "adapter", "defense", "seed", "overwrite", "progress"), "Alignment: ")
 
 
 def _run(values: flags.FlagValues) -> None:
