@@ -1,10 +1,12 @@
 """Chains of runs: fine-tuned again and again, aligned again between; what each link trains, leaves and knows of the
 others, against equations and against the same steps by hand."""
 
+import functools
 import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -13,14 +15,14 @@ from jaxvaccine import data, defenses, optim, training
 from jaxvaccine.checkpoints.hugging_face import load_model
 from jaxvaccine.checkpoints.peft import load_adapter, read_lora_config
 from jaxvaccine.experiment import attack as attacks
-from jaxvaccine.experiment import chain, dry_run, inputs, stage
+from jaxvaccine.experiment import dry_run, inputs, stage
 from jaxvaccine.experiment.align import align
 from jaxvaccine.experiment.align import prepare as prepare_alignment
 from jaxvaccine.experiment.attack import attack
 from jaxvaccine.experiment.attack_config import AttackAdapter
-from jaxvaccine.experiment.config import FieldError, change, make
+from jaxvaccine.experiment.config import FieldError, change
 from jaxvaccine.experiment.evaluate import evaluate
-from jaxvaccine.experiment.methods import Booster, Ewc, Sft, TVaccine, Undefended
+from jaxvaccine.experiment.methods import Ewc, Undefended
 from jaxvaccine.json_files import write_json
 from jaxvaccine.llama import hidden_states, init_adapter, token_logits
 from jaxvaccine.losses import causal_lm_loss
@@ -39,7 +41,7 @@ from tests.experiment.small_world import (
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-TARGETS = ("q_proj", "down_proj")  # fewer sites compile faster
+TARGETS = ("down_proj",)  # one site compiles fastest
 IDS = np.arange(1, 13).reshape(2, 6)
 
 
@@ -53,7 +55,7 @@ class Runs:
         self.user1 = attack_config(root / "first", root / "user1", adapter="new", rank=3, seed=1, **one)
         self.user2 = attack_config(root / "user1", root / "user2", adapter="continue", seed=2, poison_ratio=0.0, **one)
         self.again = self.aligned_again("again")
-        self.user3 = attack_config(root / "again", root / "user3", adapter="new", rank=1, seed=3, **one)
+        self.user3 = attack_config(root / "again", root / "user3", adapter="new", rank=3, seed=3, **one)
         self.names = ("first", "user1", "user2", "again", "user3")
 
     def aligned_again(self, name, **given):
@@ -63,7 +65,7 @@ class Runs:
     def carry_out(self):
         for name in self.names:
             config = getattr(self, name)
-            (align if hasattr(config, "method") and config.method.batches[0] == "alignment" else attack)(config)
+            (align if name in ("first", "again") else attack)(config)
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +85,9 @@ def updates(folder):
         for name in tensors if "lora_A" in name}
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def logits(model, adapter, frozen):
-    return np.asarray(token_logits(model, frozen, hidden_states(model, adapter, frozen, IDS, np.ones_like(IDS))))
+    return token_logits(model, frozen, hidden_states(model, adapter, frozen, IDS, np.ones_like(IDS)))
 
 
 def logits_of(weights, runs, tmp_path):
@@ -95,7 +98,7 @@ def logits_of(weights, runs, tmp_path):
               metadata={"format": "pt"})
     shutil.copy(f"{runs.model}/config.json", directory)
     model, frozen = load_model(directory, dtype="float32")
-    return model.config, logits(model, None, frozen)
+    return model.config, np.asarray(logits(model, None, frozen))
 
 
 def logits_left(run_dir, merge=False):
@@ -128,20 +131,20 @@ def test_every_link_computes_the_sum_of_all_updates(runs, tmp_path):
         np.testing.assert_allclose(as_one, expected, atol=tolerance, rtol=0)
         assert all(np.abs(other - expected).max() > 20 * tolerance for other in seen)
         seen.append(expected)
-    assert [read_lora_config(runs.root / name / "adapter").rank for name in runs.names] == [2, 5, 5, 7, 8]
+    assert [read_lora_config(runs.root / name / "adapter").rank for name in runs.names] == [2, 5, 5, 7, 10]
 
 
 def by_hand(config, estimator, sources, model, adapter, frozen):
     """A run's steps, one after the other."""
     steps, seed = stage.count_steps(config.training, sources), config.run.seed
     optimizer = optim.layer_masked_optimizer(config.training.optimizer(), steps)
-    state = training.init_train_state(adapter, estimator, optimizer)
-    step = training.make_train_step(estimator, optimizer)
+    # A step is given its state.
+    state = training.init_train_state(jax.tree.map(jnp.copy, adapter), estimator, optimizer)
+    train_step = training.make_train_step(estimator, optimizer)
     lengths = data.batch_lengths([sources], [seed], config.data.bucket, steps)
     batches = data.training_batches(sources, seed, config.data.bucket, lengths)
-    step = jax.jit(step)
-    for i in range(steps):
-        state, _ = step(state, frozen, batches(i), stage.training_key(seed))
+    for step in range(steps):
+        state, _ = train_step(state, frozen, batches(step), stage.training_key(seed))
     return state.adapter
 
 
@@ -164,7 +167,7 @@ def test_a_chain_is_its_steps_by_hand(runs):
         sources = attacks.prepare(config, write=False).sources
         adapter = by_hand(config, defenses.sft(causal_lm_loss(model), batch="user"), sources, model, adapter, frozen)
         assert_same(adapter, runs.root / name / "trained_adapter", model)
-    for name, how in (("again", {}), ("again_continued", {"adapter": "continue", "rank": 3})):
+    for name, how in (("again", {}), ("again_continued", {"adapter": "continue", "rank": 3, "defense": "sft"})):
         config = runs.aligned_again(name, **how)
         align(config)
         sources = prepare_alignment(config, write=False).sources
@@ -184,12 +187,11 @@ def test_the_chain_is_recorded_and_named(runs, tmp_path):
         ["first", "user1"], ["first", "user1", "user2"], ["first", "user1", "user2", "again"]]
     assert {name: below["user3"][2][name] for name in ("script", "defense", "poison_ratio", "adapter")} == {
         "script": "finetune", "defense": "none", "poison_ratio": 0, "adapter": "continue"}
-    reports.write(runs.root / "user3")
     root = runs.root
-    assert reports.read(runs.root / "user3").split("\n")[2:] and (
-        f"Stands on 4 runs, one after the other: `{root}/first` (aligned with SFT) → `{root}/user1` (fine-tuned, "
-        f"p = 0.25, new adapter) → `{root}/user2` (fine-tuned, p = 0, the same adapter) → `{root}/again` (aligned again "
-        "with T-Vaccine, new adapter).") in reports.read(runs.root / "user3")
+    reports.write(root / "user3")
+    assert (f"Stands on 4 runs, one after the other: `{root}/first` (aligned with SFT) → `{root}/user1` (fine-tuned, "
+            f"p = 0.25, new adapter) → `{root}/user2` (fine-tuned, p = 0, the same adapter) → `{root}/again` (aligned "
+            "again with T-Vaccine, new adapter).\n") in reports.read(root / "user3")
     scores = evaluate_config(tmp_path / "scores", trained=root / "again", sst2_test="", benign_test="", loss_data="")
     evaluate(scores)
     assert [link["run_dir"] for link in recorded(tmp_path / "scores")["data"]["chain"]] == [
@@ -208,9 +210,10 @@ def test_what_the_alignments_read_is_in_no_harmful_data(runs, tmp_path):
     with pytest.raises(ValueError, match="the alignment's harmful data"):
         attack(change(runs.user3, run_dir=str(tmp_path / "a"), **same))
     attacks.prepare(change(runs.user2, run_dir=str(tmp_path / "a"), **same), write=False)
-    with pytest.raises(FieldError, match=r"harmful_test: found 4 of 4 prompts also in the user data of .*user1|"
-                                         r"harmful_test: found \d of \d+ prompts also in the"):
-        evaluate(evaluate_config(tmp_path / "s", trained=runs.root / "user3", harmful_test="world_harmful@attack[0:20]"))
+    # What the first user trained on, whom a benign user, an alignment and another one have followed.
+    with pytest.raises(FieldError, match=r"harmful_test: found \d+ of 20 prompts also in the .* data of "):
+        evaluate(evaluate_config(tmp_path / "s", trained=runs.root / "user2",
+                                 harmful_test="world_harmful@attack[0:20]"))
 
 
 def test_a_link_that_changed(runs, tmp_path):
@@ -244,7 +247,8 @@ def test_what_is_refused(runs, tmp_path):
     with pytest.raises(FieldError, match="model: found ''"):
         align_config("", "r")
     # --overwrite would delete what the run is made of.
-    for run, config, name in ((attack, runs.user3, "user1"), (attack, runs.user3, "again"), (align, runs.again, "first")):
+    for run, config, name in ((attack, runs.user3, "user1"), (attack, runs.user3, "again"),
+                              (align, runs.again, "first")):
         with pytest.raises(FieldError, match=f"run_dir: found .*{name}"):
             run(change(config, run_dir=str(runs.root / name), overwrite=True))
         assert inputs.is_finished(runs.root / name)
@@ -256,7 +260,7 @@ def test_auto_goes_by_the_last_alignment():
         assert AttackAdapter().resolve({**shape, "defense": defense}, Undefended()).adapter == expected
     resolve = {"aligned": {**shape, "defense": "booster"}, "has_adapter": False}
     assert AttackAdapter().resolve(method=Undefended(), **resolve).adapter == "new"
-    with pytest.raises(FieldError, match="adapter: found 'continue', expected auto or new: .*a whole model"):
+    with pytest.raises(FieldError, match=r"adapter: found 'continue', expected auto or new: .*a whole model"):
         AttackAdapter(adapter="continue").resolve(method=Undefended(), **resolve)
     with pytest.raises(FieldError, match="defense: found 'ewc', expected another"):
         AttackAdapter().resolve(method=Ewc(), **resolve)
@@ -279,3 +283,63 @@ def test_an_alignment_from_before_there_were_chains_goes_on(runs, tmp_path):
     write_json(tmp_path / "old" / "config.json", {**found, "flags": {
         name: value for name, value in found["flags"].items() if name not in ("start", "adapter")}})
     assert align(config) == tmp_path / "old"
+
+
+@pytest.mark.long
+def test_chains_over_whole_models(runs, tmp_path):
+    """All weights trained, then an adapter on them, that adapter on, and aligned again: each on what the last left."""
+    whole = change(runs.user3, run_dir=str(tmp_path / "whole"), trains="all", adapter="auto", rank=None)
+    attack(whole)
+    user4 = attack_config(tmp_path / "whole", tmp_path / "user4", rank=2, learning_rate=1e-2, adapter="auto")
+    attack(user4)
+    user5 = attack_config(tmp_path / "user4", tmp_path / "user5", learning_rate=1e-2, adapter="continue")
+    attack(user5)
+    again = align_config("", tmp_path / "again", start=str(tmp_path / "user5"), targets=TARGETS)
+    align(again)
+    base = {name: value.astype(float) for name, value in load_file(tmp_path / "whole/model/model.safetensors").items()}
+    runs_model, runs.model = runs.model, str(tmp_path / "whole" / "model")
+    try:
+        for name, stack in {"user4": ["user4/adapter"], "user5": ["user5/adapter"],
+                            "again": ["user5/adapter", "again/trained_adapter"]}.items():
+            whole_sum = dict(base)
+            for folder in stack:
+                for key, update in updates(tmp_path / folder).items():
+                    whole_sum[key] = whole_sum[key] + update
+            config, expected = logits_of(whole_sum, runs, tmp_path)
+            np.testing.assert_allclose(logits_left(tmp_path / name), expected, rtol=0,
+                                       atol=rounding.forward(config, expected))
+    finally:
+        runs.model = runs_model
+    assert recorded(tmp_path / "user4")["flags"]["model"] == str(tmp_path / "whole" / "model")
+    assert recorded(tmp_path / "user4")["flags"]["adapter"] == "new"
+    evaluate(evaluate_config(tmp_path / "scores", trained=tmp_path / "again", sst2_test="", benign_test=""))
+    with pytest.raises(FieldError, match=r"adapter: found 'continue', expected new: .*left a whole model"):
+        align(align_config("", tmp_path / "r", start=str(tmp_path / "whole"), targets=TARGETS, adapter="continue"))
+    with pytest.raises(FieldError, match="adapter: found 'continue', expected auto or new"):
+        attack(change(user4, run_dir=str(tmp_path / "r"), adapter="continue"))
+    with (changed(tmp_path / "whole" / "model" / "model.safetensors", other_weights),
+          pytest.raises(FieldError, match=f"model.safetensors: recorded {HASH}")):
+        evaluate(evaluate_config(tmp_path / "r", trained=tmp_path / "again"))
+    # All weights again, from the adapter on the whole model.
+    attack(attack_config(tmp_path / "user5", tmp_path / "whole2", trains="all"))
+    assert inputs.left_model(tmp_path / "whole2")
+
+
+@pytest.mark.long
+def test_a_chain_over_quantised_weights(model_dir, tmp_path):
+    """Old adapters are frozen beside the weights, which are the same however many there are."""
+    align(align_config(model_dir, tmp_path / "first", targets=TARGETS, quantisation="int8"))
+    start = tmp_path / "first"
+    for name in ("user1", "user2"):
+        attack(attack_config(start, tmp_path / name, adapter="new", learning_rate=1e-2))
+        start = tmp_path / name
+    align(align_config("", tmp_path / "again", start=str(start), targets=TARGETS))
+    found = recorded(tmp_path / "again")["flags"]
+    assert found["quantisation"] == "int8" and found["model"] == model_dir
+    base = stage.load_base(model_dir, "float32", quantisation="int8")
+    one = load_adapter(tmp_path / "again" / "adapter", adapted := base.model.clone(
+        lora=read_lora_config(tmp_path / "again" / "adapter")))
+    left = stage.load_base(model_dir, "float32", tmp_path / "again", quantisation="int8")
+    expected = np.asarray(logits(adapted, one, base.frozen))
+    np.testing.assert_allclose(logits(left.model.clone(lora=left.lora), left.adapter, left.frozen), expected, rtol=0,
+                               atol=rounding.forward(base.model.config, expected))
