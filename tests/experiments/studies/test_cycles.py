@@ -40,8 +40,9 @@ def flags(model_dir, root, *more):
 def chain_of_runs(model_dir, root, adapter):
     """{(stage, cycle): loss on harmful answers} of two users and an alignment between, each in a folder."""
     config = make(CyclesConfig, {"run_dir": "-", "model": (model_dir,), "recipe": "world", "seeds": (str(SEED),)})
-    settings = make_settings(config, {**small.ALIGN, "layers": 1}, {**small.ATTACK, "adapter": adapter, "learning_rate": 5e-3}, {
-        **small.TESTS, "sst2_test": "", "benign_test": "", "loss_data": "world_harmful@test[0:4]"})
+    settings = make_settings(
+        config, {**small.ALIGN, "layers": 1}, {**small.ATTACK, "adapter": adapter, "learning_rate": 5e-3},
+        {**small.TESTS, "sst2_test": "", "benign_test": "", "loss_data": "world_harmful@test[0:4]"})
     found = {}
 
     def done(stage, cycle, folder):
