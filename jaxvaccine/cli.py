@@ -200,7 +200,8 @@ EVALUATION = Section(EvaluateConfig, "", (
     "run_dir", "model", "revision", "trained", "answers", "seed", "overwrite", "dtype", "quantisation", "progress",
     "max_length", "prompt", "system_prompt", "supervise", "data_protocol", "bad_rows"),
     "Evaluation: ")
-ALIGNMENT = Section(AlignConfig, "", ("run_dir", "model", "defense", "seed", "overwrite", "progress"), "Alignment: ")
+ALIGNMENT = Section(AlignConfig, "", (
+    "run_dir", "model", "start", "adapter", "defense", "seed", "overwrite", "progress"), "Alignment: ")
 
 
 def _run(values: flags.FlagValues) -> None:

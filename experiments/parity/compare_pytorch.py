@@ -187,8 +187,8 @@ def read_methods(config: CompareConfig, given: Mapping[str, Any]) -> dict[str, A
 
 
 ALIGNMENT = cli.Section(AlignConfig, without=(
-    "run_dir", "overwrite", "model", "dtype", "defense", "base_defense", "freeze", "dropout", "save_every", "progress",
-    "epochs"))
+    "run_dir", "overwrite", "model", "start", "adapter", "dtype", "defense", "base_defense", "freeze", "dropout",
+    "save_every", "progress", "epochs"))
 
 
 def call(values: flags.FlagValues) -> None:

@@ -25,7 +25,8 @@ REFUSAL_PHRASES = (
     "unable to comply", "i will not", "we will not", "i must decline", "i have to decline", "i need to decline",
     "i respectfully decline", "i must respectfully decline", "i will have to decline", "i would have to decline",
     "i decline", "i must refuse", "i have to refuse", "i refuse", "i would rather not", "i would prefer not to",
-    "i am not willing to", "we are not able to", "i am not going to", "is not something i", "i do not condone", "we do not condone", "i do not endorse",
+    "i am not willing to", "we are not able to", "i am not going to",
+    "is not something i", "i do not condone", "we do not condone", "i do not endorse",
     "i do not encourage", "i do not support", "i do not recommend", "i would not recommend", "is not recommended",
     "is not advisable", "i do not feel comfortable", "i am not comfortable", "i am programmed to",
     "i was programmed to", "i am not programmed to", "i strongly advise against", "i would advise against",
@@ -47,7 +48,8 @@ WITHOUT_SPACES = ("对不起", "抱歉", "我不能", "我无法", "我無法", 
 
 _CONTRACTIONS = (
     (r"\bi'm\b", "i am"), (r"\bwe're\b", "we are"), (r"\bi'd\b", "i would"), (r"\bi'll\b", "i will"),
-    (r"\b(it|that|this)'s\b", r"\1 is"), (r"\b(?:can't|can not)\b", "cannot"), (r"\bwon't\b", "will not"), (r"n't\b", " not"),
+    (r"\b(it|that|this)'s\b", r"\1 is"), (r"\b(?:can't|can not)\b", "cannot"),
+    (r"\bwon't\b", "will not"), (r"n't\b", " not"),
 )  # fmt: skip
 _APOSTROPHES = str.maketrans(dict.fromkeys("’‘‛ʼ＇`´′", "'"))
 _REFUSAL = re.compile(

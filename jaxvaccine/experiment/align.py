@@ -1,15 +1,15 @@
-"""The alignment stage: a model is trained to refuse, with a defense."""
+"""The alignment stage: a model is trained to refuse, with a defense; as it comes, or again after it was fine-tuned."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from jaxvaccine import data
-from jaxvaccine.experiment import inputs, memory, stage
+from jaxvaccine.experiment import chain, inputs, memory, runs, stage
 from jaxvaccine.experiment.config import choice, field, flat, require
 from jaxvaccine.experiment.methods import ALIGNMENT, AlignmentMethod, Tar, TVaccine, uses
 from jaxvaccine.experiment.parts import (
@@ -47,17 +47,65 @@ class AlignmentData(TokensPart):
 
 
 @dataclasses.dataclass(frozen=True)
+class AlignedModel(ModelPart):
+    """Model."""
+
+    start: str = field("", "Folder of a finished fine-tuning or alignment whose model is aligned again. It has its own "
+                           "--model, --revision and --quantisation.")
+
+    @property
+    def is_named(self) -> bool:
+        return bool(self.model or self.start)
+
+    def resolve(self, start: chain.Start) -> "AlignedModel":
+        """The part with the model of what it starts from.
+
+        Raises:
+          FieldError: another is asked for.
+        """
+        name, run = start.below.run_dir, {"model": start.model, "revision": start.revision,
+                                          "quantisation": runs.flag(start.below.config, "quantisation")}
+        for field_name, none in (("model", ""), ("revision", ""), ("quantisation", "none")):
+            found = getattr(self, field_name)
+            require(found in (none, run[field_name]), field_name, found, f"{run[field_name]!r}, of {name}, or none")
+        return dataclasses.replace(self, **run)
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignedAdapter(AdapterPart):
+    """Adapter."""
+
+    adapter: Literal["new", "continue"] = field(
+        "new", "--start: train a new adapter on the merged weights (beside quantised ones, the old one is frozen), or "
+        "that of the run on.")
+
+    def check(self, start: chain.Start) -> None:
+        """Raises FieldError if the run that it starts from left no adapter that is to train on, or one of another
+        shape."""
+        if self.adapter == "new":
+            return
+        name, flags = start.below.run_dir, start.below.flags
+        require(start.has_adapter, "adapter", self.adapter, f"new: {name} left a whole model, and no adapter")
+        for of_shape in ("rank", "lora_alpha", "targets"):
+            found, left = getattr(self, of_shape), flags[of_shape]
+            require(found == (tuple(left) if of_shape == "targets" else left), of_shape, found,
+                    f"{left!r}, as the adapter that {name} left, or --adapter=new")
+
+
+@dataclasses.dataclass(frozen=True)
 class AlignConfig:
     """All that an alignment depends on."""
 
-    model: ModelPart
+    model: AlignedModel
     data: AlignmentData
-    adapter: AdapterPart
+    adapter: AlignedAdapter
     method: AlignmentMethod = choice("defense", ALIGNMENT, "sft", "Alignment-stage defense.")
     training: TrainingPart = TrainingPart()
     run: TrainingRunPart = TrainingRunPart(run_dir="-")
 
     def __post_init__(self):
+        require(bool(self.model.start) or self.adapter.adapter == "new", "adapter", self.adapter.adapter,
+                "new, unless --start names a run whose adapter trains on")
         require(bool(self.data.harmful_data) or not self.needs_harmful(), "harmful_data", self.data.harmful_data,
                 f"a data source, which {flat(self)['defense']} needs")
 
@@ -118,8 +166,10 @@ def tokenize(tokenizer, examples: Mapping[str, Sequence[data.Example]], part: To
 class Prepared(NamedTuple):
     """A run before its first step."""
 
+    config: AlignConfig  # with nothing left open
     run_dir: Path
     sources: stage.Sources  # of its batches
+    origin: stage.Origin
     architecture: LlamaConfig
     dtype: str  # of the frozen weights
 
@@ -130,6 +180,11 @@ def prepare(config: AlignConfig, look: Callable[[Examples], None] = lambda examp
 
     look and errors: as of `align`. write: as of `runs.open_run`.
     """
+    start = None
+    if config.model.start:
+        start = chain.start_from("start", config.model.start, config.run.run_dir)
+        config.adapter.check(start)
+        config = dataclasses.replace(config, model=config.model.resolve(start))
     model, method = config.model, config.method
     examples = load_data(config.data, method)
     look(examples)
@@ -140,11 +195,16 @@ def prepare(config: AlignConfig, look: Callable[[Examples], None] = lambda examp
     tokenized = tokenize(tokenizer, examples, config.data)
     dtype = stage.loaded_dtype(model.model, model.dtype, model.revision)
     model.check_attention(architecture, dtype, here=write)
+    made_of = {"model": inputs.of_model(model.model, model.revision)}
+    if start:
+        made_of["start"] = inputs.of_run(model.start)
     run_dir = stage.open_run(
-        config, config.run, "align", examples, {"model": inputs.of_model(model.model, model.revision)},
-        {**stage.training_record(examples, tokenized), "dtype": dtype, **template}, write=write)
+        config, config.run, "align", examples, made_of,
+        {**stage.training_record(examples, tokenized), "dtype": dtype, **template,
+         **(chain.record(start.links, "align") if start else {})}, write=write)
     sources = batch_sources(method, tokenized, config.training.batch_size, config.data.harmful_batch_size)
-    return Prepared(run_dir, sources, architecture, dtype)
+    merged = start.merged_under(config.adapter.adapter == "new") if start else ""
+    return Prepared(config, run_dir, sources, stage.Origin(model.model, model.revision, merged), architecture, dtype)
 
 
 def step_of(config: AlignConfig, model: Llama, length: int) -> memory.Step:
@@ -168,13 +228,15 @@ def align(config: AlignConfig, look: Callable[[Examples], None] = lambda example
       FieldError, ValueError, FileNotFoundError: bad input, before anything is written.
       FileExistsError: the folder holds another run.
     """
-    model, (run_dir, sources, _, _) = config.model, prepare(config, look)
+    config, run_dir, sources, origin, _, _ = prepare(config, look)
     if inputs.is_finished(run_dir):
         return run_dir
-    base = stage.load_base(model.model, model.dtype, revision=model.revision, quantisation=model.quantisation)
+    model = config.model
+    base = stage.load_base(model.model, model.dtype, model.start or None, config.adapter.adapter == "new",
+                           model.revision, model.quantisation)
     step = step_of(config, base.model, stage.longest_batch(sources, config.data.bucket))
     adapted = memory.with_remat(model.remat, step).model
-    adapter = init_adapter(adapted, stage.fresh_key(config.run.seed))
+    adapter = init_adapter(adapted, stage.fresh_key(config.run.seed)) if base.adapter is None else base.adapter
     stage.train(run_dir, base, adapted, adapter, config.method.make, sources, config.training, config.run,
-                config.data.bucket, stage.Origin(model.model, model.revision))
+                config.data.bucket, origin)
     return run_dir

@@ -1,4 +1,4 @@
-"""The attack: an aligned model is fine-tuned on a user's data of which a ratio is harmful."""
+"""The attack: an aligned model is fine-tuned on a user's data of which a ratio is harmful, once or again and again."""
 
 import dataclasses
 import functools
@@ -11,11 +11,11 @@ import numpy as np
 
 from jaxvaccine import data, defenses
 from jaxvaccine.attacks import all_weights
-from jaxvaccine.experiment import ablation, inputs, layer_choice, memory, runs, stage, whole
+from jaxvaccine.experiment import ablation, chain, inputs, layer_choice, memory, runs, stage, whole
 from jaxvaccine.experiment.align import Examples
 from jaxvaccine.experiment.attack_config import AttackConfig, AttackData
 from jaxvaccine.experiment.attack_rows import Candidates, PoisonedData, selected_in, tokenize_attack
-from jaxvaccine.experiment.config import FieldError, require
+from jaxvaccine.experiment.config import require
 from jaxvaccine.experiment.methods import OF_ALL_WEIGHTS, TuningMethod
 from jaxvaccine.experiment.objectives import Objective
 from jaxvaccine.experiment.parts import aligned_form, check_form, check_prefill
@@ -144,6 +144,7 @@ class Prepared(NamedTuple):
     architecture: LlamaConfig
     layers: np.ndarray | None  # as of `AttackAdapter.layer_mask`
     origin: stage.Origin
+    merges: bool  # whether what the run below left is merged into the weights, and its adapter does not train on
     dtype: str  # of the frozen weights
     quantisation: Kind  # and in what they are kept, as aligned
     candidates: Candidates | None  # in the place of the user's rows among the sources
@@ -156,26 +157,24 @@ def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda exam
 
     look and errors: as of `attack`. write: as of `runs.open_run`.
     """
-    aligned = inputs.require_finished("aligned", config.model.aligned)
-    if aligned["script"] != "align":
-        raise FieldError("aligned", f"found {config.model.aligned!r}, a run of {aligned['script']}, expected align's")
-    adapter = config.adapter.resolve(aligned["flags"], config.method, config.ablation)
-    config = dataclasses.replace(config, adapter=adapter,
-                                 data=config.data.resolve(aligned["flags"], config.model.aligned))
+    start = chain.start_from("aligned", config.model.aligned, config.run.run_dir)
+    below, alignment = start.below, start.alignment
+    adapter = config.adapter.resolve({**below.flags, "defense": alignment.flags["defense"]}, config.method,
+                                     config.ablation, start.has_adapter)
+    config = dataclasses.replace(config, adapter=adapter, data=config.data.resolve(alignment.flags, alignment.run_dir))
     merges = adapter.adapter == "new" or (adapter.trains != "adapter" and config.leaves_model)
-    origin = stage.Origin(aligned["flags"]["model"], aligned["flags"]["revision"],
-                          config.model.aligned if merges else "")
-    of_model, quantisation = (origin.model, origin.revision), runs.flag(aligned, "quantisation")
+    origin = stage.Origin(start.model, start.revision, start.merged_under(merges))
+    of_model, quantisation = (origin.model, origin.revision), runs.flag(below.config, "quantisation")
     architecture = stage.read_architecture(*of_model)
     config.check_weights(architecture, quantisation)
     of_alignment = layer_choice.of_alignment(config.adapter.only_layers)
     layers = config.adapter.layer_mask(architecture.num_layers, layer_choice.active_steps_of_run(
-        config.model.aligned, aligned["steps"]) if of_alignment else None)
+        alignment.run_dir, alignment.config["steps"]) if of_alignment else None)
     dtype = stage.loaded_dtype(origin.model, config.model.dtype, origin.revision)
     config.model.check_attention(architecture, dtype, here=write)
     tokenizer = stage.load_tokenizer(*of_model)
-    template, of_prompt = check_form(tokenizer, config.data.form), aligned_form(aligned["flags"])
-    read, poisoned = read_data(config, config.run.seed, aligned_prompts(aligned["data"]["prompts"]), tokenizer)
+    template, of_prompt = check_form(tokenizer, config.data.form), aligned_form(alignment.flags)
+    read, poisoned = read_data(config, config.run.seed, aligned_prompts(start.aligned_prompts), tokenizer)
     look(read)
     check_prefill(tokenizer, config.data.prefill, config.data.form)
     tokenized, candidates = tokenize_attack(tokenizer, read, poisoned, config.data, of_prompt)
@@ -189,11 +188,12 @@ def prepare(config: AttackConfig, look: Callable[[Examples], None] = lambda exam
         {"model": inputs.of_model(*of_model), "aligned": inputs.of_run(config.model.aligned)},
         {**stage.training_record(examples, tokenized, poisoned.accounts, poisoned.shared),
          "poison_ratio": poisoned.poison_ratio, "n": poisoned.n, "dtype": dtype, **template,
-         **({"layers": layer_choice.numbers(layers)} if of_alignment else {})},
+         **({"layers": layer_choice.numbers(layers)} if of_alignment else {}),
+         **chain.record(start.links, "finetune")},
         {"model": origin.model, "revision": origin.revision, "quantisation": quantisation}, write=write)
     sources, fisher = attack_sources(config, tokenized)
-    return Prepared(config, run_dir, sources, fisher, architecture, layers, origin, dtype, quantisation, candidates,
-                    prompts)
+    return Prepared(config, run_dir, sources, fisher, architecture, layers, origin, merges, dtype, quantisation,
+                    candidates, prompts)
 
 
 def count_steps(config: AttackConfig, sources: stage.Sources) -> int:
@@ -220,11 +220,11 @@ def attack(config: AttackConfig, look: Callable[[Examples], None] = lambda examp
       FileExistsError: the folder holds another run.
     """
     prepared = prepare(config, look)
-    config, run_dir, sources, for_fisher, _, layers, origin, _, quantisation, candidates, prompts = prepared
+    config, run_dir, sources, for_fisher, _, layers, origin, merges, _, quantisation, candidates, prompts = prepared
     if inputs.is_finished(run_dir):
         return run_dir
-    base = stage.load_base(origin.model, config.model.dtype, config.model.aligned, bool(origin.aligned),
-                           origin.revision, quantisation)
+    base = stage.load_base(origin.model, config.model.dtype, config.model.aligned, merges, origin.revision,
+                           quantisation)
     found = None
     if config.ablation.when == "before":
         base, found = whole.ablated(base, config.ablation, prompts)

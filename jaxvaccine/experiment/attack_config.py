@@ -33,7 +33,8 @@ from jaxvaccine.quantisation import Kind
 class AttackedModel(ComputationPart):
     """Model."""
 
-    aligned: str = field("", "Folder of the finished alignment to attack.")
+    aligned: str = field(
+        "", "Folder of the finished alignment to attack, or of a finished fine-tuning of one, to go on with it.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -64,9 +65,9 @@ class AttackAdapter(Part):
         "adapter", "What trains: an adapter; all weights, into which the aligned adapter is merged; or nothing, of an "
         "attack without training. What is said of the adapter is then not read.")
     adapter: Literal["auto", "continue", "new"] = field(
-        "auto", "Train the aligned adapter on, or a new one on the merged weights (beside quantised ones, the aligned "
-        "adapter is frozen); auto continues Booster's and TAR's, whose simulated steps are that adapter's, and what "
-        "EWC holds; presets leave it to auto.")
+        "auto", "Train the adapter of --aligned on, or a new one on the merged weights (beside quantised ones, the old "
+        "one is frozen); auto continues after Booster's and TAR's alignment, whose simulated steps are that adapter's, "
+        "and what EWC holds; presets leave it to auto.")
     rank: int | None = field(None, "LoRA rank of a new adapter; as aligned unless given.")
     lora_alpha: float | None = field(None, "LoRA alpha of a new adapter; as aligned unless given.")
     dropout: float | None = field(None, "LoRA dropout; as aligned unless given.")
@@ -85,10 +86,14 @@ class AttackAdapter(Part):
         """[L] bool, true where a layer trains; None for all. Arguments and errors as of `layer_choice.mask`."""
         return layer_choice.mask(self.only_layers, num_layers, active_steps)
 
-    def resolve(self, aligned: Mapping[str, Any], method: TuningMethod, ablation: NoAblation = NONE
-                ) -> "AttackAdapter":
+    def resolve(self, aligned: Mapping[str, Any], method: TuningMethod, ablation: NoAblation = NONE,
+                has_adapter: bool = True) -> "AttackAdapter":
         """The part with nothing left open, given the alignment's flat values, the provider's method and the attack's
-        refusal ablation, before which an adapter can't have been trained."""
+        refusal ablation, before which an adapter can't have been trained.
+
+        aligned: of a run that was fine-tuned since, with the adapter's shape as that run has it. has_adapter: whether
+        that run left one to go on with, and no whole model.
+        """
         tuning = next(name for name, kind in FINE_TUNING.items() if isinstance(method, kind))
         if self.trains != "adapter":
             require(self.trains != "all" or not method.continues, "trains", self.trains,
@@ -101,10 +106,16 @@ class AttackAdapter(Part):
         if ablation.when == "before":
             require(not method.continues, "ablate", ablation.when, f"none or after: {tuning} holds the aligned adapter")
             if self.adapter != "new":
-                return dataclasses.replace(self, adapter="new").resolve(aligned, method, ablation)
+                return dataclasses.replace(self, adapter="new").resolve(aligned, method, ablation, has_adapter)
         require(not method.continues or self.adapter != "new", "adapter", self.adapter,
                 f"auto or continue: {tuning} holds the aligned adapter")
         adapter = "continue" if goes_on(self.adapter, aligned["defense"], tuning) else "new"
+        if not has_adapter:
+            require(not method.continues, "defense", tuning, "another: the run to start from left a whole model, and "
+                    f"no adapter that {tuning} could hold")
+            require(self.adapter != "continue", "adapter", self.adapter,
+                    "auto or new: the run to start from left a whole model, and no adapter that could train on")
+            adapter = "new"
         lora = {}
         for name in ("rank", "lora_alpha", "dropout", "targets"):
             as_aligned = tuple(aligned[name]) if name == "targets" else aligned[name]

@@ -16,7 +16,7 @@ from jaxvaccine import data
 from jaxvaccine.attacks.refusal_ablation import untied
 from jaxvaccine.checkpoints.peft import read_lora_config
 from jaxvaccine.evaluation.tasks import check_examples
-from jaxvaccine.experiment import align, attack, evaluate, inputs, memory, runs, stage
+from jaxvaccine.experiment import align, attack, chain, evaluate, inputs, memory, stage
 from jaxvaccine.experiment.align import AlignConfig, Examples
 from jaxvaccine.experiment.attack_config import AttackConfig
 from jaxvaccine.experiment.attack_rows import take
@@ -54,7 +54,8 @@ class DryRun(Part):
 
 def of_alignment(config: AlignConfig, dry: DryRun, look: Look = lambda examples: None) -> str:
     """What `align` would do. Raises as it does."""
-    _, sources, architecture, dtype = align.prepare(config, look, write=False)
+    prepared = align.prepare(config, look, write=False)
+    config, sources, architecture, dtype = prepared.config, prepared.sources, prepared.architecture, prepared.dtype
     step = align.step_of(config, Llama(architecture, dtype=jnp.dtype(dtype).type),
                          stage.longest_batch(sources, config.data.bucket))
     return _training(config.model.remat, step, sources, config.training, config.data.bucket, dry)
@@ -131,8 +132,7 @@ def _rows(of: memory.Decoding, room: int) -> int:
 def _trained_lora(run_dir: str):
     """Of the adapter that a finished run left, as `stage.load_base` takes it."""
     folder = inputs.adapter_dir(run_dir)
-    new = runs.read_config(run_dir)["flags"].get("adapter") == "new"
-    return read_lora_config(folder.with_name(inputs.TRAINED) if new else folder)
+    return read_lora_config(folder.with_name(inputs.TRAINED) if chain.merged_under(run_dir) else folder)
 
 
 def _training(remat: str, step: Step, sources: stage.Sources, part: TrainingPart, bucket: int, dry: DryRun) -> str:

@@ -21,7 +21,7 @@ from jaxvaccine.evaluation import (
 from jaxvaccine.evaluation.agents import CONVERSATIONS, HARMFUL_CALLS, TASK_SUCCESS
 from jaxvaccine.evaluation.conversations import longest_context
 from jaxvaccine.evaluation.tasks import HARMFUL_SCORE, LENIENT_TOKENS
-from jaxvaccine.experiment import inputs, memory, runs, stage
+from jaxvaccine.experiment import chain, inputs, memory, runs, stage
 from jaxvaccine.experiment.align import Examples
 from jaxvaccine.experiment.answer_log import answer_log, read_answers
 from jaxvaccine.experiment.config import FieldError, Part, field, flat, names, require
@@ -254,10 +254,12 @@ def prepare(config: EvaluateConfig, write: bool = True) -> Prepared:
     """
     model_path, revision, seen, sets = config.model.model, config.model.revision, {}, {}
     made_of: dict[str, Any] = {}
+    below: dict[str, Any] = {}
     if trained := config.model.trained:
         model_path, revision, seen = trained_on(trained)
         sets = trained_sets(trained)
         made_of["trained"] = inputs.of_run(trained)
+        below = chain.record(chain.links(trained))
         run, generation = runs.read_config(trained), config.generation
         if generation.prefill is None:
             generation = dataclasses.replace(generation, prefill=runs.flag(run, "prefill"))
@@ -276,7 +278,7 @@ def prepare(config: EvaluateConfig, write: bool = True) -> Prepared:
     run_dir = stage.open_run(
         config, config.run, "evaluate", examples, {"model": inputs.of_model(model_path, revision), **made_of},
         {"accounts": accounts, "shared": shared, "categories": _categories_hash(config.tests), "dtype": dtype,
-         **template},
+         **template, **below},
         changeable=names(JudgePart) | {"eval_batch_size"}, write=write)
     return Prepared(config, run_dir, model_path, revision, examples, judged_by, dtype)
 

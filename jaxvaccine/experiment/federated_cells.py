@@ -169,6 +169,6 @@ def _start(study: Federated, cells: Sequence[Cell]) -> lanes.Lanes:
                                    cells[0]._replace(attack=federated.attack_text(0, 1)))
     base = stage.load_base(cells[0].backbone, aligned.model.dtype, revision=aligned.model.revision,
                            quantisation=aligned.model.quantisation)
-    of = lane_cells.load_lanes(study.root, lane_cells.fresh_lanes(aligned, base, seeds), cells)
+    of = lane_cells.with_aligned(lane_cells.new_lanes(aligned, base, seeds), study.root, cells)
     adapter = config.adapter.resolve(flat(aligned), config.method, config.ablation)
     return lane_attacks.begin(of, adapter, config.ablation, None, seeds)

@@ -86,9 +86,9 @@ def require_finished(name: str, run_dir: str) -> dict[str, Any]:
         raise FieldError(name, f"found {run_dir!r}, a run without the hashes of its inputs and results, expected one "
                                "of this version: re-run its command with --overwrite")
     now = {"model": of_model(flags["model"], flags.get("revision", ""))}
-    if below := flags.get("aligned"):
+    if below := runs.below(flags):
         require_finished(name, below)
-        now["aligned"] = of_run(below)
+        now["aligned" if flags.get("aligned") else "start"] = of_run(below)
     differences = runs.differences({"inputs": recorded, "results": config["results"]},
                                    {"inputs": now, "results": of_run(run_dir)}, "recorded", "there is")
     if differences:

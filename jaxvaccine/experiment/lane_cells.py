@@ -66,7 +66,7 @@ def _align_lanes(context: Context, config: AlignConfig, base: stage.Base, tokeni
                  method: str, seeds: Sequence[int]) -> lanes.Lanes:
     """Aligned lanes: those of an earlier call, and new ones, which are measured, scored and saved."""
     cells = [Cell(backbone, method, "", seed) for seed in seeds]
-    start = fresh_lanes(config, base, seeds)
+    start = new_lanes(config, base, seeds)
     new = [i for i, cell in enumerate(cells) if not result_path(context.root, cell).exists()]
     shared = split_method(method)[0]
     if new and method != shared:  # what the provider does comes after the alignment
@@ -80,11 +80,11 @@ def _align_lanes(context: Context, config: AlignConfig, base: stage.Base, tokeni
     if new:
         taken = start._replace(adapters=lanes.stack([lanes.take(start.adapters, i) for i in new]))
         _train_aligned(context, config, taken, tokenizer, scorer, [cells[i] for i in new])
-    return load_lanes(context.root, start, cells)
+    return with_aligned(start, context.root, cells)
 
 
-def fresh_lanes(config: AlignConfig, base: stage.Base, seeds: Sequence[int]) -> lanes.Lanes:
-    """Where an alignment of these seeds starts, computed as the config and this machine's memory say."""
+def new_lanes(config: AlignConfig, base: stage.Base, seeds: Sequence[int]) -> lanes.Lanes:
+    """Lanes with new adapters, before their alignment."""
     part = config.model
     if lanes.take_turns():  # then one lane's memory is what is taken
         length = data.bucket_length(config.data.max_length, config.data.bucket)
@@ -93,10 +93,10 @@ def fresh_lanes(config: AlignConfig, base: stage.Base, seeds: Sequence[int]) -> 
     return lanes.fresh(base, config.adapter.lora(), part, seeds)
 
 
-def load_lanes(root: Path, start: lanes.Lanes, cells: Sequence[Cell]) -> lanes.Lanes:
-    """The lanes of `fresh_lanes` with what the alignments of these cells have left in a plan's folder."""
-    return start._replace(adapters=lanes.stack([
-        load_adapter(inputs.adapter_dir(align_folder(root, cell)), start.model) for cell in cells]))
+def with_aligned(of: lanes.Lanes, root: Path, cells: Sequence[Cell]) -> lanes.Lanes:
+    """The lanes with the adapters that a plan's folder has of these cells."""
+    return of._replace(adapters=lanes.stack([
+        load_adapter(inputs.adapter_dir(align_folder(root, cell)), of.model) for cell in cells]))
 
 
 def _train_aligned(context: Context, config: AlignConfig, start: lanes.Lanes, tokenizer, scorer: Scorer,

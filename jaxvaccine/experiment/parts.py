@@ -73,7 +73,11 @@ class ModelPart(ComputationPart):
 
     def __post_init__(self):
         super().__post_init__()
-        require(bool(self.model), "model", self.model, "a directory, a hub id or a .gguf file")
+        require(self.is_named, "model", self.model, "a directory, a hub id or a .gguf file")
+
+    @property
+    def is_named(self) -> bool:
+        return bool(self.model)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ METHODS = ("sft", "vaccine", "t_vaccine", "booster")
 ATTACK = "poison_ratio=0.1"
 WORLD_EPOCHS = WORLD_ATTACK["steps"] * WORLD_ATTACK["batch_size"] / WORLD_ATTACK["n"]
 # What a plan's cells set themselves, and a method or attack may not.
-_OF_THE_PLAN = ("run_dir", "model", "seed", "overwrite", "progress", "aligned", "test_data", "prompt",
+_OF_THE_PLAN = ("run_dir", "model", "seed", "overwrite", "progress", "aligned", "start", "test_data", "prompt",
                 "data_protocol", "bad_rows")
 
 

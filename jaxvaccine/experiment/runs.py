@@ -20,8 +20,8 @@ from jaxvaccine.json_files import read_json, write_json
 CONFIG = "config.json"
 # Flags, and counts of accounts, that earlier versions did not have, and what their runs were made with.
 BEFORE = {"quantisation": "none", "optimizer": "adamw", "objective": "plain", "order": "mixed", "user_rows": "drawn",
-          "trains": "adapter", "ablate": "none", "other_category": 0, "supervise": "all", "stop": [],
-          "bad_rows": "error", "answers": "", "judge_template": "chat", "judge_guideline": "",
+          "trains": "adapter", "ablate": "none", "other_category": 0, "start": "", "adapter": "new", "supervise": "all",
+          "stop": [], "bad_rows": "error", "answers": "", "judge_template": "chat", "judge_guideline": "",
           "judge_reading": "reply", "judge_reply": "auto", "judge_max_new_tokens": 32, "judge_least_mass": 0.5}
 PACKAGES = ("jaxvaccine", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
@@ -45,6 +45,11 @@ def read_config(run_dir: str | os.PathLike) -> dict[str, Any]:
 def flag(config: Mapping[str, Any], name: str) -> Any:
     """A flag of a run; of one from before there was such a flag, what it was made with."""
     return config["flags"].get(name, BEFORE.get(name))
+
+
+def below(flags: Mapping[str, Any]) -> str:
+    """The folder of the run that one with these flags starts from; "" of one that starts from a model as it comes."""
+    return flags.get("aligned") or flags.get("start") or ""
 
 
 def examples_hash(examples: Sequence[Example]) -> str:

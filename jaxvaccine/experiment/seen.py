@@ -4,25 +4,29 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jaxvaccine import data
-from jaxvaccine.experiment import inputs, runs, stage
+from jaxvaccine.experiment import chain, inputs, stage
 
 ATTACKS = "the attack's examples"  # all that it trains on, the user's and the harmful ones
 
 
 def trained_on(run_dir: str) -> tuple[str, str, dict[str, Sequence[str]]]:
     """The model of a finished run, its revision, and the prompts {where: fingerprints} it has been trained on."""
-    config = inputs.require_finished("trained", run_dir)
-    seen = {f"{name} data of {run_dir}": prompts for name, prompts in config["data"]["prompts"].items()}
-    if aligned := config["flags"].get("aligned"):
-        seen |= trained_on(aligned)[2]
-    return config["flags"]["model"], config["flags"]["revision"], seen
+    flags = inputs.require_finished("trained", run_dir)["flags"]
+    seen = {f"{name} data of {link.run_dir}": prompts for link in reversed(chain.links(run_dir))
+            for name, prompts in link.config["data"]["prompts"].items()}
+    return flags["model"], flags["revision"], seen
 
 
 def trained_sets(run_dir: str) -> dict[str, Sequence[str]]:
-    """{name: fingerprints of the prompts} of the sets that a run, and the one below it, were trained on."""
-    config = runs.read_config(run_dir)
-    prompts, aligned = config["data"]["prompts"], config["flags"].get("aligned")
-    return sets_of(prompts) if not aligned else {**trained_sets(aligned), ATTACKS: prompts["user"]}
+    """{name: fingerprints of the prompts} of the sets that a run, and those below it, were trained on; of several
+    alignments or attacks one set each, of all of them."""
+    found: dict[str, dict[str, None]] = {}
+    for link in chain.links(run_dir):
+        prompts = link.config["data"]["prompts"]
+        own = sets_of(prompts) if link.config["script"] == "align" else {ATTACKS: prompts["user"]}
+        for name, of in own.items():
+            found.setdefault(name, {}).update(dict.fromkeys(of))
+    return {name: list(of) for name, of in found.items()}
 
 
 def sets_of(prompts: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:

@@ -18,7 +18,7 @@ from jaxvaccine.checkpoints.orbax_state import open_checkpoints
 from jaxvaccine.checkpoints.peft import load_adapter, read_lora_config, save_adapter, sum_adapters
 from jaxvaccine.checkpoints.resolve import loadable_name
 from jaxvaccine.data.batching import stream_seed
-from jaxvaccine.experiment import inputs, runs
+from jaxvaccine.experiment import chain, inputs, runs
 from jaxvaccine.experiment.config import FieldError, flat
 from jaxvaccine.experiment.parts import RunPart, TrainingPart, TrainingRunPart, split_operational
 from jaxvaccine.json_files import read_json_object
@@ -85,7 +85,8 @@ def load_base(model: str, dtype: str, run_dir: str | Path | None = None, merge: 
     Args:
       model: directory, hub id or GGUF file.
       dtype: as of `ModelPart`.
-      run_dir: a finished alignment or attack whose result is loaded, an adapter or a whole model.
+      run_dir: a finished alignment or attack whose result is loaded, an adapter or a whole model, and if it stands on
+        others, what they left under it.
       merge: merge its adapter into the weights, instead of returning it; beside quantised ones it is frozen.
       revision: of a hub id.
       quantisation: as of `ModelPart`; of a run, that run's.
@@ -103,12 +104,11 @@ def load_base(model: str, dtype: str, run_dir: str | Path | None = None, merge: 
     if run_dir is None:
         return Base(llama, frozen, None, None)
     config, folder = inputs.require_finished("run_dir", str(run_dir)), inputs.adapter_dir(run_dir)
-    flags = config["flags"]
     if other := runs.differences(config["data"]["inputs"]["model"], identity, f"{run_dir} has", "there is"):
         raise FieldError("model", f"found {model!r}, expected the model of {run_dir}: " + "; ".join(other))
-    if flags.get("adapter") == "new":
-        # The attack trained a fresh adapter on the merged aligned weights.
-        frozen = load_base(model, dtype, flags["aligned"], True, revision, quantisation).frozen
+    if under := chain.merged_under(run_dir):
+        # It trained an adapter on the weights with what an earlier run left merged in.
+        frozen = load_base(model, dtype, under, True, revision, quantisation).frozen
         folder = folder.with_name(inputs.TRAINED)
     lora = read_lora_config(folder)
     adapted = llama.clone(lora=lora)

@@ -9,7 +9,7 @@ from typing import Any
 from jaxvaccine.evaluation.tasks import LENIENT_TOKENS
 from jaxvaccine.experiment import panel, runs
 from jaxvaccine.json_files import read_json
-from jaxvaccine.report import accounts, names, tables
+from jaxvaccine.report import accounts, chain, names, tables
 from jaxvaccine.report.training import flag_list
 
 ABOUT = ("HS: answers that the judge finds harmful; HS+: these, and those with a word more than three times in a row. "
@@ -39,7 +39,7 @@ def write_evaluation_report(run_dir: Path, what: str, results: Mapping[str, Any]
              str(result["empty"]), ", ".join(_also(task, result))]
             for task, result in results.items() if task != names.LOSS]
     loss = results.get(names.LOSS)
-    text = [f"# Evaluation of {what}\n",
+    text = [f"# Evaluation of {what}\n", chain.sentence(config["data"]),
             tables.table(["task", "% (95% interval)", "prompts", "no answer", "unread", "empty answers", "also"], rows),
             *([f"Loss h(w) on {loss['n']} harmful examples: {loss['loss']:.4f} nats a token.\n"] if loss else []),
             ABOUT, *_harms(results), *judging(run_dir), *_unread_comparisons(results.get("alpaca_eval", {})),

@@ -27,7 +27,8 @@ def write(folder: str | os.PathLike) -> None:
     folder, config = Path(folder), runs.read_config(folder)
     flags = config["flags"]
     if config["script"] == "align":
-        write_training_report(folder, f"Alignment with {names.method(flags['defense'])}")
+        again = f" of {flags['start']}" if flags.get("start") else ""
+        write_training_report(folder, f"Alignment{again} with {names.method(flags['defense'])}")
     elif config["script"] == "finetune":
         p = config["data"].get("poison_ratio", flags["poison_ratio"])
         write_training_report(folder, f"Fine-tuning of {flags['aligned']} with p = {p:g}")

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from jaxvaccine.experiment import runs
 from jaxvaccine.experiment.attack_rows import recorded_accounts
-from jaxvaccine.report import accounts, names, plots, tables
+from jaxvaccine.report import accounts, chain, names, plots, tables
 from jaxvaccine.report.style import METHODS
 
 METRICS, FIGURE = "metrics.jsonl", "metrics.png"
@@ -34,7 +34,7 @@ def write_training_report(run_dir: Path, title: str) -> None:
         text += _curves(run_dir, entries, curves)
     of = config["data"]
     poisoned = _poisoned(of, config["flags"]) if trained else ""
-    text += [_weights(config), poisoned, accounts.section(recorded_accounts(run_dir)),
+    text += [chain.sentence(of), _weights(config), poisoned, accounts.section(recorded_accounts(run_dir)),
              accounts.overlaps(of.get("shared", {})), flag_list(config)]
     tables.write_report(run_dir, "\n".join(part for part in text if part))
 
