@@ -34,8 +34,7 @@ setup(
         "gguf>=0.19",
         "huggingface_hub>=2.4",
         "jax>=0.10.2",
-        "jinja2>=3.1",
-        "jinja2>=3.1",  # chat templates, of judges
+        "jinja2>=3.1",  # chat templates
         "matplotlib>=3.11",
         "ml_dtypes>=0.6",
         "numpy>=2.4",
