@@ -81,9 +81,9 @@ def start_from(name: str, run_dir: str, own: str) -> Start:
         itself, which --overwrite would delete before it is read.
       FileNotFoundError: there is no such run.
     """
+    if (script := runs.read_config(run_dir)["script"]) not in ("align", "finetune"):
+        raise FieldError(name, f"found {run_dir!r}, a run of {script}, expected one of align or finetune")
     config = inputs.require_finished(name, run_dir)
-    if config["script"] not in ("align", "finetune"):
-        raise FieldError(name, f"found {run_dir!r}, a run of {config['script']}, expected one of align or finetune")
     chain = links(run_dir)
     if any(Path(link.run_dir).resolve() == Path(own).resolve() for link in chain):
         raise FieldError("run_dir", f"found {own!r}, on which {run_dir!r} stands or which it is, expected a folder of "

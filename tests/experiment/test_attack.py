@@ -199,8 +199,9 @@ def test_unfinished_or_missing_runs(aligned, tmp_path):
     unfinished.mkdir()
     (unfinished / "config.json").write_text((Path(aligned.run.run_dir) / "config.json").read_text())
     refuse(unfinished, FieldError, "^aligned: found '.*unfinished', a run that has not finished")
-    attacked = attack(attack_config(aligned.run.run_dir, tmp_path / "attacked", steps=1))
-    refuse(attacked, FieldError, "^aligned: found '.*attacked', a run of finetune, expected align's")
+    scores = evaluate_config(tmp_path / "scores", trained=aligned.run.run_dir, sst2_test="", benign_test="")
+    evaluate(scores)
+    refuse(scores.run.run_dir, FieldError, "^aligned: found '.*scores', a run of evaluate, expected one of align or ")
 
 
 def lines(path, rows):

@@ -19,9 +19,9 @@ SOURCES = ("world_refusal@train{not category=amber;dune}[0:8]", "sst2:stanfordnl
            "agnews:news.tsv")
 # What a config has to be given. An evaluation's model is given or not together with `trained` and `answers`,
 # AlpacaEval's data needs another judge, and chat_api an environment; candidates are given or not together with
-# `user_rows`.
+# `user_rows`; an adapter that an alignment trains on is that of a `start`.
 REQUIRED = {
-    AlignConfig: {"model": "m", "run_dir": "r", "alignment_data": SOURCES[0], "harmful_data": SOURCES[0]},
+    AlignConfig: {"model": "m", "start": "s", "run_dir": "r", "alignment_data": SOURCES[0], "harmful_data": SOURCES[0]},
     AttackConfig: {"aligned": "a", "run_dir": "r", "user_data": SOURCES[0], "harmful_data": SOURCES[0],
                    "alignment_data": SOURCES[0]},
     EvaluateConfig: {"model": "m", "run_dir": "r", "harmful_test": SOURCES[0], "judge": "keyword"},
@@ -29,7 +29,7 @@ REQUIRED = {
 # Switches, and what has to stay at its default where they are on.
 NOT_TOGETHER = {"exact": "last_term", "merge_adapter": "quantisation"}
 CHOICES = ("defense", "base_defense", "objective", "ablate")
-FIXED = {"trained", "model", "answers", "alpaca_eval_test", "judge", "judge_options", "user_rows", "candidates"}
+FIXED = {"trained", "model", "answers", "start", "alpaca_eval_test", "judge", "judge_options", "user_rows", "candidates"}
 
 
 def values_of(setting):
@@ -152,7 +152,7 @@ def raised(config_class, values):
     (AlignConfig, {"batch_size": 0}, "batch_size", "found 0, expected at least 1"),
     (AlignConfig, {"epochs": 0.0}, "epochs", "found 0.0, expected more than 0"),
     (AlignConfig, {"epochs": float("nan")}, "epochs", "found nan, expected more than 0"),
-    (AlignConfig, {"model": ""}, "model", "found '', expected a directory"),
+    (AlignConfig, {"model": "", "start": ""}, "model", "found '', expected a directory"),
     (AttackConfig, {"ewc_lam": 1.0}, "ewc_lam", "found 1.0, expected nothing: defense=none does not read it"),
     (AttackConfig, {"defense": "lisa", "lisa_rho": 1.0, "kl_lam": 1.0}, "kl_lam", "found 1.0, expected nothing"),
     (EvaluateConfig, {"judge": "nobody"}, "judge", "found 'nobody', expected one of auto, keyword, world"),
