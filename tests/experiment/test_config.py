@@ -29,7 +29,8 @@ REQUIRED = {
 # Switches, and what has to stay at its default where they are on.
 NOT_TOGETHER = {"exact": "last_term", "merge_adapter": "quantisation"}
 CHOICES = ("defense", "base_defense", "objective", "ablate")
-FIXED = {"trained", "model", "answers", "start", "alpaca_eval_test", "judge", "judge_options", "user_rows", "candidates"}
+FIXED = {"trained", "model", "answers", "start", "alpaca_eval_test", "judge", "judge_options", "user_rows",
+         "candidates"}
 
 
 def values_of(setting):
