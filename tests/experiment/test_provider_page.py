@@ -10,7 +10,6 @@ from jaxvaccine import cli
 from jaxvaccine.checkpoints import resolve
 from jaxvaccine.data import load_tokenizer
 from jaxvaccine.evaluation import Verdict
-from jaxvaccine.experiment import judging
 from jaxvaccine.json_files import read_json
 from tests import markdown
 from tests.checkpoints.instruct import save_instruct
@@ -45,7 +44,6 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     write_rows(tmp_path)
     monkeypatch.setattr(resolve, "_download", lambda name, revision: model)
     # A stand-in for Llama Guard, whose 8 billion parameters are not here.
-    monkeypatch.setattr(judging, "probe", lambda *args: None)
     monkeypatch.setattr(evaluate, "make_judge", lambda *args: lambda prompts, answers: [
         Verdict(i % 2 == 0, "unsafe" if i % 2 == 0 else "safe") for i in range(len(prompts))])
     commands = [words for words in markdown.commands(PAGE) if words[0] == "jaxvaccine"]
