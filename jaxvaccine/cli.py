@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import flags, logging
 
-from jaxvaccine.experiment import compare_judges, data_card, dry_run, recipes
+from jaxvaccine.experiment import compare_judges, data_card, dry_run, export, recipes
 from jaxvaccine.experiment.align import AlignConfig, align
 from jaxvaccine.experiment.attack import attack
 from jaxvaccine.experiment.attack_config import AttackConfig, goes_on, split_new_adapter
@@ -238,6 +238,13 @@ def _data(values: flags.FlagValues) -> None:
         print(accounts.card(data_card.read_card(config)))
 
 
+def _export(values: flags.FlagValues) -> None:
+    from jaxvaccine.report.model_card import model_card
+
+    with flag_errors(""):
+        print(export.export(_read(export.ExportConfig, values), model_card))
+
+
 VERBS = {
     "align": Verb("""Aligns a model with a defense.
 
@@ -271,6 +278,11 @@ jaxvaccine data sst2:train.tsv[0:1000] --model=world
 jaxvaccine data --alignment_data=world_refusal@train --harmful_data=world_harmful@attack \\
     --user_data=world_rating@attack --test_data=world_harmful@test --model=world""",
                  (Section(data_card.DataCardConfig),), _data, rest="sources"),
+    "export": Verb("""Writes what a run left for others to serve: a whole model, or a PEFT adapter, with a model card.
+
+jaxvaccine export --trained=runs/booster --directory=served/booster --dtype=bfloat16
+jaxvaccine export --trained=runs/booster --directory=served/booster-adapter --form=adapter""",
+                   (Section(export.ExportConfig),), _export),
     "compare-judges": Verb("""How far two judges agree on the answers of evaluations: Cohen's kappa, the table of
 verdicts, every disagreement. The first judge is the one whose verdicts the predictions hold, unless --first_judge
 names another.

@@ -147,7 +147,8 @@ def test_padding_and_other_rows_do_not_matter():
 
 
 @pytest.mark.parametrize("unroll", [False, True])
-@pytest.mark.parametrize("steps", [pytest.param([1] * 10, marks=pytest.mark.long), [4, 1, 1, 4], [10]])
+@pytest.mark.parametrize("steps", [pytest.param([1] * 10, marks=pytest.mark.long), [4, 1, 1, 4],
+                                   pytest.param([10], marks=pytest.mark.long)])
 def test_extending_a_cache_equals_the_full_forward(steps, unroll):
     """Half of the steps go into one cache of 12 slots, the others into one of their own each."""
     lora = LoraConfig(rank=2, targets=("q_proj", "v_proj", "down_proj"))

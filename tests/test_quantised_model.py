@@ -54,7 +54,8 @@ def test_gradients_are_those_on_the_dequantised_base(name):
     np.testing.assert_allclose(found[1]["loss"], wanted[1]["loss"], rtol=1e-12)
 
 
-@pytest.mark.parametrize("kind, dtype", [("int8", jnp.float32), ("nf4", jnp.bfloat16)])
+@pytest.mark.parametrize("kind, dtype", [
+    pytest.param("int8", jnp.float32, marks=pytest.mark.long), ("nf4", jnp.bfloat16)])
 def test_loss_in_the_types_of_training(kind, dtype):
     """bfloat16 rounds the same weights: what differs is where sums are rounded."""
     model, adapter, quantised, expected = problem(kind, dtype)
@@ -83,7 +84,7 @@ def test_biases_and_layers_apart():
     np.testing.assert_allclose(apart, found, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.long), "nf4"])
 def test_the_same_answers(kind):
     model, adapter, quantised, expected = problem(kind)
     prompts = [np.arange(5) + i for i in range(4)]
@@ -93,6 +94,7 @@ def test_the_same_answers(kind):
     assert len({tuple(answer) for answer in found}) > 1
 
 
+@pytest.mark.long
 def test_a_frozen_adapter_is_a_merged_one():
     """Both of two, the second on fewer projections."""
     model, first, _, frozen = problem("nf4")

@@ -140,6 +140,12 @@ def loaded_dtype(path_or_hub_id: str | os.PathLike, dtype: Any = None) -> str:
     return jnp.dtype(_open_model(path_or_hub_id, dtype)[2]).name
 
 
+def stored_dtype(path_or_hub_id: str | os.PathLike) -> str:
+    """The name of the smallest type that holds all of a model's weights as they are stored, "float16" too. Raises as
+    `load_model`."""
+    return jnp.dtype(_open_model(path_or_hub_id, None)[1]).name
+
+
 def _open_model(path_or_hub_id: str | os.PathLike, asked: Any):
     """(architecture, the type asked for or else stored, the type to read as, what each leaf is made of)."""
     asked = None if asked is None else _check_dtype(asked)

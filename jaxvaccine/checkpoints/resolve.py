@@ -38,6 +38,11 @@ def loadable_name(path_or_hub_id: str | os.PathLike) -> str:
     return os.fspath(path_or_hub_id) if directory is None else str(directory.resolve())
 
 
+def is_local(path_or_hub_id: str | os.PathLike) -> bool:
+    """Whether a model is here, and not on the hub. Raises as `resolve_model`."""
+    return _local(path_or_hub_id) is not None
+
+
 def _local(path_or_hub_id: str | os.PathLike) -> Path | None:
     """The directory, or None for what can only be a hub id."""
     path_or_hub_id = world.replace_name(path_or_hub_id)

@@ -151,6 +151,8 @@ class TestsPart(AfterAlignment, Part):
     def forbidden(self) -> str:
         """The sources of all harmful prompts, which no attack may train on; "" without any."""
         return ",".join(filter(None, (self.harmful_test, self.agents_harmful_test)))
+
+    @property
     def given(self) -> tuple[str, ...]:
         """The fields with data that are measured."""
         return tuple(name for name in (*TESTS, "loss_data") if getattr(self, name))

@@ -30,7 +30,7 @@ def test_a_run(aligned):
     assert len(found["data"]["prompts"]["alignment"]) == 24
 
 
-@pytest.mark.parametrize("defense", ["repnoise", "tar"])
+@pytest.mark.parametrize("defense", ["repnoise", pytest.param("tar", marks=pytest.mark.long)])
 def test_alignment_with_more_data(aligned, tmp_path, defense):
     """RepNoise's harmless answers and TAR's adversary; a run records what its method reads and nothing else."""
     given = {"harmless_data": "world_refusal@harmful[0:12]"} if defense == "repnoise" else {"inner_steps": 2}

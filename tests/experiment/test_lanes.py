@@ -146,6 +146,7 @@ def test_taking_turns_is_vmap(in_axes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
 
 
+@pytest.mark.long
 def test_lanes_as_a_batch(model_dir, request):
     config = config_of(model_dir, **METHODS["booster"])
     expected, expected_metrics = aligned_lanes(config)

@@ -82,7 +82,8 @@ def test_what_is_asked_for_beside_a_run(quantised, tmp_path):
     assert not (tmp_path / "scores").exists()
 
 
-@pytest.mark.parametrize("adapter", ["new", pytest.param("continue", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("adapter", ["new", "continue"])
 def test_lanes(quantised, tmp_path, adapter):
     """The codes are all lanes' own, the frozen adapters each lane's."""
     seeds = (3, 1)

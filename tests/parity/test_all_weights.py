@@ -55,7 +55,7 @@ def close(found, expected, tolerance, what):
 
 
 @pytest.mark.parametrize("family, dtype, first, later", [
-    ("llama", "float32", 1e-5, 1e-3), ("qwen2", "float64", 1e-11, 1e-9),
+    pytest.param("llama", "float32", 1e-5, 1e-3, marks=pytest.mark.long), ("qwen2", "float64", 1e-11, 1e-9),
     pytest.param("llama", "float64", 1e-11, 1e-9, marks=pytest.mark.long)])
 def test_steps(family, dtype, first, later, tmp_path):
     """Gradients of all weights, clipped by their common norm, and what AdamW makes of them; tied heads, biases."""

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile", "one_torch_thread")
 
 
 # All are compared in float64 in any case (test_float64.py).
-SHORT = ("sft", "booster", "t_vaccine")
+SHORT = ("booster",)
 
 
 @pytest.mark.parametrize("method", [

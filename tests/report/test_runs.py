@@ -15,7 +15,7 @@ from jaxvaccine.report.style import METHODS
 from jaxvaccine.report.training import write_training_report
 from tests.report.synthetic import labelled, rows_of
 
-COUNTS = Account("", 9, examples=6, trained=6)._asdict() | {"unread": []}
+COUNTS = Account("", 9, examples=6, trained=6)._asdict() | {"unread": [], "bad": {}}
 
 
 @pytest.mark.parametrize("lost, said", [

@@ -30,6 +30,7 @@ def test_the_backbone_is_held_once(model, turns, monkeypatch):
     assert many.memory.temporary - few.memory.temporary < 6 * few.backbone / 2
 
 
+@pytest.mark.long
 def test_the_table(model):
     text = benchmark.benchmark(benchmark.LanesConfig(
         model=model, method="t_vaccine:layers=1", lanes=("1", "3"), rows=1, length=4, rank=1, repeats=1))
