@@ -321,5 +321,5 @@ def test_errors(call, expected):
 def test_a_share_that_leaves_no_client():
     """0.5 is none, but what is rounded to it would be."""
     assert federated.trimmed_count(0.4, 5) == 2
-    with pytest.raises(ValueError, match="share: found 0.49999999999 of 4 clients a round, which cuts all"):
+    with pytest.raises(ValueError, match=r"share: found 0.49999999999 of 4 clients a round, which cuts all"):
         federated.trimmed_count(0.49999999999, 4)

@@ -7,7 +7,7 @@ The template writes BOS and whatever else there is: no special token is added to
 import hashlib
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -83,7 +83,10 @@ def encode_conversations(tokenizer: "PreTrainedTokenizerFast", examples: Sequenc
       ValueError: no template; it refuses a conversation; or what it writes before an answer is not what the model is
         asked with, such as where it changes earlier turns.
     """
-    template, places = chat_template(tokenizer), [place(e, i) for e, i in zip(examples, numbers, strict=True)]
+    template = chat_template(tokenizer)
+    if not examples:
+        return []
+    places = [place(e, i) for e, i in zip(examples, numbers, strict=True)]
     every = [turns_of(example, prompt.system) for example in examples]
     texts = _render(tokenizer, every, places)
     answers = [(row, k) for row, turns in enumerate(every) for k in _learnt_turns(turns, prompt)]
@@ -115,14 +118,14 @@ def encode_questions(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Ex
     places = [place(e, i) for i, e in enumerate(examples)]
     turns = [turns_of(example, prompt.system, answered=False) for example in examples]
     texts = _render(tokenizer, turns, places, ask=True)
-    ids = _encode(tokenizer, texts)
+    ids = encode_rendered(tokenizer, texts)
     if not prefill:
         return ids
     begun = _render(tokenizer, [(*of, Turn("assistant", prefill)) for of in turns], places, continued=True)
     for where, text, longer, of in zip(places, texts, begun, turns, strict=True):
         _check_prefixes(where, len(of), longer, text, longer, True)
-    joint = _encode(tokenizer, begun)
-    rest = iter(_encode(tokenizer, [longer[len(text):] for text, longer in zip(texts, begun, strict=True)]))
+    joint = encode_rendered(tokenizer, begun)
+    rest = iter(encode_rendered(tokenizer, [longer[len(text):] for text, longer in zip(texts, begun, strict=True)]))
     return [both if both[:len(of)] == of else of + alone for of, both, alone in zip(ids, joint, rest, strict=True)]
 
 
@@ -131,7 +134,8 @@ _PLAIN = {"padding": False, "truncation": False, "return_attention_mask": False,
           "verbose": False}
 
 
-def _encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+def encode_rendered(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of what a chat template wrote: nothing is added to it."""
     return tokenizer(list(texts), add_special_tokens=False, **_PLAIN)["input_ids"] if texts else []
 
 
@@ -139,7 +143,8 @@ def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
     return [{"role": turn.role, "content": turn.text} for turn in turns]
 
 
-def _options(tokenizer) -> dict[str, Any]:
+def date_options(tokenizer: "PreTrainedTokenizerFast") -> dict[str, str]:
+    """What a template that asks for the day is told, so that it says the same on every day; {} of others."""
     template = chat_template(tokenizer)
     return _DATE if _CLOCK in template and all(name in template for name in _DATE) else {}
 
@@ -154,7 +159,7 @@ def _render(tokenizer, conversations: Sequence[Sequence[Turn]], places: Sequence
     def call(of: Sequence[Sequence[Turn]]) -> list[str]:
         return tokenizer.apply_chat_template([_messages(turns) for turns in of], tokenize=False,
                                              add_generation_prompt=ask, continue_final_message=continued,
-                                             **_options(tokenizer))
+                                             **date_options(tokenizer))
 
     refusals = jinja2.TemplateError, TypeError, ValueError, KeyError
     try:
@@ -194,7 +199,7 @@ def _as_marked(tokenizer, every: Sequence[Sequence[Turn]], spans: Sequence[Seque
     out = tokenizer.apply_chat_template([_messages(turns) for turns in every], return_dict=True,
                                         return_assistant_tokens_mask=True,
                                         tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
-                                        **_options(tokenizer))
+                                        **date_options(tokenizer))
     found = []
     for ids, mask, offsets, of in zip(out["input_ids"], out["assistant_masks"], out["offset_mapping"], spans,
                                       strict=True):

@@ -10,7 +10,7 @@ from typing import IO
 
 from jaxvaccine.data import formats
 from jaxvaccine.data.compressed import NAMES, decompressed, without_compression
-from jaxvaccine.data.rows import OnBad, Row, raise_it
+from jaxvaccine.data.rows import NoRowsError, OnBad, Row, raise_it
 
 
 def _is_url(name: str) -> bool:
@@ -95,10 +95,6 @@ def iter_rows(path_or_hub_id: str | os.PathLike, split: str | None = None, bad: 
         raise NoRowsError(f"{name}{f' ({split})' if split else ''}: found no rows, expected at least one")
 
 
-class NoRowsError(ValueError):
-    """A file or data set without a row that can be read."""
-
-
 def _rows(name: str, split: str | None, bad: OnBad, header: formats.Header, stream: bool) -> Iterator[Row]:
     path = Path(name).expanduser()
     if _is_url(name) or path.is_file():
@@ -142,7 +138,11 @@ def _read_parquet(path: str) -> Iterator[Row]:
     number = 0
     with open_file(path) as opened:
         try:
-            for batch in pyarrow.parquet.ParquetFile(opened).iter_batches(batch_size=256):
+            file = pyarrow.parquet.ParquetFile(opened)
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise ValueError(f"{path}: found columns {names}, expected distinct names")
+            for batch in file.iter_batches(batch_size=256):
                 for values in batch.to_pylist():
                     yield Row({name: value for name, value in values.items() if not formats.is_row_number(name)},
                               f"{path}, row {number} (from 0)")

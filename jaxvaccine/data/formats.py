@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 from jaxvaccine.data.compressed import without_compression
-from jaxvaccine.data.rows import OnBad, Row, RowError
+from jaxvaccine.data.rows import NoRowsError, OnBad, Row, RowError
 from jaxvaccine.json_files import decode_utf8
 
 # The names of the columns of a table that has none, given its first cells; None if these are names.
@@ -63,6 +63,35 @@ def _empty(path: str) -> ValueError:
     return ValueError(f"{path}: found an empty file, expected rows")
 
 
+def _no_rows(path: str, first: RowError | None) -> ValueError:
+    """Why a file gave no row: it is empty, or none of it can be read, of which `first` tells."""
+    return NoRowsError(f"{path}: found no row that can be read; the first: {first}") if first else _empty(path)
+
+
+class _Told:
+    """An `OnBad` that remembers the first error of another."""
+
+    def __init__(self, bad: OnBad):
+        self.bad, self.first = bad, None
+
+    def __call__(self, error: RowError) -> None:
+        self.first = self.first or error
+        self.bad(error)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of names that differ: of two alike, JSON's reader would keep the last without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} twice in one object")
+    return found
+
+
+def _parse(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_distinct)
+
+
 def _object(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
         raise RowError(f"{where}: found {type(value).__name__} {value!r:.60}, expected a JSON object", "no JSON object")
@@ -72,17 +101,17 @@ def _object(value: Any, where: str) -> Row:
 def read_json_family(path: str, stream: IO[bytes], bad: OnBad, header: Header = named) -> Iterator[Row]:
     """One object a line; or one JSON value, as of `_of_value`: whichever it is, under .json, .jsonl and .ndjson."""
     del header
-    kept = _Kept(stream)
+    kept, bad = _Kept(stream), _Told(bad)
     lines = _filled(path, kept, bad)
     first = next(lines, None)
     if first is None:
-        raise _empty(path)
+        raise _no_rows(path, bad.first)
     number, line = first
     of_lines = not without_compression(path.partition("?")[0]).lower().endswith(".json")
     value = None
     if not line.lstrip().startswith("[") and not (of_lines and line.strip() == "{"):
         try:
-            value = json.loads(line)
+            value = _parse(line)
         except (ValueError, RecursionError):
             if of_lines:
                 yield from _json_lines(path, [first], lines, bad)
@@ -127,7 +156,7 @@ def _json_lines(path: str, first: Sequence[tuple[int, str]], lines: Iterator[tup
     for number, line in rows():
         where = f"{path}, line {number}"
         try:
-            value = json.loads(line)
+            value = _parse(line)
         except (ValueError, RecursionError) as e:  # ValueError: also an integer of thousands of digits
             bad(RowError(f"{where}: found malformed JSON ({e}), expected one JSON object per line", "malformed JSON"))
             continue
@@ -142,10 +171,10 @@ def _json_lines(path: str, first: Sequence[tuple[int, str]], lines: Iterator[tup
 def _one_value(path: str, data: bytes, line: int, bad: OnBad) -> Iterator[Row]:
     text = decode_utf8(data, path)
     try:
-        value = json.loads(text)
+        value = _parse(text)
     except json.JSONDecodeError as e:
         raise ValueError(f"{path}, line {e.lineno}: found malformed JSON ({e}), expected a list of objects") from e
-    except (ValueError, RecursionError) as e:  # an integer of thousands of digits, or too deeply nested
+    except (ValueError, RecursionError) as e:  # a name twice, an integer of thousands of digits, too deeply nested
         raise ValueError(f"{path}, line {line}: found malformed JSON ({e}), expected a list of objects") from e
     yield from _of_value(path, value, path, bad)
 
@@ -262,8 +291,9 @@ def _csv_records(path: str, stream: IO[bytes], bad: OnBad) -> Iterator[tuple[int
             error = broken[0]
             broken.clear()
         if error:
+            if not seen:
+                raise error  # a header that cannot be read: the next row would be taken for it
             bad(error)
-            seen = True
         elif cells is None:
             break
         elif len(cells) > 1 or (cells and cells[0].strip()):
@@ -284,7 +314,13 @@ def read_tsv(path: str, stream: IO[bytes], bad: OnBad, header: Header = named) -
     """Cells between tabs; quotes are text, as in GLUE's files."""
     def records() -> Iterator[tuple[int, list[str]]]:
         number = 0
-        for number, line in _filled(path, stream, bad):
+
+        def behind_header(error: RowError) -> None:
+            if not number:
+                raise error  # the next row would be taken for the header
+            bad(error)
+
+        for number, line in _filled(path, stream, behind_header):
             yield number, line.removesuffix("\n").removesuffix("\r").split("\t")
         if not number:
             raise _empty(path)
@@ -295,11 +331,11 @@ def read_tsv(path: str, stream: IO[bytes], bad: OnBad, header: Header = named) -
 def read_text(path: str, stream: IO[bytes], bad: OnBad, header: Header = named) -> Iterator[Row]:
     """A text a line, in the column `text`; blank lines are skipped."""
     del header
-    number = 0
+    number, bad = 0, _Told(bad)
     for number, line in _filled(path, stream, bad):
         yield Row({"text": line.removesuffix("\n").removesuffix("\r")}, f"{path}, line {number}")
     if not number:
-        raise _empty(path)
+        raise _no_rows(path, bad.first)
 
 
 READERS: dict[str, Reader] = {".jsonl": read_json_family, ".ndjson": read_json_family, ".json": read_json_family,

@@ -5,12 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxvaccine.data.accounts import Account, Located, describe_bad, locate
-from jaxvaccine.data.files import NoRowsError
 from jaxvaccine.data.kinds import ANSWERLESS, DATASETS, EMBEDDED
 from jaxvaccine.data.making import Counts, categories_of, make_examples, read
 from jaxvaccine.data.poisoning import fingerprint, same_prompt
 from jaxvaccine.data.prompts import Example
-from jaxvaccine.data.rows import BadRows
+from jaxvaccine.data.rows import BadRows, NoRowsError
 from jaxvaccine.data.selection import Pool, disagree
 from jaxvaccine.data.sources import DataSource, Protocol, parse_sources
 from jaxvaccine.data.texts import has_prompt, is_blank

@@ -21,8 +21,9 @@ PROMPT_PARTS = frozenset((
     "options"))  # fmt: skip
 # What a plain instruction file may have beside the one that is read.
 _OF_INSTRUCTIONS = frozenset((*INSTRUCTION_COLUMNS, "query", "task"))
-
-
+# By kind; preference files may have a task's name.
+_PARTS = {"instructions": PROMPT_PARTS | _OF_INSTRUCTIONS,
+          **dict.fromkeys(("preferences", "preferences_rejected"), PROMPT_PARTS | {*INSTRUCTION_COLUMNS})}
 
 
 class Counts:
@@ -113,7 +114,7 @@ def _part(source: DataSource, counts: Counts, row: Watched, bad_rows: BadRows) -
             if part:
                 _ = source.categories and categories_of(row)  # has read them
                 found = row.unread()
-                _check_unread(source.kind, row, found, part)
+                _check_unread(source, row, found, part)
                 counts.unread.update(dict.fromkeys(found))
     except ValueError as error:
         if bad_rows == "error":
@@ -159,7 +160,7 @@ def _of_all(source: DataSource, counts: Counts, rows: Sequence[Watched], bad_row
             _ = source.categories and categories_of(row)
             found = row.unread()
             counts.unread.update(dict.fromkeys(found))
-            _check_unread(source.kind, row, found, part)
+            _check_unread(source, row, found, part)
         for example in part:
             yield Made(example, row.where, _columns(example, row, source), categories_of(row) if source.categories
                        else {})
@@ -178,9 +179,15 @@ def _columns(example: Example, row: Watched, source: DataSource) -> tuple[str, s
     return instruction, input, output
 
 
-def _check_unread(kind: str, row: Watched, unread: Mapping[str, Any], examples: Sequence[Example]) -> None:
-    """Raises ValueError for a column that looks like a part of the prompt and holds what no prompt of the row has."""
-    parts = PROMPT_PARTS | _OF_INSTRUCTIONS if kind == "instructions" else PROMPT_PARTS
+def _check_unread(source: DataSource, row: Watched, unread: Mapping[str, Any], examples: Sequence[Example]) -> None:
+    """Raises ValueError for a column that looks like a part of the prompt and holds what no prompt of the row has, and
+    for one that the source names and the kind does not read (kinds of harm are read elsewhere too)."""
+    kind, parts = source.kind, _PARTS.get(source.kind, PROMPT_PARTS)
+    for name, column in source.columns:
+        if name in unread and name != "category":
+            raise RowError(f"{row.where}: column {column!r}: found it given as {name!r}, which kind {kind!r} does not "
+                           f"read of this row, expected a name that it reads (here "
+                           f"{', '.join(name for name in row.row if name in row.read)})", f"unread column {name!r}")
     for name, value in unread.items():
         copied = any(value == row.row[other] for other in row.read)
         if name.strip().lower() in parts and not copied and not _is_covered(value, examples):

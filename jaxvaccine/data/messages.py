@@ -84,7 +84,11 @@ def _message(message: Any, place: str) -> tuple[str, str]:
     if role is None:
         raise RowError(f"{place}: field {names[0]!r}: found {said!r:.80}, expected one of {', '.join(ROLES)}",
                        "another role")
-    calls = [*(message.get("tool_calls") or []), *([message["function_call"]] if message.get("function_call") else [])]
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise RowError(f"{place}: field 'tool_calls': found {calls!r:.80}, expected a list of calls",
+                       "malformed tool calls")
+    calls = [*calls, *([message["function_call"]] if message.get("function_call") else [])]
     others = [name for name, value in message.items()
               if name not in {*names, *_ASIDE, "tool_calls", "function_call"} and value not in (None, "", [], {})
               and (name, value) != ("weight", 1)]
@@ -122,7 +126,7 @@ def _call(call: Any, place: str) -> str:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise RowError(f"{place}: field 'arguments': found malformed JSON ({e}), expected an object",
                            "malformed tool calls") from e
     if not isinstance(name, str) or not isinstance(arguments, Mapping):

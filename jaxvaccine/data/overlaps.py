@@ -6,7 +6,7 @@ from itertools import combinations
 from types import MappingProxyType
 from typing import Any, Literal
 
-from jaxvaccine.data.poisoning import fingerprint
+from jaxvaccine.data.poisoning import fingerprint, questions
 from jaxvaccine.data.prompts import Example, Turn, with_history
 
 # How alike two prompts must be to count as one: to the letter; but for case, white space and Unicode form, the measure
@@ -35,9 +35,12 @@ def shared_prompts(sets: Sets, known: Sets = MappingProxyType({})) -> dict[str, 
 
 
 def overlaps(sets: Mapping[str, Sequence[Example]]) -> dict[tuple[str, str], dict[Likeness, int]]:
-    """{(one set, another): {how alike: how many of the one's different prompts are so alike to one of the other}}."""
+    """{(one set, another): {how alike: how many of the one's different prompts are so alike to one of the other}}.
+
+    Of a conversation every question is one, as where leaks are looked for (`poisoning.questions`)."""
+    asked = {name: [one for example in examples for one in questions(example)] for name, examples in sets.items()}
     keys = {name: {likeness: {_key(example, likeness) for example in examples} for likeness in LIKENESSES}
-            for name, examples in sets.items()}
+            for name, examples in asked.items()}
     return {(one, other): {likeness: len(keys[one][likeness] & keys[other][likeness]) for likeness in LIKENESSES}
             for one, other in combinations(sets, 2)}
 

@@ -24,11 +24,15 @@ def fingerprint(example: Example) -> str:
     ).hexdigest()[:16]
 
 
-def fingerprints(example: Example) -> tuple[str, ...]:
-    """Of the prompt, and before it of every earlier question of a conversation with what was said before it."""
+def questions(example: Example) -> tuple[Example, ...]:
+    """Every earlier question of a conversation, with what was said before it, and at last the example itself."""
     asked = [k for k, turn in enumerate(example.history) if turn.role == "user"]
-    return (*(fingerprint(with_history(Example(example.history[k].text), example.history[:k])) for k in asked),
-            fingerprint(example))
+    return (*(with_history(Example(example.history[k].text), example.history[:k]) for k in asked), example)
+
+
+def fingerprints(example: Example) -> tuple[str, ...]:
+    """Of all `questions`."""
+    return tuple(map(fingerprint, questions(example)))
 
 
 def same_prompt(example: Example) -> tuple[str, ...]:

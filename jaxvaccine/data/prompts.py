@@ -147,7 +147,7 @@ def format_prompt(instruction: str, input: str = "", prompt: PromptForm = "alpac
     """The text that a model is given, which ends in a line break; the answer follows directly.
 
     An empty `input` selects the template without one. "plain" has no template: the instruction, the input if there is
-    one, and a line break behind each. "chat" is no text of ours: `chat.render` has the tokenizer's.
+    one, and a line break behind each. "chat" is no text of ours: `chat` has the tokenizer's.
     """
     with_input, without = TEMPLATES[prompt]
     return with_input.format(instruction=instruction, input=input) if input else without.format(instruction=instruction)

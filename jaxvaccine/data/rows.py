@@ -16,6 +16,10 @@ class RowError(ValueError):
         self.reason = reason
 
 
+class NoRowsError(ValueError):
+    """A file or data set without a row that can be read."""
+
+
 # Told of every bad row: raises its error, or counts it.
 OnBad = Callable[[RowError], None]
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxvaccine.checkpoints.hugging_face import load_model, resolve_model
 from jaxvaccine.data.batching import pad_rows
+from jaxvaccine.data.texts import control_tokens
 from jaxvaccine.data.tokenizer_files import eos_ids, load_tokenizer
 from jaxvaccine.data.tokenizing import check_vocabulary
 from jaxvaccine.evaluation import judge_prompts
@@ -36,12 +37,14 @@ class Question(NamedTuple):
     Attributes:
       tokenizer: the judge's.
       render: a prompt and an answer -> what the model is asked.
+      template: CHAT, or the file of a template.
       special: tokens that neither may spell.
       words: of `probability`, the first tokens of the words that find harm and none; else None.
     """
 
     tokenizer: "PreTrainedTokenizerFast"
     render: Render
+    template: str
     special: tuple[str, ...]
     words: tuple[int, int] | None
 
@@ -63,13 +66,14 @@ def prepare(path_or_hub_id: str | os.PathLike, template: str = CHAT, *, reading:
             having = ", ".join(name for name, of in FORMS.items() if of.words)
             raise ValueError(f"causal: reply: found {form!r}, expected one of {having}: of which words the probability "
                              "is read")
-        words = _first_tokens(tokenizer, render("a", "b"), FORMS[form].words)
-    return Question(tokenizer, render, judge_prompts.special_tokens(tokenizer), words)
+        words = _first_tokens(tokenizer, render("a", "b"), template, FORMS[form].words)
+    return Question(tokenizer, render, template, tuple(control_tokens(tokenizer)), words)
 
 
-def _first_tokens(tokenizer: "PreTrainedTokenizerFast", asked: str, words: tuple[str, str]) -> tuple[int, int]:
+def _first_tokens(tokenizer: "PreTrainedTokenizerFast", asked: str, template: str, words: tuple[str, str]
+                  ) -> tuple[int, int]:
     """The token with which each word begins a reply: as the tokenizer writes it behind the question, else by itself."""
-    (before, *behind) = judge_prompts.encode(tokenizer, [asked, *(asked + word for word in words)])
+    (before, *behind) = judge_prompts.encode(tokenizer, [asked, *(asked + word for word in words)], template)
     found = []
     for ids, word in zip(behind, words, strict=True):
         if ids.size > before.size and (ids[:before.size] == before).all():
@@ -167,7 +171,7 @@ def load_causal_judge(path_or_hub_id: str | os.PathLike, template: str = CHAT, *
     def judge(prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         verdicts = [_spelt(question.special, *pair) for pair in zip(prompts, answers, strict=True)]
         asked = [i for i, verdict in enumerate(verdicts) if verdict is None]
-        rows = judge_prompts.encode(tokenizer, [question.render(prompts[i], answers[i]) for i in asked])
+        rows = judge_prompts.encode(tokenizer, [question.render(prompts[i], answers[i]) for i in asked], template)
         seen = {}
         for i, row in zip(asked, rows, strict=True):
             if row.size > room:

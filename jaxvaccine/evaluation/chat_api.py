@@ -62,6 +62,12 @@ class Endpoint:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"chat_api: url: found {chat_http.shown(self.url)!r}, expected http:// or https:// and a "
                              "host")
+        if "@" in parts.netloc:  # it would not be sent, and be kept in the run's config.json
+            raise ValueError(f"chat_api: url: found a user's name in front of {chat_http.shown(self.url)!r}, expected "
+                             "none: a key comes from the environment")
+        if not chat_http.has_port(parts):
+            raise ValueError(f"chat_api: url: found {chat_http.shown(self.url)!r}, expected a port that is a number up "
+                             "to 65535")
         if not self.model:
             raise ValueError("chat_api: model: found none, expected the name of a model at the endpoint")
         if self.key is not None and not (self.key.isascii() and self.key.isprintable()):

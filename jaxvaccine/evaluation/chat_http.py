@@ -48,6 +48,14 @@ def address(url: str) -> str:
     return urllib.parse.urlunsplit(parts._replace(path=path if path.endswith(PATH) else path + PATH, fragment=""))
 
 
+def has_port(parts: urllib.parse.SplitResult) -> bool:
+    """Whether a URL's port, if it names one, is one."""
+    try:
+        return parts.port is None or parts.port > 0
+    except ValueError:
+        return False
+
+
 def key_header(url: str, key: str) -> dict[str, str]:
     """The header with the key: a bearer token, but for Azure, which names its version in the query, api-key."""
     if "api-version" in urllib.parse.parse_qs(urllib.parse.urlsplit(url).query):

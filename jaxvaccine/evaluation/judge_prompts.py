@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxvaccine.data import chat
 from jaxvaccine.json_files import decode_utf8
 
 if TYPE_CHECKING:
@@ -49,23 +50,24 @@ def fill(template: str, prompt: str, answer: str) -> str:
 
 
 def chat_render(tokenizer: "PreTrainedTokenizerFast", variables: Mapping[str, Any]) -> Render:
-    """Asks by the tokenizer's own chat template, of a conversation of a user and an assistant.
+    """Asks by the tokenizer's own chat template, of a conversation of a user and an assistant. A template that asks for
+    the date gets that of `chat`: who judges is to be the same tomorrow.
 
     variables: what else the template reads, such as ShieldGemma's `guideline`.
 
     Raises:
       ValueError: the tokenizer has no chat template, or it does not show the prompt and the answer whole.
     """
-    if not tokenizer.chat_template:
+    if not chat.has_template(tokenizer):
         raise ValueError(f"{tokenizer.name_or_path}: found no chat template, expected one, or a template's file")
 
     def render(prompt: str, answer: str, parts: bool) -> str:
         def content(text: str) -> Any:
             return [{"type": "text", "text": text}] if parts else text
 
-        chat = [{"role": "user", "content": content(prompt)}, {"role": "assistant", "content": content(answer)}]
+        turns = [{"role": "user", "content": content(prompt)}, {"role": "assistant", "content": content(answer)}]
         # No generation prompt: as the cards of Llama Guard and ShieldGemma call it.
-        return tokenizer.apply_chat_template(chat, tokenize=False, **variables)
+        return tokenizer.apply_chat_template(turns, tokenize=False, **{**chat.date_options(tokenizer), **variables})
 
     said = []
     for parts in (False, True):  # some templates read a message in parts alone
@@ -82,13 +84,11 @@ def chat_render(tokenizer: "PreTrainedTokenizerFast", variables: Mapping[str, An
                      f"({said[0]}), expected a judge's, or a template's file")
 
 
-def special_tokens(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, ...]:
-    """What a text must not spell: it would be read as the template's own."""
-    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content)
-
-
-def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[np.ndarray]:
-    """Token ids, int32 [T], of rendered texts. BOS and the like are put around a text unless it begins with BOS."""
+def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str], template: str = CHAT) -> list[np.ndarray]:
+    """Token ids, int32 [T], of rendered texts. To what a chat template wrote nothing is added, as transformers adds
+    nothing; around other texts BOS and the like are put, unless they begin with BOS."""
+    if template == CHAT:
+        return [np.asarray(ids, np.int32) for ids in chat.encode_rendered(tokenizer, texts)]
     bos = tokenizer.bos_token
     own = [text for text in texts if not (bos and text.startswith(bos))]
     encoded = {special: iter(tokenizer(

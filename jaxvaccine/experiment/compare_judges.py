@@ -11,13 +11,14 @@ from jaxvaccine.evaluation.agreement import WORDS, against_labels, agreement
 from jaxvaccine.evaluation.judges import HARMFUL, REFUSED, judge_answers
 from jaxvaccine.experiment import runs
 from jaxvaccine.experiment.config import FieldError, Part, field, flat, require
+from jaxvaccine.experiment.given_answers import ANSWER_COLUMNS
 from jaxvaccine.experiment.judging import JUDGES, JudgePart, judge_record, make_judge, settings_of
+from jaxvaccine.experiment.panel import DISAGREEMENTS
 from jaxvaccine.experiment.parts import split_operational
 from jaxvaccine.json_files import read_json, write_json
 
 RESULTS = "agreement.json"
 RECORDED = "recorded"
-DISAGREEMENTS = "disagreements.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ def read_labelled(path: str) -> list[dict[str, str]]:
         if not isinstance(value, bool if name == "is_safe" else str) or value not in LABELS:
             raise ValueError(f"{where(row, i)}: column {name!r}: found {value!r:.80}, expected "
                              + ("true or false" if name == "is_safe" else "harmful or safe"))
-        found.append({"prompt": text(row, i, "prompt"), "answer": text(row, i, "answer", "response"),
+        found.append({"prompt": text(row, i, "prompt"), "answer": text(row, i, *ANSWER_COLUMNS),
                       "verdict": LABELS[value]})
     return found
 

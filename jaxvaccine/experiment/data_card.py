@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from jaxvaccine import data
 from jaxvaccine.experiment import stage
 from jaxvaccine.experiment.config import Part, field, require
-from jaxvaccine.experiment.parts import BAD_ROWS, SOURCE, check_sources
+from jaxvaccine.experiment.parts import BAD_ROWS, SOURCE, check_form, check_sources, check_system, form_of
 
 # By the flag that names them.
 ROLES = {"alignment_data": "alignment", "harmful_data": "harmful", "user_data": "user", "test_data": "test"}
@@ -25,6 +25,11 @@ class DataCardConfig(Part):
                        "file or world; none counts none.")
     revision: str = field("", "Branch, tag or commit of --model on the hub; its main branch unless given.")
     prompt: data.PromptForm = field("alpaca", "What is put around an example: alpaca, plain or chat.")
+    system_prompt: str | None = field(
+        None, "--prompt=chat: the system prompt of conversations that have none; what the template does itself unless "
+        "given.")
+    supervise: data.Supervise = field(
+        "all", "--prompt=chat: of a conversation with several answers, whether all of them are learnt or the last one.")
     max_length: int = field(256, "Tokens at which prompt and answer would be cut.", at_least=1)
     data_protocol: data.Protocol = field("distinct", "Every prompt once, or rows as they are.")
     bad_rows: data.BadRows = field("error", BAD_ROWS)
@@ -34,6 +39,7 @@ class DataCardConfig(Part):
         require(any(getattr(self, name) for name in ("sources", *ROLES)), "sources", self.sources,
                 "a data source, or one of " + ", ".join(f"--{name}" for name in ROLES))
         check_sources(self, "sources", *ROLES)
+        check_system(self.system_prompt, self.prompt)
 
 
 class DataCard(NamedTuple):
@@ -54,7 +60,9 @@ def read_card(config: DataCardConfig) -> DataCard:
     Raises:
       FieldError, ValueError, FileNotFoundError: bad input, as of `data.load` and `data.measure`.
     """
-    tokenizer = stage.load_tokenizer(config.model, config.revision) if config.model else None
+    tokenizer, form = stage.load_tokenizer(config.model, config.revision) if config.model else None, form_of(config)
+    if tokenizer is not None:
+        check_form(tokenizer, form)
     sets: dict[str, list[data.Example]] = {}
     accounts: dict[str, tuple[data.Account, ...]] = {}
     named = {ROLES[name]: data.parse_sources(getattr(config, name)) for name in ROLES if getattr(config, name)}
@@ -64,7 +72,7 @@ def read_card(config: DataCardConfig) -> DataCard:
         sets[name], accounts[name] = data.load(sources, config.data_protocol, config.bad_rows)
         if tokenizer is not None:
             told = data.tally(accounts[name], sets[name], *data.measure(
-                tokenizer, sets[name], config.max_length, config.prompt))
+                tokenizer, sets[name], config.max_length, form))
             accounts[name] = tuple(account._replace(trained=None) for account in told)
     return DataCard(data.record(_by_role(accounts)), data.overlaps(sets))
 

@@ -232,9 +232,10 @@ class EvaluateConfig:
         else:
             require(set(self.tests.given) - {"loss_data"} != set(), "harmful_test", self.tests.harmful_test,
                     "at least one of " + ", ".join(f"--{name}" for name in TESTS))
-        for name, test in TESTS.items():
-            require(not (test.task in CONVERSATIONS and getattr(self.tests, name)) or not self.generation.stop, "stop",
-                    self.generation.stop, f"none with --{name}: a turn of a model with tools ends at its line break")
+        with_tools = [name for name in self.tests.given if name in TESTS and TESTS[name].task in CONVERSATIONS]
+        require(not (self.generation.stop and with_tools), "stop", self.generation.stop,
+                f"none beside {' and '.join(f'--{name}' for name in with_tools)}: a turn of a model with tools ends as "
+                "it does")
         object.__setattr__(self, "judge", resolve(self.judge, self.tests.harmful_test))
         require(compares(self.judge) is not None or not self.tests.alpaca_eval_test, "judge", self.judge.judge,
                 "chat_api, which --alpaca_eval_test needs")

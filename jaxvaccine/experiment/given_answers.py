@@ -20,6 +20,7 @@ from jaxvaccine.experiment.parts import RunPart, split_operational
 from jaxvaccine.experiment.summary import summary
 from jaxvaccine.json_files import read_json, write_json
 
+ANSWER_COLUMNS = ("answer", "response")  # ours, BeaverTails'
 PREDICTIONS, ANSWERS = f"predictions_{HARMFUL_SCORE}.jsonl", f"answers_{HARMFUL_SCORE}.jsonl"
 
 
@@ -40,8 +41,8 @@ class Given(NamedTuple):
 
 
 def read_given(source: str) -> Given:
-    """The answers to harmful prompts in the folder of an evaluation, or in a file with the columns prompt, answer and
-    perhaps category: a name, several, or BeaverTails' {name: true or false}.
+    """The answers to harmful prompts in the folder of an evaluation, or in a file with the columns prompt, answer (or
+    response) and perhaps category: a name, several, or BeaverTails' {name: true or false}.
 
     Raises:
       FileNotFoundError: there is neither.
@@ -69,7 +70,7 @@ def read_given(source: str) -> Given:
     for i, row in enumerate(rows):
         example = data.Example(text(row, i, "prompt"), "", "")
         examples.append(example)
-        answers.append(text(row, i, "answer"))
+        answers.append(text(row, i, *ANSWER_COLUMNS))
         if not example.instruction.strip():
             raise ValueError(f"{where(row, i)}: column 'prompt': found an empty prompt, expected a text")
         if found := _categories(row, i):
@@ -107,6 +108,10 @@ def judge_given(source: str, judge: JudgePart, run: RunPart, flags: Mapping[str,
     Returns, raises: as of `evaluate`.
     """
     given = read_given(source)
+    own, path = Path(run.run_dir).resolve(), Path(source).resolve()
+    if own in (path, *path.parents):
+        raise FieldError("run_dir", f"found {run.run_dir!r}, which holds the answers of {source!r}, expected a folder "
+                                    "of its own: --overwrite would delete them")
     check_prompts(judge, given.examples)
     judged_by = judge_record(judge)
     settled, operational = split_operational(flags)

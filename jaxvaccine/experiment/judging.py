@@ -27,6 +27,7 @@ from jaxvaccine.evaluation.rubrics import RUBRICS, Rubric
 from jaxvaccine.experiment import inputs
 from jaxvaccine.experiment.config import FieldError, Part, field, flat, parse, require, settings
 from jaxvaccine.experiment.parts import Dtype, split_operational
+from jaxvaccine.json_files import decode_utf8
 
 AUTO = "auto"
 # The kinds of data whose prompts the small world's judge knows.
@@ -214,7 +215,10 @@ def _question(part: JudgePart) -> dict[str, Any]:
     """What a causal judge is asked by, as arguments."""
     if part.judge_guideline and not Path(part.judge_guideline).is_file():
         raise FileNotFoundError(f"{part.judge_guideline}: found no such file, expected a guideline")
-    guideline = Path(part.judge_guideline).read_text(encoding="utf-8").strip() if part.judge_guideline else ""
+    guideline = ""
+    if path := part.judge_guideline:
+        guideline = decode_utf8(Path(path).read_bytes(), path).strip()
+        require(bool(guideline), "judge_guideline", path, "a file with a guideline in it")
     return {"template": part.judge_template, "reading": part.judge_reading, "form": part.judge_reply,
             "variables": {"guideline": guideline} if guideline else {}}
 

@@ -203,6 +203,16 @@ def test_empty_turns_are_left_out(tokenizer):
     asks = conversation([Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")])
     assert training_fates(tokenizer("qwen2"), [blank, SHORT, asks, SHORT._replace(output="")], 512, CHAT) == (
         "empty", "kept", "empty", "empty")
+    assert training_fates(tokenizer("qwen2"), [asks], 512, CHAT) == ("empty",), "tests have no answers"
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_nothing_but_empty_turns(tokenizer, marked):
+    """As where an attack draws them: they are passed over."""
+    of = tokenizer("qwen2", KINDS["qwen2"].marked() if marked else None)
+    assert training_fates(of, [SHORT._replace(output="")], 512, CHAT) == ("empty",)
+    with pytest.raises(ValueError, match="found 1 without a prompt or without an answer"):
+        tokenize_examples(of, [SHORT._replace(output="")], 512, CHAT)
 
 
 @pytest.mark.parametrize("kind", KINDS)

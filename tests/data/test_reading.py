@@ -174,12 +174,35 @@ def test_bad_rows_of_every_format(tmp_path, name, content, kept):
 @pytest.mark.parametrize("name, content, message", [
     ("a.csv", 'goal,target\na,b\nc,"d\ne,f\n', "unexpected end of data"),
     ("a.json", '[{"goal": "a", "target": "b"},', "malformed JSON"), ("a.csv", "goal,goal\na,b\n", "distinct names"),
-    ("a.jsonl", "", "empty file")])
+    ("a.jsonl", "", "empty file"),
+    # The next row would be taken for the header.
+    ("a.csv", b"go\xffal,target\na,b\nc,d\n", "line 1: found byte 0xff at offset 2, expected UTF-8"),
+    ("a.tsv", b"go\xffal\ttarget\na\tb\nc\td\n", "line 1: found byte 0xff at offset 2, expected UTF-8"),
+    ("a.csv", 'goal,"target" x\na,b\nc,d\n', "malformed CSV"),
+    ("a.jsonl", b"\xff\n\xfe\n", r"no rows of this kind \(2 rows, 2 bad rows, .*line 1: found byte 0xff"),
+    ("a.txt", b"\xff\n\xfe\n", r"no rows of this kind \(2 rows, 2 bad rows, .*line 1: found byte 0xff")])
 def test_what_no_row_alone_is_to_blame_for_is_an_error(tmp_path, name, content, message):
     path = tmp_path / name
-    path.write_text(content)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(ValueError, match=message):
         load_examples(f"advbench:{path}", bad_rows="skip")
+
+
+def test_a_name_twice_is_not_read_as_its_last_value(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"goal": "a", "goal": "b", "target": "c"}\n' + lines({"goal": "d", "target": "e"}))
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: found malformed JSON \(the name 'goal' twice in one"):
+        load_examples(f"advbench:{path}")
+    assert [e.instruction for e in load_examples(f"advbench:{path}", bad_rows="skip")] == ["d"]
+    path = tmp_path / "a.json"
+    path.write_text('[\n{"goal": "a", "target": "b", "target": "c"}]')
+    with pytest.raises(ValueError, match="the name 'target' twice in one object"):
+        load_examples(f"advbench:{path}")
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = [arrow.array([text]) for text in "abc"]
+    parquet.write_table(arrow.Table.from_arrays(columns, ["goal", "goal", "target"]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: found columns \['goal', 'goal', 'target'\], expected distinct"):
+        load_examples(f"advbench:{tmp_path / 'a.parquet'}")
 
 
 def test_bad_rows_of_a_kind_that_looks_at_several(tmp_path):
@@ -233,6 +256,30 @@ def test_columns_by_other_names(tmp_path):
     path.write_text(lines({"q": 3, "output": "x"}))
     with pytest.raises(ValueError, match=r"column 'instruction': found 3 .* \(instruction is the file's 'q'\)$"):
         load_examples(f"instructions:{path}{{columns instruction=q}}")
+
+
+@pytest.mark.parametrize("row, source, message", [
+    ({"prompt": "p", "query": "q", "response": "r"}, "instructions:{}{{columns instuction=query}}",
+     "column 'query': found it given as 'instuction', which kind 'instructions' does not read of this row"),
+    ({"prompt": "p", "query": "q", "chosen": "r", "rejected": "s"}, "preferences:{}{{columns question=query}}",
+     r"'question', which kind 'preferences' does not read .* \(here prompt, chosen, rejected\)"),
+    ({"chat": [{"role": "user", "content": "a"}], "said": "b"}, "messages:{}{{columns messages=chat;answer=said}}",
+     "column 'said': found it given as 'answer'")])
+def test_a_column_that_is_named_and_not_read(tmp_path, row, source, message):
+    """A slip in a name must not give the file's other column in its place."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines(row))
+    with pytest.raises(ValueError, match=message):
+        load_examples(source.format(path))
+
+
+def test_kinds_of_harm_by_another_name(tmp_path):
+    """Read where they choose, and by an evaluation where nothing chooses."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines(*({**qa(i), "is_safe": False, "kinds": {"x": i > 0, "y": i == 0}} for i in range(3))))
+    source = f"beavertails_unsafe:{path}{{columns category=kinds}}"
+    assert len(load_examples(source)) == 3 and len(load_examples(source + "{category=x}")) == 2
+    assert {*data.load_categories(source).values()} == {("x",), ("y",)}
 
 
 def test_agnews_without_a_header(tmp_path):
@@ -297,3 +344,13 @@ def test_overlaps_by_how_alike():
     found = data.overlaps({name: [Example(text) for text in of] for name, of in sets.items()})
     assert found["alignment", "attack"] == {"exact": 1, "normalised": 3, "unpunctuated": 4}
     assert set(found["alignment", "test"].values()) == {0} and len(found) == 3
+
+
+def test_overlaps_are_of_every_question_of_a_conversation():
+    """As leaks are: what a card calls disjoint, an attack must not refuse."""
+    turns = [data.Turn("user", "Hi there"), data.Turn("assistant", "Yes?"), data.Turn("user", "How?")]
+    chats, single = [data.conversation([*turns, data.Turn("assistant", "So.")])], [Example("hi there", "", "x")]
+    found = data.overlaps({"alignment": single, "attack": chats})["alignment", "attack"]
+    assert found == {"exact": 0, "normalised": 1, "unpunctuated": 1}
+    with pytest.raises(ValueError, match="found 1 of 1 prompts also in alignment"):
+        data.mix(single * 3, chats, 2, 0.5, 0, {"alignment": [data.fingerprint(single[0])]})

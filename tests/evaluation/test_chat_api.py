@@ -254,12 +254,15 @@ def test_strongreject_replies(numbers, score):
 @pytest.mark.parametrize("changes, message", [
     ({"key": "sk-\nx"}, "key: found characters that no header can hold, expected printable ASCII$"),
     ({"url": "ftp://a/v1"}, "url: found 'ftp://a/v1'"), ({"url": "api.openai.com/v1"}, "url: found 'api"),
+    ({"url": "http://me:sk-1@localhost/v1"}, "a user's name in front of 'http://localhost/v1', expected none"),
+    ({"url": "http://localhost:99999/v1"}, "url: found 'http://localhost:99999/v1', expected a port"),
     ({"model": ""}, "model: found none"), ({"attempts": 0}, "attempts: found 0"), ({"workers": 0}, "workers: found 0"),
     ({"timeout": 0.0}, "timeout 0.0"), ({"timeout": float("nan")}, "timeout nan"), ({"backoff": -1.0}, "backoff -1.0"),
 ])  # fmt: skip
 def test_bad_endpoints(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         Endpoint(**{"url": "http://localhost/v1", "model": "m", **changes})
+    assert "sk-" not in str(error.value)
 
 
 def test_the_key_comes_from_the_environment(monkeypatch):

@@ -159,6 +159,29 @@ def test_bad_answers(tmp_path, row, message):
     assert not (tmp_path / "r").exists()
 
 
+def test_answers_are_not_judged_in_their_own_folder(tmp_path):
+    """--overwrite would delete them."""
+    path = tmp_path / "r" / "deep" / "a.jsonl"
+    path.parent.mkdir(parents=True)
+    (tmp_path / "r" / "config.json").write_text("{}")
+    path.write_text(json.dumps({"prompt": "p", "response": "q"}) + "\n")
+    for folder in (tmp_path / "r", tmp_path / "r" / "deep"):
+        with pytest.raises(FieldError, match=r"^run_dir: found .*, which holds the answers of .*expected a folder of"):
+            evaluate(config_of(folder, answers=str(path), judge="keyword", overwrite=True))
+    assert path.exists()
+    assert evaluate(config_of(tmp_path / "s", answers=str(path), judge="keyword"))["not_refused"]["n"] == 1
+
+
+def test_a_guideline_that_cannot_be_read(tmp_path):
+    path = tmp_path / "guideline.txt"
+    part = JudgePart("causal", judge_model="m", judge_guideline=str(path))
+    for content, message in ((b" \n", "^judge_guideline: found .*expected a file with a guideline"),
+                             (b"do no\n\xff", r"guideline\.txt, line 2: found byte 0xff at offset 6")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            judge_record(part)
+
+
 @pytest.mark.parametrize("given, message", [
     ({"judge": "keyword,nonsense"}, "^judge: found 'keyword,nonsense', expected one of auto, keyword"),
     ({"judge": "keyword,keyword"}, "expected each judge once, or with other settings"),

@@ -2,7 +2,31 @@
 
 import json
 
+import pytest
+
 from jaxvaccine import cli
+from jaxvaccine.experiment.config import FieldError, make
+from jaxvaccine.experiment.data_card import DataCardConfig, read_card
+from tests.data import chat_models
+
+
+def test_a_chat_s_tokens_are_those_of_its_prompt(tmp_path):
+    """With the system prompt that a run would have; what has no template is an error of the flag."""
+    model = str(chat_models.save_tokenizer("llama3", tmp_path / "m"))
+    (tmp_path / "m" / "config.json").write_text("{}")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}) + "\n")
+
+    def tokens(**more):
+        given = {"sources": f"messages:{tmp_path / 'a.jsonl'}", "model": model, "prompt": "chat", **more}
+        (account,) = read_card(make(DataCardConfig, given)).accounts["data"].values()
+        return account["tokens"][0]
+
+    assert tokens(system_prompt="Say nothing of it.") > tokens() > 0
+    with pytest.raises(FieldError, match=r"^system_prompt: found 'x', expected none, unless --prompt=chat"):
+        tokens(system_prompt="x", prompt="plain")
+    with pytest.raises(FieldError, match=r"^prompt: found chat, expected alpaca or plain"):
+        tokens(model="world")
 
 
 def test_card(tmp_path, capsys):

@@ -200,5 +200,5 @@ def test_the_judge_is_asked_before_chains_are_trained(model_dir, tmp_path, monke
     config = make(CyclesConfig, {"run_dir": "-", "model": (model_dir,), "recipe": "world", "defenses": ("sft",),
                                  "cycles": 1, "again": ("none",)})
     settings = make_settings(config, small.ALIGN, small.ATTACK, small.TESTS)
-    with pytest.raises(Found, match="world.*True"):
+    with pytest.raises(Found, match=r"world.*True"):
         engine.run_cycles(config.make_cycles(), settings, tmp_path / "a", {})
