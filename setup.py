@@ -11,6 +11,8 @@ TEST = ["pytest>=9.2", "pytest-xdist>=3.8", "hypothesis>=6.170", "ruff>=0.17.6",
 SEARCH = ["optuna>=5.0"]
 # Data compressed by Zstandard, before Python 3.14.
 ZSTD = ["zstandard>=0.25"]
+# lm-evaluation-harness, with which models can be asked its tasks.
+LM_EVAL = ["lm_eval>=0.4.13"]
 # What models and gradients are compared with. Nothing in the package imports either.
 PARITY = ["torch>=2.13", "peft>=0.21.2"]
 
@@ -55,6 +57,7 @@ setup(
         "parity": PARITY,
         "search": SEARCH,
         "zstd": ZSTD,
+        "lm_eval": LM_EVAL,
         "test": TEST + SEARCH + ZSTD,
         "dev": TEST + SEARCH + ZSTD + PARITY,
     },

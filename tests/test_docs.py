@@ -141,6 +141,7 @@ def test_commands_are_valid(monkeypatch):
         monkeypatch.setattr(cli.dry_run, name, valid)
     monkeypatch.setattr(cli.compare_judges, "compare", valid)
     monkeypatch.setattr(cli.data_card, "read_card", valid)
+    monkeypatch.setattr(cli.export, "export", valid)
     monkeypatch.setattr(cli, "run", check_plan)
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     examples = [words for page in PAGES for words in markdown.commands(page)]

@@ -186,7 +186,7 @@ def _encode_examples(tokenizer, examples: Sequence[Example], max_length: int, pr
     filled = [row for row, nothing in zip(rows, empty, strict=True) if not nothing]
     if prompt.form == "chat":
         numbers = [i for i, nothing in enumerate(empty) if not nothing]
-        whole = iter(chat.encode_conversations(tokenizer, filled, prompt, numbers))
+        whole = iter(chat.encode_conversations(tokenizer, filled, prompt, numbers) if filled else ())
     else:
         whole = (([*ids, eos], np.arange(len(ids) + 1) >= len(prompt_ids))
                  for prompt_ids, ids in (_encode_pairs(tokenizer, filled, prompt) if filled else ()))

@@ -203,6 +203,7 @@ def test_empty_turns_are_left_out(tokenizer):
     asks = conversation([Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")])
     assert training_fates(tokenizer("qwen2"), [blank, SHORT, asks, SHORT._replace(output="")], 512, CHAT) == (
         "empty", "kept", "empty", "empty")
+    assert training_fates(tokenizer("qwen2"), [asks], 512, CHAT) == ("empty",), "tests have no answers"
 
 
 @pytest.mark.parametrize("marked", [False, True])

@@ -313,7 +313,7 @@ def test_accounts_of_a_plan(both, tmp_path):
         copy = shutil.copytree(root, tmp_path / str(as_lanes))
         reports.write(copy)
         text = reports.read(copy)
-        assert "| attack: harmful | world_harmful@attack[0:20] | 504 | 484 | 20 | 4 to 8 |" in text
+        assert "| attack: harmful | world_harmful@attack[0:20] | 504 | 484 | 20 | 20 | 4 to 8 |" in text
         assert "| attack: harmful | 4 to 8 | 0 |" in text and "| harmful_score | 4 | 0 |" in text
         assert "| alignment | world_refusal@train[0:24] | 816 | 792 | 24 | 24 |" in text
         for task in ("harmful_score", "harmful_loss"):

@@ -130,7 +130,7 @@ def test_no_template_and_no_room_for_a_conversation(qwen, sources, tmp_path, tmp
     with pytest.raises(ValueError, match=r"a.jsonl, line 2: found a conversation with 2 turns .*prompt=chat takes it"):
         align_stage.prepare(align_config(qwen, tmp_path / "run", sources, prompt="alpaca"))
     with pytest.raises(FieldError, match=r"^prompt: found chat"):
-        evaluate(evaluate_config(tmp_path / "scores", sources, model=str(bare), prompt="chat"))
+        evaluate(evaluate_config(tmp_path / "scores", sources, model=str(bare), prompt="chat", judge="keyword"))
     assert not any(tmp_path.iterdir())
 
 
