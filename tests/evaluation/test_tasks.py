@@ -185,7 +185,7 @@ def test_errors(call, message):
 
 
 def test_task_names():
-    assert set(TASKS) == {"harmful_score", "sst2", "agnews", "gsm8k", "over_refusal"}
+    assert set(TASKS) == {"harmful_score", "sst2", "agnews", "gsm8k", "over_refusal", "agents_harmful", "agents_tasks"}
 
 
 PREDICTIONS = [Prediction("Grüße\n“x”", "日本\u2028\r\n\t\"", "", "refused", "i cannot", False, phrases=True),
