@@ -61,7 +61,8 @@ def test_without_a_verb(call):
 
 def test_a_verb_that_is_none(call):
     code, out, err = call("aline", "--model=world")
-    assert code == "jaxvaccine: found 'aline', expected one of align, finetune, evaluate, run, data, export, compare-judges"
+    assert code == ("jaxvaccine: found 'aline', expected one of align, finetune, evaluate, run, data, export, "
+                    "compare-judges")
     assert not out and err.startswith("usage: jaxvaccine VERB")
 
 
