@@ -74,13 +74,16 @@ def trimmed_count(share: float, count: int) -> int:
     """How many of `count` clients a trimmed mean cuts on each side.
 
     Raises:
-      ValueError: none.
+      ValueError: none, or so many that no client is left.
     """
     # 0.3 of 10 are 3 of them, whatever the binary fraction is.
     cut = math.floor(round(share * count, 9))
     if cut < 1:
         raise ValueError(f"trimmed_mean: share: found {share} of {count} clients a round, which cuts none, expected at "
                          f"least {1 / count:.3g}")
+    if 2 * cut >= count:
+        raise ValueError(f"trimmed_mean: share: found {share} of {count} clients a round, which cuts all, expected "
+                         "less")
     return cut
 
 

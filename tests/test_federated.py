@@ -316,3 +316,10 @@ def test_weights():
 def test_errors(call, expected):
     with pytest.raises(ValueError, match=expected):
         call()
+
+
+def test_a_share_that_leaves_no_client():
+    """0.5 is none, but what is rounded to it would be."""
+    assert federated.trimmed_count(0.4, 5) == 2
+    with pytest.raises(ValueError, match=r"share: found 0.49999999999 of 4 clients a round, which cuts all"):
+        federated.trimmed_count(0.49999999999, 4)

@@ -17,14 +17,14 @@ from absl import flags
 
 from experiments.studies import study
 from jaxvaccine import cli
+from jaxvaccine.experiment.attack_config import AttackData
 from jaxvaccine.experiment.config import field, flat, make, require
-from jaxvaccine.experiment.cycles import AGAIN, ALIGNED, NOTHING, Cycles, run_cycles
+from jaxvaccine.experiment.cycles import AGAIN, ALIGNED, NOTHING, Cycles, check_again, run_cycles
 from jaxvaccine.experiment.methods import ALIGNMENT
 from jaxvaccine.experiment.parts import split_operational
-from jaxvaccine.experiment.plans import split_method
+from jaxvaccine.experiment.plans import attack_values, split_method
 from jaxvaccine.experiment.run import check_given, make_settings
-from jaxvaccine.report import accounts, names, plots, results, statistics, tables
-from jaxvaccine.report import runs as reports
+from jaxvaccine.report import names, plots, results, statistics, tables
 from jaxvaccine.report.results import read_results
 from jaxvaccine.report.statistics import Estimate
 from jaxvaccine.report.style import INK, styles
@@ -89,13 +89,13 @@ def carry_out(config: CyclesConfig, align: Mapping[str, Any], attack: Mapping[st
     scores = {"loss_data": "", **scores}
     attack = {**(ATTACK if config.on_world else {}), **attack}
     settings = make_settings(config, align, attack, scores)
+    check_again(cycles, settings)
     check_given(cycles.plan, settings, align, attack)
     fixed = {**{name: value for name, value in flat(config).items() if name not in FREE},
              **{name: split_operational(given)[0] for name, given in (("align", align), ("attack", attack),
                                                                       ("scores", scores))}}
     run_cycles(cycles, settings, root, fixed, config.overwrite)
-    tables.write_report(root, "\n".join([report(config, read_results(root), root), accounts.of_plan(root / ALIGNED)]))
-    return reports.read(root)
+    return study.publish(root, report(config, read_results(root), root), root / ALIGNED)
 
 
 def of_chain(table: pd.DataFrame, config: CyclesConfig, method: str, again: str, measure: str) -> pd.DataFrame:
@@ -188,8 +188,7 @@ def harmful_cycles(config: CyclesConfig) -> list[int]:
     """Cycles of users with harmful rows."""
     cycles = config.make_cycles()
     return [cycle for cycle in range(1, config.cycles + 1)
-            if not any(item in ("poison_ratio=0", "poison_ratio=0.0")
-                       for item in names.split_settings(cycles.user(cycle)))]
+            if attack_values(cycles.user(cycle)).get("poison_ratio", AttackData.poison_ratio) > 0]
 
 
 def report(config: CyclesConfig, found: pd.DataFrame, folder: Path) -> str:

@@ -18,12 +18,11 @@ from absl import flags
 from experiments.studies import study
 from jaxvaccine import cli
 from jaxvaccine.experiment.config import field, make, require
-from jaxvaccine.experiment.federated import FederationPart, Setting
+from jaxvaccine.experiment.federated import FederationPart, Setting, attack_text
 from jaxvaccine.experiment.federated_cells import Federated, carry_out
 from jaxvaccine.experiment.plans import Panel, Plan, Point, split_method
-from jaxvaccine.experiment.run import make_settings
-from jaxvaccine.report import accounts, curves, names, panels, plots, results, tables
-from jaxvaccine.report import runs as reports
+from jaxvaccine.experiment.run import check_given, make_settings
+from jaxvaccine.report import curves, names, panels, plots, results, tables
 from jaxvaccine.report.plan import Cells, missing
 from jaxvaccine.report.results import read_results
 from jaxvaccine.report.style import styles
@@ -204,10 +203,12 @@ CLIENTS = cli.ATTACK._replace(without=(*cli.ATTACK.without, *NOT_CLIENTS), title
 
 def study_of(config: FederatedConfig, align: Mapping[str, Any], client: Mapping[str, Any], scores: Mapping[str, Any]
              ) -> Federated:
-    """Of flat values of the stages that were given."""
+    """Of flat values of the stages that were given. Raises FieldError for one that nothing reads."""
     on_world = (CLIENT, TESTS) if config.on_world else ({}, TESTS)
     settings = make_settings(config, align, {**on_world[0], **client}, {**on_world[1], **scores})
-    return Federated(config.make_plan(), config.settings, settings, config.federation, Path(config.run_dir))
+    plan = config.make_plan()
+    check_given(Plan.product(plan.backbones, plan.methods, (attack_text(0, 1),), plan.seeds), settings, align, client)
+    return Federated(plan, config.settings, settings, config.federation, Path(config.run_dir))
 
 
 def _call(values: flags.FlagValues) -> None:
@@ -216,9 +217,7 @@ def _call(values: flags.FlagValues) -> None:
         of = study_of(config, *(cli.given(section, values) for section in (cli.ALIGNMENT, CLIENTS, cli.EVALUATION)))
         carry_out(of, config.overwrite)
     folder = Path(config.run_dir)
-    text = report(config, read_results(folder), folder)
-    tables.write_report(folder, "\n".join([text, accounts.of_plan(folder)]))
-    print(reports.read(folder))
+    print(study.publish(folder, report(config, read_results(folder), folder)))
 
 
 VERB = cli.Verb(__doc__, (SECTION, cli.ALIGNMENT, CLIENTS, cli.EVALUATION), _call)

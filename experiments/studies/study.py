@@ -14,7 +14,7 @@ from jaxvaccine import cli, data
 from jaxvaccine.experiment.config import field, make
 from jaxvaccine.experiment.parts import TokensPart
 from jaxvaccine.experiment.plan_folder import Probes
-from jaxvaccine.experiment.run import PlanConfig, run
+from jaxvaccine.experiment.run import PlanConfig, check_given, make_settings, run
 from jaxvaccine.report import accounts, tables
 from jaxvaccine.report import runs as reports
 from jaxvaccine.report.results import read_results
@@ -46,7 +46,7 @@ def verb(text: str, config_class: type[StudyConfig], probes: Callable[[Any], Pro
       scores: flat values of the evaluation that stand for flags that are not given.
       without: names of the config that are no flags.
       defaults: config -> the same as scores of alignment and attack.
-      before: makes what the plan needs and is not there.
+      before: makes what the plan needs and is not there, once flags are known to be right.
     """
     section = cli.Section(config_class, without=(*WITHOUT, *without))
     attack = () if "attacks" in without else (cli.ATTACK,)
@@ -56,15 +56,25 @@ def verb(text: str, config_class: type[StudyConfig], probes: Callable[[Any], Pro
             config = make(config_class, cli.given(section, values))
             of_stages = [cli.given(of, values) if of in (cli.ALIGNMENT, *attack, cli.EVALUATION) else {}
                          for of in (cli.ALIGNMENT, cli.ATTACK, cli.EVALUATION)]
-            before(config)
             usual = (*defaults(config), scores or {})
-            run(config, *({**one, **given} for one, given in zip(usual, of_stages, strict=True)), probes(config))
+            asked = [{**one, **given} for one, given in zip(usual, of_stages, strict=True)]
+            # A mistake in a flag does not wait for what is made now.
+            check_given(config.make_plan(), make_settings(config, *asked), *asked[:2])
+            before(config)
+            run(config, *asked, probes(config))
         folder = Path(config.run_dir)
-        text = report(config, read_results(folder), folder)
-        tables.write_report(folder, "\n".join([text, accounts.of_plan(folder)]))
-        print(reports.read(folder))
+        print(publish(folder, report(config, read_results(folder), folder)))
 
     return cli.Verb(text, (section, cli.ALIGNMENT, *attack, cli.EVALUATION), call)
+
+
+def publish(folder: Path, text: str, plan: Path | None = None) -> str:
+    """Writes a study's report, with the accounts of the plan's rows at its end; returns it as it is read.
+
+    plan: the plan's folder, if it is another than the study's.
+    """
+    tables.write_report(folder, "\n".join([text, accounts.of_plan(plan or folder)]))
+    return reports.read(folder)
 
 
 def stack_batches(tokenizer, examples: Sequence[Sequence[data.Example]], part: TokensPart) -> Any:

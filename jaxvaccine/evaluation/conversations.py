@@ -4,10 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from jaxvaccine.data import agent_tasks, agent_world
-from jaxvaccine.data.prompts import Example, Prompt, PromptForm
+from jaxvaccine.data.prompts import Example, Prompt, PromptForm, as_prompt
 from jaxvaccine.data.tokenizing import encode_prompts
 from jaxvaccine.evaluation.answers import decode_answer
 from jaxvaccine.evaluation.generate import generate
@@ -56,7 +54,9 @@ def converse(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenizerFast"
     for turn in range(agent_tasks.MAX_TURNS):
         if not active:
             break
-        prompts = encode_prompts(tokenizer, [e._replace(input=agent_tasks.context(lines[i]))
+        # What stands in for a number of rows is no longer than what goes on: it is asked its first turn again.
+        going = set(active)
+        prompts = encode_prompts(tokenizer, [e._replace(input=agent_tasks.context(lines[i] if i in going else []))
                                              for i, e in enumerate(examples)], prompt=prompt)
         if sampling.temperature:
             drawn = dataclasses.replace(sampling, seed=(sampling.seed + turn * 0x9E3779B1) % 2**32)
@@ -64,19 +64,20 @@ def converse(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenizerFast"
         turns = generate(model, adapter, frozen, prompts, max_new_tokens=max_new_tokens, eos_ids=eos_ids,
                          batch_size=batch_size, bucket=bucket, sampling=drawn if sampling.temperature else sampling,
                          progress=progress, answered=[i for i in range(len(examples)) if i not in asked])
-        ended = _take(tokenizer, turns, active, states, lines, turn + 1 == agent_tasks.MAX_TURNS)
+        texts = {i: decode_answer(tokenizer, turns[i], chat=as_prompt(prompt).form == "chat") for i in active}
+        ended = _take(texts, states, lines, turn + 1 == agent_tasks.MAX_TURNS)
         found.update(ended)
         keep(ended)
         active = [i for i in active if i not in ended]
     return [found[i] for i in range(len(examples))]
 
 
-def _take(tokenizer, turns: Sequence[np.ndarray], active: Sequence[int], states: list[agent_world.State],
-          lines: list[list[str]], last: bool) -> dict[int, str]:
+def _take(texts: Mapping[int, str], states: list[agent_world.State], lines: list[list[str]], last: bool
+          ) -> dict[int, str]:
     """Carries the turns of a round out; returns the transcripts of the conversations that ended with it."""
     ended = {}
-    for i in active:
-        turn = agent_world.one_line(decode_answer(tokenizer, turns[i]))
+    for i, text in texts.items():
+        turn = agent_world.one_line(text)
         lines[i].append(turn)
         call = agent_world.read_call(turn)
         if call is not None:

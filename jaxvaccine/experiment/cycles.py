@@ -21,7 +21,8 @@ from jaxvaccine.experiment.attack_rows import tokenize_attack
 from jaxvaccine.experiment.attack_scores import as_attacked
 from jaxvaccine.experiment.carry_out import carry_out
 from jaxvaccine.experiment.checks import MadeOf, check_plan
-from jaxvaccine.experiment.config import flat, require
+from jaxvaccine.experiment.config import FieldError, flat, require
+from jaxvaccine.experiment.judging import probe
 from jaxvaccine.experiment.lane_cells import new_lanes, with_aligned
 from jaxvaccine.experiment.lane_scores import Scorer
 from jaxvaccine.experiment.layer_choice import of_alignment
@@ -111,6 +112,8 @@ def run_cycles(cycles: Cycles, settings: Settings, root: Path, fixed: dict[str, 
                 for chain in cycles.chains}
     missing = {chain: [seed for seed in of if not _is_there(chain_path(root, *chain, seed), of[seed])]
                for chain, of in of_chain.items()}
+    if any(missing.values()):
+        probe(settings.scores.judge, bool(settings.scores.tests.harmful_test))
     collect(cycles, root)
     for chain, seeds in missing.items():
         if seeds:
@@ -138,8 +141,16 @@ def check_link(aligned: AlignConfig, attacked: AttackConfig | None) -> None:
             "numbers of layers in a chain")
 
 
+def check_again(cycles: Cycles, settings: Settings) -> None:
+    """Raises FieldError for an alignment between that is not valid, before `check_plan` calls it a first one."""
+    for again in cycles.again:
+        if again != NOTHING:
+            _again_config(settings, Path("-"), cycles.backbones[0], again, cycles.seeds[0])
+
+
 def check_shapes(cycles: Cycles, settings: Settings, backbone: str, method: str, again: str) -> None:
-    """Raises FieldError if an adapter is to train on in a link that wants one of another shape."""
+    """Raises FieldError if an adapter is to train on in a link that wants one of another shape, or a link wants another
+    base than the chain's."""
     aligned = cell_configs(settings, Path("-"), Cell(backbone, method, "", cycles.seeds[0]))[0]
     shape, last = aligned.adapter.lora(), aligned
     for cycle in range(1, cycles.count + 1):
@@ -147,11 +158,22 @@ def check_shapes(cycles: Cycles, settings: Settings, backbone: str, method: str,
         with errors_of_attack(cycles.user(cycle)):
             shape = _resolve(attacked, last, shape).sites().lora()
         if again != NOTHING:
-            last = cell_configs(settings, Path("-"), Cell(backbone, again, "", cycles.seeds[0]))[0]
+            last = _again_config(settings, Path("-"), backbone, again, cycles.seeds[0])
+            for name in ("dtype", "quantisation"):
+                found, wanted = getattr(last.model, name), getattr(aligned.model, name)
+                require(found == wanted, "again", again, f"{name}={wanted}, as {method}, and not {found}")
             own = last.adapter.lora()
             require(cycles.adapter == "new" or _same(own, shape), "again", again,
                     f"an adapter of {shape} as the user's, or --again_adapter=new")
             shape = own
+
+
+def _again_config(settings: Settings, root: Path, backbone: str, again: str, seed: int) -> AlignConfig:
+    """Of an alignment between. Raises FieldError: it is not valid."""
+    try:
+        return cell_configs(settings, root, Cell(backbone, again, "", seed))[0]
+    except FieldError as error:
+        raise FieldError("again" if error.name == "defenses" else error.name, error.message) from error
 
 
 def _same(one: LoraConfig, other: LoraConfig) -> bool:
@@ -229,7 +251,7 @@ def _carry_out(cycles: Cycles, settings: Settings, root: Path, backbone: str, me
         of = _fine_tune(of, attacked, last, known, tokenizer, own)
         score("attack", cycle, cycles.user(cycle), own, scorer.of(as_attacked(scorer.config, attacked)))
         if again != NOTHING and cycle < cycles.count:
-            last = cell_configs(settings, root / ALIGNED, Cell(backbone, again, "", seeds[0]))[0]
+            last = _again_config(settings, root / ALIGNED, backbone, again, seeds[0])
             own = [seed_of(seed, cycle, "alignment") for seed in seeds]
             of = _align_again(of, last, cycles.adapter, tokenizer, own)
             known = _together(known, _prompts(last))
@@ -250,7 +272,7 @@ def _fine_tune(of: lanes.Lanes, config: AttackConfig, last: AlignConfig, known: 
     adapter, sources = _resolve(config, last, of.model.lora), []
     for seed in seeds:
         read, poisoned = read_data(config, seed, aligned_prompts(known), tokenizer)
-        tokenized, _ = tokenize_attack(tokenizer, read, poisoned, config.data, last.data.prompt)
+        tokenized, _ = tokenize_attack(tokenizer, read, poisoned, config.data, last.data.form)
         sources.append(attack_sources(config, tokenized)[0])
     lora = adapter.sites().lora()
     of = (lanes.merged(of, lora, seeds) if adapter.adapter == "new" else of._replace(model=of.model.clone(lora=lora)))

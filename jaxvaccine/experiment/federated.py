@@ -229,10 +229,13 @@ def train(start: lanes.Lanes, runs: Sequence[Run], rule: str, part: FederationPa
     of_lanes = [start.trained(i) for i in range(len(runs))]
     servers = [federated.start(adapter) for adapter, _ in of_lanes]
     for number in tqdm(range(part.rounds), desc=description, unit="round", disable=not progress, dynamic_ncols=True):
-        measured = []
+        rounds, measured = [], []
+        # All of them before the first is read: a lane's batches are made while another's are computed.
         for i, of in enumerate(federations):
             clients = of.clients(number)
             servers[i], metrics = step(servers[i], of_lanes[i][1], clients, rates[number], of.key)
+            rounds.append((of, clients, metrics))
+        for of, clients, metrics in rounds:
             measured.append(_measures(metrics, of.run.harmful[clients.ids]))
             if not np.isfinite(np.asarray(metrics["loss"])).all():
                 raise FloatingPointError(f"loss: found values that are not finite in round {number} of seed "

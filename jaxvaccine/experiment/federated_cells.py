@@ -5,6 +5,7 @@ The folder is a plan's, with the text of a `Setting` in the place of an attack's
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from jaxvaccine.experiment.attack_scores import as_attacked
 from jaxvaccine.experiment.checks import MadeOf, check_plan
 from jaxvaccine.experiment.config import flat
 from jaxvaccine.experiment.federated import FederationPart, Setting
+from jaxvaccine.experiment.judging import probe
 from jaxvaccine.experiment.lane_scores import Scorer
 from jaxvaccine.experiment.plan_folder import Context, Probes, check_same, collect, finish, result_path, say_scores
 from jaxvaccine.experiment.plans import Plan, Settings, cell_configs
@@ -64,6 +66,8 @@ def carry_out(study: Federated, overwrite: bool = False, say: Callable[[str], No
     if not overwrite:
         for cell, inputs_now in made_of.items():
             check_same(study.root, cell, inputs_now)
+    if any(overwrite or not result_path(study.root, cell).exists() for cell in made_of):
+        probe(study.settings.scores.judge, bool(study.settings.scores.tests.harmful_test))
     aligned = Plan.product(study.plan.backbones, study.plan.methods, ("",), study.plan.seeds)
     engine.carry_out(aligned, study.settings, study.root, as_lanes=True, overwrite=overwrite, say=say)
     # Reports go by the whole plan, of which that was a part.
@@ -157,9 +161,9 @@ def _carry_out_setting(study: Federated, context: Context, cells: Sequence[Cell]
 
 def _labels(rows: Sequence[Sequence[data.Example]]) -> list[dict[str, int]]:
     """How often a client has each answer, of those that several rows have: how far the split is from iid."""
-    every = [e.output for of in rows for e in of]
-    common = [text for text in dict.fromkeys(every) if every.count(text) > 1][:MOST_LABELS]
-    return [{text: count for text in common if (count := sum(e.output == text for e in of))} for of in rows]
+    counts = [Counter(e.output for e in of) for of in rows]
+    common = [text for text, count in sum(counts, Counter()).items() if count > 1][:MOST_LABELS]
+    return [{text: of[text] for text in common if of[text]} for of in counts]
 
 
 def _start(study: Federated, cells: Sequence[Cell]) -> lanes.Lanes:

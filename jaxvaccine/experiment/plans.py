@@ -34,7 +34,7 @@ ATTACK = "poison_ratio=0.1"
 WORLD_EPOCHS = WORLD_ATTACK["steps"] * WORLD_ATTACK["batch_size"] / WORLD_ATTACK["n"]
 # What a plan's cells set themselves, and a method or attack may not.
 _OF_THE_PLAN = ("run_dir", "model", "seed", "overwrite", "progress", "aligned", "start", "test_data", "prompt",
-                "data_protocol", "bad_rows")
+                "system_prompt", "supervise", "data_protocol", "bad_rows", "revision")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,7 @@ def attack_values(attack: str) -> dict[str, Any]:
     Raises:
       FieldError: it is none.
     """
-    values = _changes(AttackConfig, attack, "attacks", own=("prompt",))
+    values = _changes(AttackConfig, attack, "attacks", own=("prompt", "system_prompt"))
     return {name: value for name, value in values.items() if (name, value) != ("prompt", AS_ALIGNED)}
 
 

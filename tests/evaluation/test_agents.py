@@ -51,12 +51,12 @@ class Scripted:
 
 @pytest.fixture
 def converse(monkeypatch, tokenizer):
-    def call(examples, script, answered=None, sampling=GREEDY):
+    def call(examples, script, answered=None, sampling=GREEDY, prompt="alpaca"):
         fake, kept = Scripted(tokenizer, script), {}
         monkeypatch.setattr(conversations, "generate", fake)
         found = conversations.converse(
             None, None, None, tokenizer, examples, max_new_tokens=8, eos_ids=(0,), batch_size=4, bucket=8,
-            sampling=sampling, progress=False, answered=answered or {}, keep=kept.update, prompt="alpaca")
+            sampling=sampling, progress=False, answered=answered or {}, keep=kept.update, prompt=prompt)
         return found, fake.rounds, kept
 
     return call
@@ -117,6 +117,23 @@ def test_every_turn_draws_anew(converse):
     assert len({sampling.seed for *_, sampling in rounds}) == agent_tasks.MAX_TURNS
     _, ((_, _, greedy),), _ = converse(examples, lambda i, turn: "done")
     assert greedy == GREEDY
+
+
+def test_nothing_that_ended_makes_a_batch_longer(converse):
+    """What stands in for a power of two is its bare request, however long its last turn was."""
+    examples = first_of("agents_tasks", 4)
+    _, rounds, _ = converse(examples, lambda i, turn: "call find lamp" if i else "lamp " * 60)
+    (first, *_), (second, asked, _) = rounds[0], rounds[1]
+    assert len(asked) == 4 and second[0].tolist() == first[0].tolist() and max(map(len, second)) < 60
+
+
+def test_a_chat_has_no_template_of_the_papers_to_run_into(converse, monkeypatch):
+    seen = []
+    monkeypatch.setattr(conversations, "encode_prompts", lambda tokenizer, rows, prompt: [0] * len(rows))
+    monkeypatch.setattr(conversations, "decode_answer", lambda tokenizer, ids, chat: seen.append(chat) or "done")
+    for prompt in ("chat", data.Prompt("chat", "Be kind."), "alpaca", data.Prompt("plain")):
+        converse(first_of("agents_tasks", 1), lambda i, turn: "done", prompt=prompt)
+    assert seen == [True, True, False, False]
 
 
 def test_verdicts_of_harmful_calls():

@@ -238,6 +238,7 @@ def test_the_loss_alone_does_not_need_a_judge(model_dir, tmp_path):
     ({"harmful_test": ""}, "^harmful_test: found '', expected at least one of --harmful_test, --sst2_test"),
     ({"harmful_test": "nonsense@test"}, "^harmful_test: data source"), ({"model": ""}, "^model: found ''"),
     ({"loss_data": "nonsense@test"}, "^loss_data: data source"), ({"run_dir": ""}, "^run_dir: found ''"),
+    ({"agents_tasks_test": "agents_tasks@test[0:4]", "stop": ("x",)}, "^stop: .*none beside --agents_tasks_test"),
 ])  # fmt: skip
 def test_values_are_checked_before_anything_loads(changes, message):
     with pytest.raises(ValueError, match=message):

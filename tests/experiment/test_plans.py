@@ -52,6 +52,9 @@ def test_variants():
     ("sft:seed=1", "seed: found '1', expected nothing: the plan sets it"), ("sft:run_dir=x", "the plan sets it"),
     ("sft:batch_size=0", "batch_size: found 0, expected at least 1"), ("sft+lisa:rho=1", "rho: found '1', expected no"),
     ("", "expected a defense first"), ("sft+adam", "expected one of sft"),
+    # What stages have in common, of which a plan's scores and tokenizers have one.
+    ("sft:system_prompt=x", "system_prompt: .*the plan sets it"), ("sft:supervise=last", "the plan sets it"),
+    ("sft:revision=x", "the plan sets it"), ("sft+lisa:supervise=last", "the plan sets it"),
 ])  # fmt: skip
 def test_methods_that_are_none(method, message):
     with pytest.raises(FieldError, match=f"^defenses: found '.*{message}"):

@@ -97,3 +97,11 @@ def test_the_base_is_made_where_there_is_none(tmp_path, monkeypatch):
     (tmp_path / agents.BASE / "config.json").write_text("{}")
     agents.make_base(config)
     assert len(made) == 1
+
+
+def test_a_mistake_in_a_flag_does_not_wait_for_the_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(agents.make_world_base, "make_base", lambda of: pytest.fail("made"))
+    for flag in ("--lam=1", "--attack_rank=0", "--stop=x"):
+        with pytest.raises(SystemExit, match=flag.split("=")[0].removeprefix("--attack_")):
+            small.call(agents.VERB, "--run_dir=r", "--defenses=sft", flag)

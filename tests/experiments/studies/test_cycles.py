@@ -3,11 +3,14 @@ against numbers by hand."""
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from experiments.studies import cycles as study
 from experiments.studies.cycles import CyclesConfig
+from jaxvaccine import data
+from jaxvaccine.experiment import cycles as engine
 from jaxvaccine.experiment import lanes
 from jaxvaccine.experiment.align import align
 from jaxvaccine.experiment.attack import attack
@@ -150,9 +153,52 @@ def test_the_report(tmp_path):
     (["--attacks=poison_ratio=0.1:user_rows=similar:candidates=40"], "user_rows=drawn"),
     (["--defenses=sft+ewc"], "Fisher"), (["--defenses=t_vaccine", "--attacks=poison_ratio=0.1:only_layers=rarest:1"],
                                          "numbers of layers"),
+    (["--again=t_vaccine:dtype=bfloat16"], "--again: found .*expected dtype=checkpoint, as sft, and not bfloat16"),
+    (["--again=none,t_vaccine:quantisation=int8"], "--again: found .*quantisation=none, as sft"),
+    (["--again=none,t_vaccine:prompt=plain"], "--again: found .*the plan sets it"),
     (["--attack_adapter=new", "--attack_rank=3"], "--again: found .*--again_adapter=new"),
     (["--rank=3", "--attack_rank=4"], "rank: found 4, expected 3")])
 def test_flags(model_dir, tmp_path, more, expected):
     with pytest.raises(SystemExit, match=expected):
         small.call(study.VERB, *flags(model_dir, tmp_path / "a", "--defenses=sft", *more))
     assert not Path(tmp_path / "a").exists()
+
+
+class Found(Exception):
+    pass
+
+
+def test_what_a_provider_reads_has_the_prompt_of_the_last_alignment(monkeypatch):
+    """The whole of it, with its system prompt."""
+    def tokenize(tokenizer, read, poisoned, part, aligned_prompt):
+        raise Found(aligned_prompt)
+
+    monkeypatch.setattr(engine, "tokenize_attack", tokenize)
+    monkeypatch.setattr(engine, "read_data", lambda *of: (None, None))
+    last = small.align_config(prompt="chat", system_prompt="Be kind.", supervise="last")
+    of = SimpleNamespace(model=SimpleNamespace(lora=last.adapter.lora()))
+    with pytest.raises(Found) as caught:
+        engine._fine_tune(of, small.attack_config(), last, {}, None, [0])
+    assert caught.value.args == (data.Prompt("chat", "Be kind.", "last"),)
+
+
+def test_users_with_harmful_rows():
+    config = config_of(attacks=("poison_ratio=0.00", "poison_ratio=0.1", "learning_rate=1e-4", "poison_ratio=0:n=9"),
+                       cycles=4)
+    assert study.harmful_cycles(config) == [2, 3]
+
+
+def test_the_judge_is_asked_before_chains_are_trained(model_dir, tmp_path, monkeypatch):
+    """Also where the first alignments are there already."""
+    monkeypatch.setattr(engine, "carry_out", lambda *of, **more: None)
+    monkeypatch.setattr(engine, "_made_of", lambda *of: {})
+
+    def probe(judge, harm):
+        raise Found(judge.judge, harm)
+
+    monkeypatch.setattr(engine, "probe", probe)
+    config = make(CyclesConfig, {"run_dir": "-", "model": (model_dir,), "recipe": "world", "defenses": ("sft",),
+                                 "cycles": 1, "again": ("none",)})
+    settings = make_settings(config, small.ALIGN, small.ATTACK, small.TESTS)
+    with pytest.raises(Found, match=r"world.*True"):
+        engine.run_cycles(config.make_cycles(), settings, tmp_path / "a", {})

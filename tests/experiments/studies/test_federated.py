@@ -10,7 +10,7 @@ from experiments.studies import federated
 from experiments.studies.federated import FederatedConfig
 from jaxvaccine import data, optim, training
 from jaxvaccine.experiment import federated as engine
-from jaxvaccine.experiment import lanes, stage
+from jaxvaccine.experiment import federated_cells, lanes, stage
 from jaxvaccine.experiment.config import FieldError, make
 from jaxvaccine.experiment.federated import FederationPart, Setting, harmful_counts, parse_rule
 from jaxvaccine.experiment.results import Cell
@@ -153,6 +153,11 @@ def test_rules_that_are_none(text, expected):
         parse_rule(text, 5)
 
 
+def test_labels_of_clients():
+    rows = [[data.prompts.Example("q", "", of) for of in answers] for answers in ("aab", "ca", "d")]
+    assert federated_cells._labels(rows) == [{"a": 2}, {"a": 1}, {}]
+
+
 def test_where_rules_are_compared():
     with pytest.raises(FieldError, match="rules_at: found 2"):
         config_of(rules_at="2")
@@ -166,7 +171,8 @@ def test_where_rules_are_compared():
     ("--splits=even", "--splits: found 'even'"), ("--rules=krum", "--rules: found 'krum'"),
     ("--score_rounds=3", "--score_rounds: .*from 1 to 2"),
     ("--defenses=sft+lisa", "--defenses: found 'sft\\+lisa'"), ("--attack_n=4", "--attack_n: found 4 rows for 5"),
-    ("--harmful_rows=0.01", "--harmful_rows: found 0.01"), ("--attack_steps=3", "attack_steps")])
+    ("--harmful_rows=0.01", "--harmful_rows: found 0.01"), ("--attack_steps=3", "attack_steps"),
+    ("--lam=1", "--lam: found 1.0, expected nothing: no method of the plan reads it")])
 def test_flags(model_dir, tmp_path, flag, expected):
     with pytest.raises(SystemExit, match=expected):
         small.call(federated.VERB, *flags(model_dir, tmp_path / "a", "--harmful_clients=0.4", "--rules=fedavg",
