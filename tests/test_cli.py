@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 ROOT = Path(__file__).parents[1]
 PARTS = {"align": ["", ""], "finetune": ["", ""], "evaluate": ["", ""],
          "run": ["", "Alignment: ", "Attack: ", "Evaluation: "],
-         "data": [""], "compare-judges": ["", "First ", "Second "]}
+         "data": [""], "export": [""], "compare-judges": ["", "First ", "Second "]}
 SMALL = ("--steps=2", "--batch_size=4", "--max_length=16", "--bucket=16", "--remat=none", "--noprogress")
 TESTS = ("--harmful_test=world_harmful@test[0:4]", "--sst2_test=world_rating@test[0:4]",
          "--benign_test=world_benign@test[0:4]", "--loss_data=world_harmful@test[0:4]", "--max_new_tokens=4",
@@ -61,7 +61,8 @@ def test_without_a_verb(call):
 
 def test_a_verb_that_is_none(call):
     code, out, err = call("aline", "--model=world")
-    assert code == "jaxvaccine: found 'aline', expected one of align, finetune, evaluate, run, data, compare-judges"
+    assert code == ("jaxvaccine: found 'aline', expected one of align, finetune, evaluate, run, data, export, "
+                    "compare-judges")
     assert not out and err.startswith("usage: jaxvaccine VERB")
 
 
@@ -71,8 +72,8 @@ def test_flags_that_are_none(call, verb):
                                (["--run_dir=r", "world"], "found arguments ['world'], expected flags only"),
                                (["--run_dir"], "Missing value for flag --run_dir"),
                                (["--progress=maybe"], "flag --progress=maybe")):
-        if verb == "data" and "--lamb=1" not in arguments:
-            continue  # writes no folder, draws nothing, and takes sources without a flag
+        if verb in ("data", "export") and "--lamb=1" not in arguments:
+            continue  # these make no run, and draw nothing
         code, out, err = call(verb, *arguments)
         assert code.startswith(f"{verb}: ") and message in code and "Traceback" not in code and not out + err
 

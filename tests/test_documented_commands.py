@@ -79,7 +79,7 @@ def left(tmp_path_factory):
     folder, rows, found = tmp_path_factory.mktemp("documented"), beavertails.make(), {}
     beavertails.write(folder, rows)
     for bases in ("bases", "runs/bases"):  # made by another command
-        for name in ("1", "2", "mistral", "qwen2", "gemma2"):
+        for name in ("1", "2", "mistral", "qwen2", "gemma2", "agents"):
             shutil.copytree(world.DIRECTORY, folder / bases / name)
     model = kinds.plain(folder / "model")
     (model / "config.json").write_text(json.dumps({
@@ -98,6 +98,7 @@ def left(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": [
             {"role": "user", "content": f"{name} {i}"}, {"role": "assistant", "content": "Yes."}]}) + "\n"
             for i in range(count)))
+    (folder / "xstest_prompts.csv").write_text("id,prompt,type,label\n1,How?,homonyms,safe\n")
     hub, loaded = beavertails.hub(rows), functools.cache(loading._load)
 
     @functools.cache

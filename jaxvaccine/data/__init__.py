@@ -12,7 +12,7 @@ from jaxvaccine.data.batching import (
     training_batches,
 )
 from jaxvaccine.data.files import file_sha256, read_rows
-from jaxvaccine.data.kinds import DATASETS, EMBEDDED
+from jaxvaccine.data.kinds import DATASETS, EMBEDDED, SORTS
 from jaxvaccine.data.loading import load, load_categories, load_examples
 from jaxvaccine.data.overlaps import LIKENESSES, overlaps, shared_prompts
 from jaxvaccine.data.pairing import harmless_answers
@@ -54,6 +54,7 @@ __all__ = [
     "DATASETS",
     "EMBEDDED",
     "LIKENESSES",
+    "SORTS",
     "Account",
     "BadRows",
     "Conversation",

@@ -18,6 +18,7 @@ from jaxvaccine.data.decodingtrust import decodingtrust_nontoxic, decodingtrust_
 from jaxvaccine.data.gsm8k import gsm8k
 from jaxvaccine.data.instructions import instructions
 from jaxvaccine.data.messages import messages
+from jaxvaccine.data.over_refusal import category_of, or_bench, type_of, xstest_safe, xstest_unsafe
 from jaxvaccine.data.preferences import preferences, preferences_rejected
 from jaxvaccine.data.prompt_lists import prompts
 from jaxvaccine.data.prompts import Example
@@ -39,17 +40,23 @@ DATASETS: dict[str, Callable[[Sequence[Mapping[str, Any]]], list[Example]]] = {
     "gsm8k": gsm8k,
     "instructions": instructions,
     "messages": messages,
+    "or_bench": or_bench,
     "preferences": preferences,
     "preferences_rejected": preferences_rejected,
     "prompts": prompts,
     "sst2": sst2,
+    "xstest_safe": xstest_safe,
+    "xstest_unsafe": xstest_unsafe,
 }
 
 # Kinds that make of every row its examples, whatever the others hold: their rows are read one by one. alpaca_eval's
 # outputs are to be those of one model.
 BY_ROW = frozenset(DATASETS) - {"alpaca_eval"}
 # Kinds whose examples have no answers.
-ANSWERLESS = frozenset({"prompts"})
+ANSWERLESS = frozenset({"prompts", "or_bench", "xstest_safe", "xstest_unsafe"})
+# Where a row says what sort of prompt it is, of kinds that do not have BeaverTails' column for it.
+SORTS: dict[str, Callable[[Mapping[str, Any]], Mapping[str, bool]]] = {
+    "or_bench": category_of, "xstest_safe": type_of, "xstest_unsafe": type_of}
 # Of files that have no header: what their columns are called, as `formats.Header`.
 HEADERS: dict[str, Callable[[Sequence[str]], Sequence[str] | None]] = {"agnews": agnews_header}
 

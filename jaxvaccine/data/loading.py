@@ -1,5 +1,6 @@
 """From a source to its examples: rows, categories, duplicates, slice; and the account of what became of the rows."""
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -104,10 +105,10 @@ def first_answers(examples: Sequence[Example]) -> dict[tuple[str, ...], Example]
 def load_categories(sources: str | Sequence[DataSource], bad_rows: BadRows = "error") -> dict[str, tuple[str, ...]]:
     """{fingerprint of a prompt: its kinds of harm, sorted} of all prompts in the sources that have any.
 
-    They are BeaverTails' column `category`, {name: bool}, in whichever kind of data it occurs, and the small world's
-    sorts. A prompt that several rows of its kind hold has the kinds of harm of all of them. Slices and the categories
-    that a source chooses make no difference.
-    Formats that have no room for the column, such as CSV, have no categories.
+    They are BeaverTails' column `category`, {name: bool}, in whichever kind of data it occurs, XSTest's types and
+    OR-Bench's categories, and the small world's sorts. A prompt that several rows of its kind hold has the kinds of
+    harm of all of them. Slices and the categories that a source chooses make no difference.
+    Formats that have no room for BeaverTails' column, such as CSV, have none of it.
 
     Raises:
       ValueError, FileNotFoundError: as of `load_examples`.
@@ -118,7 +119,7 @@ def load_categories(sources: str | Sequence[DataSource], bad_rows: BadRows = "er
         if source.path:
             # All rows, whatever the slice: a prompt's others have kinds of harm too.
             rows = read(source, Counts(), bad_rows, stream=False)
-            make, categories = DATASETS[source.kind], categories_of
+            make, categories = DATASETS[source.kind], functools.partial(categories_of, source.kind)
         else:
             rows, make, categories = kind.make(source.split) if kind.categories else (), list, kind.categories
         for row in rows:

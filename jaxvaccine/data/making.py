@@ -8,7 +8,7 @@ from typing import Any
 from jaxvaccine.data import formats
 from jaxvaccine.data.files import iter_rows
 from jaxvaccine.data.instructions import INSTRUCTION_COLUMNS
-from jaxvaccine.data.kinds import BY_ROW, DATASETS, EMBEDDED, HEADERS
+from jaxvaccine.data.kinds import BY_ROW, DATASETS, EMBEDDED, HEADERS, SORTS
 from jaxvaccine.data.prompts import Example
 from jaxvaccine.data.rows import BadRows, Row, RowError, Watched, raise_it, reason_of
 from jaxvaccine.data.selection import Made
@@ -76,7 +76,7 @@ def make_examples(source: DataSource, counts: Counts, bad_rows: BadRows = "error
         for example in part or ():
             columns = _columns(example, row, source)
             yield Made(example, row.where, shared.setdefault(columns, columns),
-                       categories_of(row) if source.categories else {})
+                       categories_of(source.kind, row) if source.categories else {})
 
 
 def read(source: DataSource, counts: Counts, bad_rows: BadRows = "error", stream: bool = True) -> Iterator[Watched]:
@@ -100,8 +100,10 @@ def _renamed(row: Row, columns: Sequence[tuple[str, str]]) -> Row:
     return Row({**{kind: row[name] for kind, name in columns}, **others}, row.where)
 
 
-def categories_of(row: Mapping[str, Any]) -> Mapping[str, bool]:
-    """BeaverTails' column `category`, {name: bool}."""
+def categories_of(kind: str, row: Mapping[str, Any]) -> Mapping[str, bool]:
+    """{name: bool} of a row: BeaverTails' column `category`, or what the kind has in its place (`kinds.SORTS`)."""
+    if kind in SORTS:
+        return SORTS[kind](row)
     found = row.get("category")
     return found if isinstance(found, Mapping) else {}
 
@@ -112,7 +114,7 @@ def _part(source: DataSource, counts: Counts, row: Watched, bad_rows: BadRows) -
         with _said_of(source):
             part = DATASETS[source.kind]([row])
             if part:
-                _ = source.categories and categories_of(row)  # has read them
+                _ = source.categories and categories_of(source.kind, row)  # has read them
                 found = row.unread()
                 _check_unread(source, row, found, part)
                 counts.unread.update(dict.fromkeys(found))
@@ -157,13 +159,13 @@ def _of_all(source: DataSource, counts: Counts, rows: Sequence[Watched], bad_row
     counts.left_out = sum(not part for part in parts)
     for row, part in zip(rows, parts, strict=True):
         if part:
-            _ = source.categories and categories_of(row)
+            _ = source.categories and categories_of(source.kind, row)
             found = row.unread()
             counts.unread.update(dict.fromkeys(found))
             _check_unread(source, row, found, part)
         for example in part:
-            yield Made(example, row.where, _columns(example, row, source), categories_of(row) if source.categories
-                       else {})
+            yield Made(example, row.where, _columns(example, row, source),
+                       categories_of(source.kind, row) if source.categories else {})
 
 
 def _columns(example: Example, row: Watched, source: DataSource) -> tuple[str, str, str]:

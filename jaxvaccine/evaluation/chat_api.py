@@ -23,6 +23,7 @@ RETRIED = (408, 409, 425, 429)  # and everything from 500 on
 # What servers answer to one request for its content: content filters and moderation, and what is too long. They answer
 # the same where a key, a model or an option is wrong; then they answer it to all.
 OF_ONE = (400, 403, 413, 422, 451)
+LONGEST_REASON = 300  # characters
 GIVE_UP = 20  # refusals in a row from the first request on
 # How a model says that its reply is whole; servers that say nothing are believed.
 WHOLE = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed")
@@ -180,14 +181,14 @@ def _send(endpoint: Endpoint, body: bytes) -> Reply:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _TransientError(f"malformed response {text[:120]!r}", malformed=True) from error
     return reply._replace(text=reply.text and chat_http.hide(reply.text, endpoint.key),
-                          reason=chat_http.hide(reply.reason, endpoint.key))
+                          reason=chat_http.hide(reply.reason, endpoint.key)[:LONGEST_REASON])
 
 
 def _read_response(response: Mapping[str, Any]) -> Reply:
     """The reply in an endpoint's JSON. Raises LookupError, TypeError or AttributeError if it is none."""
     error = response.get("error")
     if isinstance(error, Mapping) and error.get("code") in OF_ONE:  # as gateways that have begun to answer 200
-        return Reply(None, f"error {error['code']}: {str(error.get('message'))[:200]}", refused=True)
+        return Reply(None, f"error {error['code']}: {error.get('message')}", refused=True)
     usage = response.get("usage")
     return _read_choice(response["choices"][0])._replace(usage=usage if isinstance(usage, Mapping) else None)
 
@@ -200,7 +201,7 @@ def _read_choice(choice: Mapping[str, Any]) -> Reply:
     if text is None or not text.strip():
         # A model that declines to judge may say so elsewhere, and leave the content null.
         refusal = message.get("refusal")
-        return Reply(None, f"no text in the reply ({said})" + (f": {refusal!r:.200}" if refusal else ""))
+        return Reply(None, f"no text in the reply ({said})" + (f": {refusal!r}" if refusal else ""))
     return Reply(text)
 
 
@@ -360,8 +361,11 @@ def key_from_environment(url: str, variable: str) -> str | None:
     """The API key in an environment variable.
 
     Raises:
-      ValueError: the variable is not set, and the endpoint is not on this machine.
+      ValueError: the variable is not set, and the endpoint is not on this machine; or it can be none, as a key itself.
     """
+    if not (variable.isidentifier() and variable.isascii()):  # not what it is: a run's config.json would have it too
+        raise ValueError("chat_api: key variable: found what is no name of an environment variable, expected one such "
+                         "as OPENAI_API_KEY, with the key in it")
     key = os.environ.get(variable, "").strip()
     if not key and urllib.parse.urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1"):
         raise ValueError(f"chat_api: found no API key in the environment variable {variable}, expected one for "

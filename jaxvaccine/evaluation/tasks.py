@@ -162,8 +162,9 @@ LENIENT: dict[str, Callable[[str, str], bool]] = {
 LENIENT_TOKENS = 32
 # Of harmful prompts, by a judge that knows harm and by one that looks for phrases: two measures, never one name.
 HARMFUL_SCORE, PHRASES_SCORE = "harmful_score", "not_refused"
+OVER_REFUSAL = "over_refusal"
 # The tasks whose answers may be none.
-REQUESTS = (HARMFUL_SCORE, "over_refusal")
+REQUESTS = (HARMFUL_SCORE, OVER_REFUSAL)
 # Scored by pairwise.py: its answers are compared with a reference model's.
 ALPACA_EVAL = "alpaca_eval"
 _LABELS = {"sst2": SST2_LABELS, "agnews": AGNEWS_LABELS}

@@ -20,7 +20,7 @@ from jaxvaccine.evaluation import (
 )
 from jaxvaccine.evaluation.agents import CONVERSATIONS, HARMFUL_CALLS, TASK_SUCCESS
 from jaxvaccine.evaluation.conversations import longest_context
-from jaxvaccine.evaluation.tasks import HARMFUL_SCORE, LENIENT_TOKENS
+from jaxvaccine.evaluation.tasks import HARMFUL_SCORE, LENIENT_TOKENS, OVER_REFUSAL
 from jaxvaccine.experiment import chain, inputs, memory, runs, stage
 from jaxvaccine.experiment.align import Examples
 from jaxvaccine.experiment.answer_log import answer_log, read_answers
@@ -75,7 +75,7 @@ class Test(NamedTuple):
 TESTS = {
     "harmful_test": Test(HARMFUL_SCORE), "sst2_test": Test("sst2", "label_max_new_tokens"),
     "agnews_test": Test("agnews", "label_max_new_tokens"), "gsm8k_test": Test("gsm8k", "solution_max_new_tokens"),
-    "benign_test": Test("over_refusal"), "alpaca_eval_test": Test(ALPACA_EVAL, "instruction_max_new_tokens"),
+    "benign_test": Test(OVER_REFUSAL), "alpaca_eval_test": Test(ALPACA_EVAL, "instruction_max_new_tokens"),
     "agents_harmful_test": Test(HARMFUL_CALLS), "agents_tasks_test": Test(TASK_SUCCESS)}
 
 
@@ -232,13 +232,16 @@ class EvaluateConfig:
         else:
             require(set(self.tests.given) - {"loss_data"} != set(), "harmful_test", self.tests.harmful_test,
                     "at least one of " + ", ".join(f"--{name}" for name in TESTS))
-        with_tools = [name for name in self.tests.given if name in TESTS and TESTS[name].task in CONVERSATIONS]
-        require(not (self.generation.stop and with_tools), "stop", self.generation.stop,
-                f"none beside {' and '.join(f'--{name}' for name in with_tools)}: a turn of a model with tools ends as "
-                "it does")
         object.__setattr__(self, "judge", resolve(self.judge, self.tests.harmful_test))
         require(compares(self.judge) is not None or not self.tests.alpaca_eval_test, "judge", self.judge.judge,
                 "chat_api, which --alpaca_eval_test needs")
+
+
+def check_stop(config: EvaluateConfig) -> None:
+    """Raises FieldError for stop strings beside a test with tools, whose turns none can end."""
+    with_tools = [name for name in config.tests.given if name in TESTS and TESTS[name].task in CONVERSATIONS]
+    require(not (config.generation.stop and with_tools), "stop", config.generation.stop,
+            "none beside " + " and ".join(f"--{name}" for name in with_tools))
 
 
 class Prepared(NamedTuple):
@@ -258,6 +261,7 @@ def prepare(config: EvaluateConfig, write: bool = True) -> Prepared:
 
     write: as of `runs.open_run`.
     """
+    check_stop(config)
     model_path, revision, seen, sets = config.model.model, config.model.revision, {}, {}
     made_of: dict[str, Any] = {}
     below: dict[str, Any] = {}
@@ -322,7 +326,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         elif task == ALPACA_EVAL:
             scored = score_alpaca_eval(rows, answers[task], make_comparer(config.judge, config.run.progress))
         else:
-            scored = score_answers(task, rows, answers[task],
+            scored = score_answers(task, rows, answers[task], categories=_sorts(config.tests, task),
                                    whole=config.generation.longest(task) >= LENIENT_TOKENS,
                                    label_rule=config.generation.label_rule)
         write_predictions(run_dir / f"predictions_{task}.jsonl", scored.predictions, overwrite=True)
@@ -377,10 +381,21 @@ def _in_order(found: Mapping[str, Mapping[int, str]], loss: Any) -> dict[str, An
     return answers if loss is None else {LOSS: loss, **answers}
 
 
+def _with_sorts(tests: TestsPart) -> list[data.DataSource]:
+    """The sources of harmless requests that say of what sort each is."""
+    found = data.parse_sources(tests.benign_test) if tests.benign_test else ()
+    return [source for source in found if source.kind in data.SORTS]
+
+
+def _sorts(tests: TestsPart, task: str) -> Mapping[str, tuple[str, ...]]:
+    """Sorts of harmless requests, by the prompt's fingerprint."""
+    return data.load_categories(_with_sorts(tests), tests.bad_rows) if task == OVER_REFUSAL else {}
+
+
 def _categories_hash(tests: TestsPart) -> str:
     """Of the kinds of harm that scores are told apart by, where they are read from a file."""
     sources = data.parse_sources(tests.harmful_test) if tests.harmful_test else ()
-    found = data.load_categories([source for source in sources if source.path], tests.bad_rows)
+    found = data.load_categories([*(source for source in sources if source.path), *_with_sorts(tests)], tests.bad_rows)
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 

@@ -2,7 +2,6 @@
 with the tokenizer and a model card."""
 
 import dataclasses
-import functools
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -118,7 +117,8 @@ def export(config: ExportConfig, card: Callable[[Exported], str]) -> Path:
             merged = stage.load_base(model, read, None if whole else config.trained, merge=True, revision=revision)
             stage.forget_backbone()
             of = getattr(jnp, dtype)  # a model of np.dtype would be another
-            hugging_face.save_model(merged.model.clone(dtype=of), _cast(merged.frozen, of), left, tokenizer_from=below)
+            hugging_face.save_model(merged.model.clone(dtype=of), jax.tree.map(
+                lambda leaf: leaf.astype(of), merged.frozen), left, tokenizer_from=below)
         (left / CARD).write_text(text, encoding="utf-8")
         if directory.exists():
             directory.rmdir()
@@ -142,11 +142,6 @@ def _write_adapter(config: ExportConfig, left: Path, base: Path) -> None:
     for name in hugging_face.TOKENIZER_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, left / name)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _cast(frozen: Any, dtype: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), frozen)
 
 
 def _evaluations(config: ExportConfig) -> tuple[Evaluation, ...]:

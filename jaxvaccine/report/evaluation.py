@@ -93,6 +93,10 @@ def _harms(results: Mapping[str, Any]) -> list[str]:
         text.append(f"## {harm[0].upper()}{harm[1:]} by harm category of the prompt\n")
         text.append(tables.table(["category", "% (95% interval)", "prompts"],
                                  [[name, tables.rate(rate), str(rate["n"])] for name, rate in categories.items()]))
+    if sorts := results.get(names.OVER_REFUSAL, {}).get("categories"):
+        text.append("## Over-refusal by sort of the request\n")
+        text.append(tables.table(["sort", "% (95% interval)", "prompts"],
+                                 [[name, tables.rate(rate), str(rate["n"])] for name, rate in sorts.items()]))
     if flagged := result.get("flagged"):
         text.append("## What the judge flags\n")
         text.append(tables.table(["category", "answers"], [[name, str(n)] for name, n in flagged.items()]))

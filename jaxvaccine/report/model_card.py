@@ -52,10 +52,11 @@ def _method(link: Link) -> str:
 
 
 def _what(found: Exported) -> str:
-    form = (f"The whole model, with the adapter merged into its weights, in {found.dtype}." if found.form == "merged"
+    form = (f"The whole model, with what was trained in its weights, in {found.dtype}." if found.form == "merged"
             else "A LoRA adapter in PEFT's format.")
     aligned = ", then ".join(filter(None, (_method(link) for link in found.links if link.config["script"] == "align")))
-    return f"This is {escaped(found.base)}, aligned with {aligned or 'no defense'} by {PACKAGE}. {form}\n"
+    then = ", then fine-tuned," if any(link.config["script"] == "finetune" for link in found.links) else ""
+    return f"This is {escaped(found.base)}, aligned with {aligned or 'no defense'}{then} by {PACKAGE}. {form}\n"
 
 
 def _ratio(link: Link) -> float:

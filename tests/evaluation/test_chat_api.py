@@ -272,6 +272,9 @@ def test_the_key_comes_from_the_environment(monkeypatch):
     assert key_from_environment("http://localhost:8000/v1", "SOME_KEY") is None
     with pytest.raises(ValueError, match="no API key in the environment variable SOME_KEY"):
         key_from_environment("https://api.openai.com/v1", "SOME_KEY")
+    with pytest.raises(ValueError, match="what is no name of an environment variable, expected one such") as error:
+        key_from_environment("http://localhost:8000/v1", SECRET)
+    assert SECRET not in str(error.value)
 
 
 def choice(content, finish="stop", **message):
@@ -487,6 +490,19 @@ def test_a_key_in_a_reply(serve):
     assert SECRET not in judge(server)[0].reason
     server = serve(lambda n, body: choice(None, refusal=f"Not with {SECRET}"))
     assert SECRET not in judge(server)[0].reason
+
+
+@pytest.mark.parametrize("respond", [
+    lambda text: choice(None, refusal=text), lambda text: {"error": {"code": 403, "message": text}}])
+def test_no_part_of_a_key_is_left_where_a_reply_is_cut(serve, respond):
+    """A server's own words in a response that is whole."""
+    for before in (193, 195, 260, 290):
+        server = serve(lambda n, body: respond("x" * before + SECRET) if "p" in str(body["messages"]) else reply(""))  # noqa: B023
+        try:
+            said = judge(server)[0].reason
+        except ValueError as error:
+            said = str(error)
+        assert "xxx" in said and SECRET[:6] not in said and len(said) < 500, said
 
 
 def test_usage(serve, tmp_path):

@@ -158,8 +158,6 @@ def raised(config_class, values):
     (AttackConfig, {"defense": "lisa", "lisa_rho": 1.0, "kl_lam": 1.0}, "kl_lam", "found 1.0, expected nothing"),
     (EvaluateConfig, {"judge": "nobody"}, "judge", "found 'nobody', expected one of auto, keyword, world"),
     (EvaluateConfig, {"trained": "r"}, "model", "found 'm', expected either --model or --trained"),
-    (EvaluateConfig, {"stop": ("x",), "agents_tasks_test": "agents_tasks@test"}, "stop",
-     "found ('x',), expected none beside --agents_tasks_test: a turn"),
 ])  # fmt: skip
 def test_what_is_refused(config_class, values, name, message):
     found = raised(config_class, values)

@@ -213,6 +213,12 @@ def test_alpaca_eval_and_sampling(model_dir, tmp_path, serve):
     assert (flags["temperature"], flags["top_p"], flags["top_k"], flags["seed"]) == (1.5, 0.9, 0, 7)
 
 
+def test_stop_strings_beside_tools_are_found_before_anything_is_generated(tmp_path):
+    config = evaluate_config(tmp_path / "a", model="none/such", agents_tasks_test="agents_tasks@test[0:1]", stop=("x",))
+    with pytest.raises(FieldError, match=r"^stop: found \('x',\), expected none beside --agents_tasks_test$"):
+        evaluate(config)
+
+
 def test_the_loss_alone_does_not_need_a_judge(model_dir, tmp_path):
     """h(w) beside a task, and what is recorded of each; another length of it is another evaluation."""
     config = evaluate_config(tmp_path / "a", model=model_dir, harmful_test="", benign_test="")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from jaxvaccine import harness
 from jaxvaccine.checkpoints.hugging_face import load_model
 from jaxvaccine.experiment import export as module
 from jaxvaccine.experiment.config import FieldError, make
@@ -64,6 +65,17 @@ def test_transformers_and_peft_load_it(aligned, tmp_path):
     ours = token_logits(model, frozen, hidden_states(model, None, frozen, ids, np.ones_like(ids)))
     theirs = logits(transformers.AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32))
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=rounding.forward(config, theirs))
+
+
+def test_the_harness_reads_runs_and_exports_alike(aligned, tmp_path):
+    """The run by its folder, its adapter as PEFT's, and the merged model: one log-likelihood, and not the base's."""
+    run, rows = aligned.run.run_dir, [([5, 6, 7], [8, 9])]
+    (found,), *others, (bare,) = (harness.score(harness.load(*given), rows) for given in (
+        ("", run), (aligned.model.model, str(write(aligned, tmp_path / "adapter", form="adapter"))),
+        (str(write(aligned, tmp_path / "merged")),), (aligned.model.model,)))
+    for (other,) in others:
+        np.testing.assert_allclose(other[0], found[0], rtol=1e-5)
+    assert abs(bare[0] - found[0]) > 1e-3 * abs(found[0])
 
 
 def test_what_lies_in_the_folders(aligned, tmp_path):

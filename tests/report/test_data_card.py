@@ -1,5 +1,6 @@
 """The command `jaxvaccine data`."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,13 +8,15 @@ import pytest
 from jaxvaccine import cli
 from jaxvaccine.experiment.config import FieldError, make
 from jaxvaccine.experiment.data_card import DataCardConfig, read_card
+from tests import tiny
 from tests.data import chat_models
 
 
 def test_a_chat_s_tokens_are_those_of_its_prompt(tmp_path):
     """With the system prompt that a run would have; what has no template is an error of the flag."""
     model = str(chat_models.save_tokenizer("llama3", tmp_path / "m"))
-    (tmp_path / "m" / "config.json").write_text("{}")
+    (tmp_path / "m" / "config.json").write_text(
+        json.dumps(dataclasses.replace(tiny.CONFIG, vocab_size=1000).to_hugging_face()))
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [
         {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}) + "\n")
 

@@ -164,20 +164,20 @@ def test_flags(model_dir, tmp_path, more, expected):
     assert not Path(tmp_path / "a").exists()
 
 
-class SeenError(Exception):
+class FoundError(Exception):
     pass
 
 
 def test_what_a_provider_reads_has_the_prompt_of_the_last_alignment(monkeypatch):
     """The whole of it, with its system prompt."""
     def tokenize(tokenizer, read, poisoned, part, aligned_prompt):
-        raise SeenError(aligned_prompt)
+        raise FoundError(aligned_prompt)
 
     monkeypatch.setattr(engine, "tokenize_attack", tokenize)
     monkeypatch.setattr(engine, "read_data", lambda *of: (None, None))
     last = small.align_config(prompt="chat", system_prompt="Be kind.", supervise="last")
     of = SimpleNamespace(model=SimpleNamespace(lora=last.adapter.lora()))
-    with pytest.raises(SeenError) as caught:
+    with pytest.raises(FoundError) as caught:
         engine._fine_tune(of, small.attack_config(), last, {}, None, [0])
     assert caught.value.args == (data.Prompt("chat", "Be kind.", "last"),)
 
@@ -194,11 +194,11 @@ def test_the_judge_is_asked_before_chains_are_trained(model_dir, tmp_path, monke
     monkeypatch.setattr(engine, "_made_of", lambda *of: {})
 
     def probe(judge, harm):
-        raise SeenError(judge.judge, harm)
+        raise FoundError(judge.judge, harm)
 
     monkeypatch.setattr(engine, "probe", probe)
     config = make(CyclesConfig, {"run_dir": "-", "model": (model_dir,), "recipe": "world", "defenses": ("sft",),
                                  "cycles": 1, "again": ("none",)})
     settings = make_settings(config, small.ALIGN, small.ATTACK, small.TESTS)
-    with pytest.raises(SeenError, match=r"world.*True"):
+    with pytest.raises(FoundError, match=r"world.*True"):
         engine.run_cycles(config.make_cycles(), settings, tmp_path / "a", {})
