@@ -68,6 +68,8 @@ class FederatedConfig(study.StudyConfig):
             for value in values:
                 require(plots.is_number(value), name, value, "a number from 0 to 1")
                 self.federation.whole(name, float(value))
+        require(len(set(map(float, self.harmful_clients))) == len(self.harmful_clients), "harmful_clients",
+                self.harmful_clients, "each part once")
         rounds = self.federation.rounds
         require(all(text.isdecimal() and 1 <= int(text) <= rounds for text in self.score_rounds), "score_rounds",
                 self.score_rounds, f"whole numbers from 1 to {rounds}, the rounds")

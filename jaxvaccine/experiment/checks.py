@@ -16,7 +16,7 @@ from jaxvaccine.experiment.attack_config import AttackConfig, AttackData
 from jaxvaccine.experiment.attack_rows import tokenize_attack
 from jaxvaccine.experiment.attack_scores import as_attacked
 from jaxvaccine.experiment.config import flat, require
-from jaxvaccine.experiment.evaluate import LOSS, accounts_of_tests, check_stop, check_unseen
+from jaxvaccine.experiment.evaluate import LOSS, accounts_of_tests, check_unseen
 from jaxvaccine.experiment.judging import check_prompts, judge_record
 from jaxvaccine.experiment.leaks import check_leaks
 from jaxvaccine.experiment.parts import check_form, check_prefill
@@ -47,7 +47,6 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
     for task, rows in tests.items():
         if task != LOSS:
             check_examples(task, rows)
-    check_stop(settings.scores)
     check_prompts(settings.scores.judge, tests.get(HARMFUL_SCORE, ()))
     judge_record(settings.scores.judge)
     of_tests, made_of = _hashes(tests), {}

@@ -232,16 +232,13 @@ class EvaluateConfig:
         else:
             require(set(self.tests.given) - {"loss_data"} != set(), "harmful_test", self.tests.harmful_test,
                     "at least one of " + ", ".join(f"--{name}" for name in TESTS))
+        # Stop strings end no turn of a model with tools.
+        with_tools = [name for name in self.tests.given if name in TESTS and TESTS[name].task in CONVERSATIONS]
+        require(not (self.generation.stop and with_tools), "stop", self.generation.stop,
+                "none beside " + " and ".join(f"--{name}" for name in with_tools))
         object.__setattr__(self, "judge", resolve(self.judge, self.tests.harmful_test))
         require(compares(self.judge) is not None or not self.tests.alpaca_eval_test, "judge", self.judge.judge,
                 "chat_api, which --alpaca_eval_test needs")
-
-
-def check_stop(config: EvaluateConfig) -> None:
-    """Raises FieldError for stop strings beside a test with tools, whose turns none can end."""
-    with_tools = [name for name in config.tests.given if name in TESTS and TESTS[name].task in CONVERSATIONS]
-    require(not (config.generation.stop and with_tools), "stop", config.generation.stop,
-            "none beside " + " and ".join(f"--{name}" for name in with_tools))
 
 
 class Prepared(NamedTuple):
@@ -261,7 +258,6 @@ def prepare(config: EvaluateConfig, write: bool = True) -> Prepared:
 
     write: as of `runs.open_run`.
     """
-    check_stop(config)
     model_path, revision, seen, sets = config.model.model, config.model.revision, {}, {}
     made_of: dict[str, Any] = {}
     below: dict[str, Any] = {}

@@ -49,6 +49,8 @@ class FederationPart(Part):
         for name in ("participation", "harmful_rows"):
             require(getattr(self, name) <= 1, name, getattr(self, name), "at most 1")
         self.whole("participation", self.participation)
+        require(self.server_learning_rate < float("inf"), "server_learning_rate", self.server_learning_rate,
+                "a finite number")
 
     def whole(self, name: str, part: float) -> int:
         """How many clients a part of them is. Raises FieldError unless that is a whole number."""

@@ -96,9 +96,11 @@ def check(search: Search, methods: Sequence[str]) -> dict[str, dict[str, str]]:
     """{method: {sort: why it can't be tried}} of the sorts that a method or its model refuses.
 
     Raises:
-      FieldError: seeds of the search among the others; a sort that no method can be attacked with, or a method that
-        no sort attacks.
+      FieldError: no harmful prompts; seeds of the search among the others; a sort that no method can be attacked with,
+        or a method that no sort attacks.
     """
+    test = search.settings.scores.tests.harmful_test
+    require(bool(test), "harmful_test", test, "harmful prompts: a search is for the attack with the highest HS")
     for seed in search.search_seeds:
         require(seed not in search.seeds, "search_seeds", search.part.search_seeds,
                 "none of --seeds: what a search chose is measured on others")

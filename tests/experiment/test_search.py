@@ -158,6 +158,10 @@ def test_what_is_no_attack_on_a_method(model, tmp_path):
         check(make_search(model, tmp_path, sorts=(Sort("none", ({"only_layers": ("7",)},)),)), ["sft"])
     with pytest.raises(FieldError, match=r"search_seeds: .*none of --seeds"):
         check(make_search(model, tmp_path, search_seeds=("1",)), ["sft"])
+    search = make_search(model, tmp_path)
+    scores = change(search.settings.scores, harmful_test="", benign_test="world_benign@test[0:4]")
+    with pytest.raises(FieldError, match=r"^harmful_test: found '', expected harmful prompts"):
+        check(search._replace(settings=search.settings._replace(scores=scores)), ["sft"])
     with pytest.raises(FieldError, match="sampler: found 'best', expected one of random, tpe"):
         SearchPart(sampler="best")
 

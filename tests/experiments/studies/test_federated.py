@@ -172,6 +172,8 @@ def test_where_rules_are_compared():
     ("--score_rounds=3", "--score_rounds: .*from 1 to 2"),
     ("--defenses=sft+lisa", "--defenses: found 'sft\\+lisa'"), ("--attack_n=4", "--attack_n: found 4 rows for 5"),
     ("--harmful_rows=0.01", "--harmful_rows: found 0.01"), ("--attack_steps=3", "attack_steps"),
+    ("--harmful_clients=0.4,0.40", "--harmful_clients: .*each part once"),
+    ("--server_learning_rate=inf", "--server_learning_rate: found inf, expected a finite number"),
     ("--lam=1", "--lam: found 1.0, expected nothing: no method of the plan reads it")])
 def test_flags(model_dir, tmp_path, flag, expected):
     with pytest.raises(SystemExit, match=expected):
