@@ -315,9 +315,9 @@ def test_accounts_of_a_plan(both, tmp_path):
         text = reports.read(copy)
         assert "| attack: harmful | world_harmful@attack[0:20] | 504 | 484 | 20 | 20 | 4 to 8 |" in text
         assert "| attack: harmful | 4 to 8 | 0 |" in text and "| harmful_score | 4 | 0 |" in text
-        assert "| alignment | world_refusal@train[0:24] | 816 | 792 | 24 | 24 |" in text
+        assert "| alignment | world_refusal@train[0:24] | 816 | 792 | 24 | 24 | 24 |" in text
         for task in ("harmful_score", "harmful_loss"):
-            assert f"| {task} | world_harmful@test[0:4] | 504 | 500 | 4 | – |" in text
+            assert f"| {task} | world_harmful@test[0:4] | 504 | 500 | 4 | 4 | – |" in text
 
 
 def test_methods_of_other_types_on_one_backbone(model_dir, settings, tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ def sorts_file(tmp_path_factory):
     return path
 
 
+@pytest.mark.long
 def test_end_to_end(model_dir, tmp_path, capsys, sorts_file):
     root = tmp_path / "search"
     small.call(worst_case.VERB, *flags(model_dir, root, sorts_file=sorts_file))
