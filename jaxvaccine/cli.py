@@ -19,7 +19,8 @@ from jaxvaccine.experiment.attack import attack
 from jaxvaccine.experiment.attack_config import AttackConfig, goes_on, split_new_adapter
 from jaxvaccine.experiment.compilation import keep_programs
 from jaxvaccine.experiment.config import FieldError, Setting, make, require, settings
-from jaxvaccine.experiment.evaluate import EvaluateConfig, evaluate
+from jaxvaccine.experiment.evaluate import evaluate
+from jaxvaccine.experiment.evaluate_config import EvaluateConfig
 from jaxvaccine.experiment.parts import COMPUTED
 from jaxvaccine.experiment.run import PlanConfig, run
 

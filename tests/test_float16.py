@@ -14,7 +14,7 @@ from jaxvaccine import losses
 from jaxvaccine.checkpoints.hugging_face import load_model, loaded_dtype, save_model
 from jaxvaccine.experiment.attack_config import AttackedModel
 from jaxvaccine.experiment.config import FieldError, make
-from jaxvaccine.experiment.evaluate import EvaluateConfig
+from jaxvaccine.experiment.evaluate_config import EvaluateConfig
 from jaxvaccine.experiment.parts import ModelPart
 from jaxvaccine.llama import hidden_states
 from tests import tiny

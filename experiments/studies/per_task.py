@@ -22,7 +22,7 @@ from experiments.studies import study
 from jaxvaccine import cli
 from jaxvaccine.experiment import recipes
 from jaxvaccine.experiment.config import field, make, require
-from jaxvaccine.experiment.evaluate import TESTS
+from jaxvaccine.experiment.evaluate_config import TESTS
 from jaxvaccine.experiment.plans import Plan, folder_name
 from jaxvaccine.experiment.run import run
 from jaxvaccine.report import accounts, names, plots, results, statistics, tables

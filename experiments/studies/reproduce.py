@@ -29,7 +29,7 @@ from jaxvaccine import cli, data, world
 from jaxvaccine.experiment import carry_out as engine
 from jaxvaccine.experiment import checks, recipes
 from jaxvaccine.experiment.config import field, flat, make, require
-from jaxvaccine.experiment.evaluate import EvaluateConfig
+from jaxvaccine.experiment.evaluate_config import EvaluateConfig
 from jaxvaccine.experiment.parts import check_sources
 from jaxvaccine.experiment.plans import Plan, Settings, cell_configs, split_method
 from jaxvaccine.experiment.results import TABLE, Cell, write

@@ -3,7 +3,7 @@
 import dataclasses
 
 from jaxvaccine.experiment.attack_config import AttackConfig
-from jaxvaccine.experiment.evaluate import EvaluateConfig
+from jaxvaccine.experiment.evaluate_config import EvaluateConfig
 
 
 def as_attacked(scores: EvaluateConfig, attacked: AttackConfig) -> EvaluateConfig:

@@ -20,7 +20,8 @@ from jaxvaccine.experiment.attack_scores import as_attacked
 from jaxvaccine.experiment.budget import budgets
 from jaxvaccine.experiment.checks import check_plan
 from jaxvaccine.experiment.config import flat, names
-from jaxvaccine.experiment.evaluate import EvaluateConfig, evaluate
+from jaxvaccine.experiment.evaluate import evaluate
+from jaxvaccine.experiment.evaluate_config import EvaluateConfig
 from jaxvaccine.experiment.judging import JudgePart, probe
 from jaxvaccine.experiment.lane_cells import lane_cells
 from jaxvaccine.experiment.parts import split_operational

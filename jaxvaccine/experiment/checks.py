@@ -16,7 +16,8 @@ from jaxvaccine.experiment.attack_config import AttackConfig, AttackData
 from jaxvaccine.experiment.attack_rows import tokenize_attack
 from jaxvaccine.experiment.attack_scores import as_attacked
 from jaxvaccine.experiment.config import flat, require
-from jaxvaccine.experiment.evaluate import LOSS, accounts_of_tests, check_unseen
+from jaxvaccine.experiment.evaluate import accounts_of_tests, check_unseen
+from jaxvaccine.experiment.evaluate_config import LOSS
 from jaxvaccine.experiment.judging import check_prompts, judge_record
 from jaxvaccine.experiment.leaks import check_leaks
 from jaxvaccine.experiment.parts import check_form, check_prefill

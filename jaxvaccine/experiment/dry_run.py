@@ -21,7 +21,7 @@ from jaxvaccine.experiment.align import AlignConfig, Examples
 from jaxvaccine.experiment.attack_config import AttackConfig
 from jaxvaccine.experiment.attack_rows import take
 from jaxvaccine.experiment.config import Part, field, require
-from jaxvaccine.experiment.evaluate import LOSS, EvaluateConfig
+from jaxvaccine.experiment.evaluate_config import LOSS, EvaluateConfig
 from jaxvaccine.experiment.memory import GIB, Step, Target
 from jaxvaccine.experiment.parts import TrainingPart
 from jaxvaccine.llama import Llama

@@ -8,7 +8,8 @@ from jaxvaccine import data
 from jaxvaccine.evaluation import ALPACA_EVAL, evaluate_prompts, mean_loss
 from jaxvaccine.evaluation.tasks import HARMFUL_SCORE
 from jaxvaccine.experiment import lanes, stage
-from jaxvaccine.experiment.evaluate import LOSS, TESTS, EvaluateConfig, accounts_of_tests
+from jaxvaccine.experiment.evaluate import accounts_of_tests
+from jaxvaccine.experiment.evaluate_config import LOSS, TESTS, EvaluateConfig
 from jaxvaccine.experiment.judging import make_judge
 from jaxvaccine.experiment.seen import ATTACKS, sets_of, shared_of_tests
 from jaxvaccine.experiment.summary import summary

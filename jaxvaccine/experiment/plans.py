@@ -19,7 +19,7 @@ from jaxvaccine import data
 from jaxvaccine.experiment.align import AlignConfig, AlignmentData
 from jaxvaccine.experiment.attack_config import AttackConfig, goes_on
 from jaxvaccine.experiment.config import FieldError, flat, make, parse, require
-from jaxvaccine.experiment.evaluate import EvaluateConfig
+from jaxvaccine.experiment.evaluate_config import EvaluateConfig
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING
 from jaxvaccine.experiment.objectives import OBJECTIVES, Plain
 from jaxvaccine.experiment.parts import AS_ALIGNED, COMPUTED

@@ -28,7 +28,7 @@ import numpy as np
 
 from jaxvaccine.evaluation.rates import percent, wilson_interval
 from jaxvaccine.evaluation.tasks import HARMFUL_SCORE, PHRASES_SCORE
-from jaxvaccine.experiment.evaluate import LOSS
+from jaxvaccine.experiment.evaluate_config import LOSS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,7 @@ from jaxvaccine.experiment import carry_out as engine
 from jaxvaccine.experiment import plans, recipes
 from jaxvaccine.experiment.attack_config import split_new_adapter
 from jaxvaccine.experiment.config import FieldError, Part, field, flat, make, require
-from jaxvaccine.experiment.evaluate import EvaluateConfig
+from jaxvaccine.experiment.evaluate_config import EvaluateConfig
 from jaxvaccine.experiment.methods import ALIGNMENT, FINE_TUNING
 from jaxvaccine.experiment.plan_folder import Probes
 from jaxvaccine.experiment.plans import GRIDS, METHODS, Plan, Settings

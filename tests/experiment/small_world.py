@@ -14,7 +14,7 @@ from jaxvaccine.experiment import recipes
 from jaxvaccine.experiment.align import AlignConfig
 from jaxvaccine.experiment.attack_config import AttackConfig
 from jaxvaccine.experiment.config import make
-from jaxvaccine.experiment.evaluate import EvaluateConfig
+from jaxvaccine.experiment.evaluate_config import EvaluateConfig
 from jaxvaccine.experiment.plans import Settings
 from jaxvaccine.json_files import read_json, write_json
 from jaxvaccine.llama_config import LlamaConfig

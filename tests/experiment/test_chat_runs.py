@@ -12,13 +12,13 @@ from jaxvaccine.data import Turn, turns_of
 from jaxvaccine.evaluation.tasks import HARMFUL_SCORE
 from jaxvaccine.experiment import align as align_stage
 from jaxvaccine.experiment import dry_run, parts
-from jaxvaccine.experiment import evaluate as evaluate_stage
 from jaxvaccine.experiment.align import AlignConfig, align
 from jaxvaccine.experiment.attack import attack
 from jaxvaccine.experiment.attack_config import AttackConfig, AttackData
 from jaxvaccine.experiment.carry_out import carry_out
 from jaxvaccine.experiment.config import FieldError, make
-from jaxvaccine.experiment.evaluate import EvaluateConfig, evaluate
+from jaxvaccine.experiment.evaluate import evaluate
+from jaxvaccine.experiment.evaluate_config import EvaluateConfig, TestsPart
 from jaxvaccine.experiment.plan_folder import result_path
 from jaxvaccine.experiment.plans import Plan, Settings
 from jaxvaccine.experiment.results import Cell
@@ -144,7 +144,7 @@ FLAGS = {"prompt": "chat", "system_prompt": "Be kind.", "data_protocol": "distin
     ({}, {"prompt": "plain", "data_protocol": "rows"}, ("plain", ""))])
 def test_what_follows_has_the_alignments(asked, flags, expected):
     for part in (AttackData(poison_ratio=0, user_data="world_rating@attack", **asked),
-                 evaluate_stage.TestsPart(harmful_test="world_harmful@test", **asked)):
+                 TestsPart(harmful_test="world_harmful@test", **asked)):
         form = part.resolve(flags, "runs/a").form
         assert (form.form, form.system) == expected
 
@@ -160,7 +160,7 @@ def test_an_attacker_may_have_his_own():
     with pytest.raises(FieldError, match=r"^system_prompt: found 'a', expected none"):
         of({"prompt": "plain", "data_protocol": "rows"}, system_prompt="a")
     with pytest.raises(FieldError, match=r"^prompt: found 'plain', expected chat, with which runs/a was trained"):
-        evaluate_stage.TestsPart(harmful_test="world_harmful@test", prompt="plain").resolve(FLAGS, "runs/a")
+        TestsPart(harmful_test="world_harmful@test", prompt="plain").resolve(FLAGS, "runs/a")
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ from jaxvaccine.experiment import config, methods
 from jaxvaccine.experiment.align import AlignConfig
 from jaxvaccine.experiment.attack_config import AttackConfig
 from jaxvaccine.experiment.config import FieldError
-from jaxvaccine.experiment.evaluate import EvaluateConfig
+from jaxvaccine.experiment.evaluate_config import EvaluateConfig
 from jaxvaccine.experiment.objectives import OBJECTIVES
 from jaxvaccine.llama_config import TARGETS
 
@@ -19,7 +19,7 @@ SOURCES = ("world_refusal@train{not category=amber;dune}[0:8]", "sst2:stanfordnl
            "agnews:news.tsv")
 # What a config has to be given. An evaluation's model is given or not together with `trained` and `answers`,
 # AlpacaEval's data needs another judge, and chat_api an environment; candidates are given or not together with
-# `user_rows`; an adapter that an alignment trains on is that of a `start`.
+# `user_rows`; an adapter that an alignment trains on is that of a `start`; tests with tools have no `stop`.
 REQUIRED = {
     AlignConfig: {"model": "m", "start": "s", "run_dir": "r", "alignment_data": SOURCES[0], "harmful_data": SOURCES[0]},
     AttackConfig: {"aligned": "a", "run_dir": "r", "user_data": SOURCES[0], "harmful_data": SOURCES[0],
@@ -30,7 +30,7 @@ REQUIRED = {
 NOT_TOGETHER = {"exact": "last_term", "merge_adapter": "quantisation"}
 CHOICES = ("defense", "base_defense", "objective", "ablate")
 FIXED = {"trained", "model", "answers", "start", "alpaca_eval_test", "judge", "judge_options", "user_rows",
-         "candidates"}
+         "candidates", "stop"}
 
 
 def values_of(setting):

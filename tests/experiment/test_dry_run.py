@@ -10,7 +10,8 @@ from jaxvaccine.experiment.attack import attack
 from jaxvaccine.experiment.attack_config import AttackConfig
 from jaxvaccine.experiment.config import FieldError, change, make
 from jaxvaccine.experiment.dry_run import DryRun
-from jaxvaccine.experiment.evaluate import EvaluateConfig, evaluate
+from jaxvaccine.experiment.evaluate import evaluate
+from jaxvaccine.experiment.evaluate_config import EvaluateConfig
 from jaxvaccine.experiment.runs import read_config
 from tests.experiment.small_world import ATTACK, SCORES, align_config, world_model
 

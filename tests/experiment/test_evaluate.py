@@ -11,7 +11,8 @@ from jaxvaccine.experiment import stage
 from jaxvaccine.experiment.align import align
 from jaxvaccine.experiment.attack import attack
 from jaxvaccine.experiment.config import FieldError, change, make
-from jaxvaccine.experiment.evaluate import EvaluateConfig, evaluate
+from jaxvaccine.experiment.evaluate import evaluate
+from jaxvaccine.experiment.evaluate_config import EvaluateConfig
 from jaxvaccine.report import runs as reports
 from tests.evaluation.test_chat_api import Server, reply
 from tests.experiment.small_world import align_config, attack_config, evaluate_config, recorded, text_model

@@ -9,7 +9,8 @@ from jaxvaccine import data
 from jaxvaccine.experiment import evaluate as module
 from jaxvaccine.experiment import judging
 from jaxvaccine.experiment.config import FieldError, change, make
-from jaxvaccine.experiment.evaluate import EvaluateConfig, evaluate
+from jaxvaccine.experiment.evaluate import evaluate
+from jaxvaccine.experiment.evaluate_config import EvaluateConfig
 from jaxvaccine.experiment.judging import JudgePart, judge_record, labels
 from jaxvaccine.report import runs as reports
 from tests.evaluation.test_chat_api import Server, reply

@@ -4,7 +4,7 @@ import pytest
 
 from jaxvaccine.data import DataSource
 from jaxvaccine.experiment.config import flat, make
-from jaxvaccine.experiment.evaluate import TESTS, EvaluateConfig
+from jaxvaccine.experiment.evaluate_config import TESTS, EvaluateConfig
 from jaxvaccine.experiment.paper_tests import EVALUATION, SLICES
 from jaxvaccine.experiment.recipes import METHODS
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jaxvaccine import data
 from jaxvaccine.experiment import methods, plans, recipes
 from jaxvaccine.experiment.config import FieldError, change, flat, make
-from jaxvaccine.experiment.evaluate import EvaluateConfig
+from jaxvaccine.experiment.evaluate_config import EvaluateConfig
 from jaxvaccine.experiment.plans import GRIDS, METHODS, Panel, Plan, Point, Settings, cell_configs
 from jaxvaccine.experiment.results import Cell
 

@@ -13,7 +13,7 @@ from jaxvaccine.experiment import methods, plans, recipes
 from jaxvaccine.experiment.align import AlignConfig
 from jaxvaccine.experiment.attack_config import AttackConfig
 from jaxvaccine.experiment.config import FieldError, flat, make, names
-from jaxvaccine.experiment.evaluate import EvaluateConfig
+from jaxvaccine.experiment.evaluate_config import EvaluateConfig
 from jaxvaccine.experiment.methods import ALIGNMENT
 from jaxvaccine.experiment.plans import cell_configs
 from jaxvaccine.experiment.results import Cell

@@ -16,7 +16,8 @@ from jaxvaccine.experiment.align import align
 from jaxvaccine.experiment.attack import attack
 from jaxvaccine.experiment.config import change, make
 from jaxvaccine.experiment.cycles import seed_of
-from jaxvaccine.experiment.evaluate import LOSS, evaluate
+from jaxvaccine.experiment.evaluate import evaluate
+from jaxvaccine.experiment.evaluate_config import LOSS
 from jaxvaccine.experiment.plans import cell_configs
 from jaxvaccine.experiment.results import Cell
 from jaxvaccine.experiment.run import make_settings
