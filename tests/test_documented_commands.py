@@ -25,6 +25,8 @@ from tests.data import chat_models
 from tests.data import tokenizers_for_tests as kinds
 from tests.markdown import PAGES, ROOT
 
+pytestmark = pytest.mark.long  # a minute and more, and most of it is the files' real size
+
 
 class Ready(Exception):  # noqa: N818
     """What a command ends with here: it would begin to train, or to generate."""

@@ -73,6 +73,7 @@ def states(model, adapter, frozen):
         adapter, frozen, BATCHES["alignment"]["input_ids"], BATCHES["alignment"]["attention_mask"])
 
 
+@pytest.mark.long
 def test_biases_and_layers_apart():
     """Biases go where they went; and layers apart, as generation on a CPU has them, compute what stacked ones do."""
     model, adapter, quantised, expected = problem("nf4", config=tiny.FAMILIES["qwen2"])

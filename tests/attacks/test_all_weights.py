@@ -99,6 +99,7 @@ def train(model, method, layers=None, steps=4, learning_rate=1e-2):
     return start, state.adapter
 
 
+@pytest.mark.long
 def test_methods_of_the_provider():
     """They take any tree: all of it moves, and not as without them."""
     found = {}

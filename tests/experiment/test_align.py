@@ -69,6 +69,7 @@ def test_cudnn_on_a_cpu(aligned, tmp_path):
     prepare(align_config(aligned.model.model, tmp_path / "run", attention="cudnn", dtype="bfloat16"), write=False)
 
 
+@pytest.mark.long
 def test_a_step_is_compiled_once_per_bucket(tmp_path, monkeypatch):
     """Of a run whose batches have all combinations of lengths."""
     model, made, found = text_model(tmp_path), training.make_train_step, []

@@ -51,7 +51,7 @@ def assert_same_adapter(found, run_dir, model, of=inputs.ADAPTER):
         np.quantile(np.abs(x - y), 0.99), 1e-3 * np.abs(y).max()), found, expected)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name == "t_vaccine_released"))
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name != "sft"))
                                   for name in METHODS])
 def test_lanes_are_the_runs_of_align(model_dir, tmp_path, capsys, name):
     config = config_of(model_dir, **METHODS[name])

@@ -87,6 +87,7 @@ def trained(model_dir, tmp_path_factory):
     return root, seen
 
 
+@pytest.mark.long
 def test_every_lane_trains_what_its_own_alignment_left(model_dir, trained):
     root, seen = trained
     active = np.array([read_json(result_path(root, Cell(model_dir, METHOD, "", seed)))["active_steps"]

@@ -65,6 +65,7 @@ def test_an_attack(aligned, tmp_path, name):
         attack(attack_config(aligned.run.run_dir, tmp_path / "run", adapter="continue", steps=3, learning_rate=0.02))
 
 
+@pytest.mark.long
 def test_what_is_held_has_not_moved(aligned, tmp_path):
     """Of the adapters as PEFT has them; Fisher weights of 0, of which there may be many, train too."""
     attack(config_of(aligned, tmp_path / "run", "unheld"))
