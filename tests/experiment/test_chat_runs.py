@@ -74,7 +74,8 @@ def attack_config(aligned, run_dir, sources, **given) -> AttackConfig:
 def evaluate_config(run_dir, sources, **given) -> EvaluateConfig:
     return make(EvaluateConfig, {
         "run_dir": str(run_dir), "harmful_test": sources["harmful_test"], "max_new_tokens": 6, "max_length": 96,
-        "progress": False, **{name: str(value) if name == "trained" else value for name, value in given.items()}})
+        "progress": False, "judge": "keyword",
+        **{name: str(value) if name == "trained" else value for name, value in given.items()}})
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_no_template_and_no_room_for_a_conversation(qwen, sources, tmp_path, tmp
     with pytest.raises(ValueError, match=r"a.jsonl, line 2: found a conversation with 2 turns .*prompt=chat takes it"):
         align_stage.prepare(align_config(qwen, tmp_path / "run", sources, prompt="alpaca"))
     with pytest.raises(FieldError, match=r"^prompt: found chat"):
-        evaluate(evaluate_config(tmp_path / "scores", sources, model=str(bare), prompt="chat", judge="keyword"))
+        evaluate(evaluate_config(tmp_path / "scores", sources, model=str(bare), prompt="chat"))
     assert not any(tmp_path.iterdir())
 
 
@@ -198,7 +199,7 @@ def test_plans_of_either_kind(qwen, sources, tmp_path):
     scores = make(EvaluateConfig, {
         "model": str(qwen), "run_dir": "-", "harmful_test": sources["harmful_test"], "max_new_tokens": 4,
         "loss_data": "embedded_harmful@test[0:3]", "max_length": 160, "prompt": "chat", "system_prompt": "Be kind.",
-        "eval_batch_size": 3, "stop": ("zz",)})
+        "eval_batch_size": 3, "stop": ("zz",), "judge": "keyword"})
     of_attack = {**flags, "user_data": sources["user_data"], "harmful_data": sources["harmful_data"], "n": 4}
     settings = Settings.same({**SMALL, "alignment_data": sources["alignment_data"], "system_prompt": "Be kind."},
                              of_attack, scores)
