@@ -394,7 +394,7 @@ def test_a_plan_as_a_program(tmp_path):
         *(f"--{name}=embedded_{kind}@test[0:4]" for name, kind in (
             ("harmful_test", "harmful"), ("sst2_test", "sentiment"), ("benign_test", "benign"),
             ("loss_data", "harmful"))),
-        "--max_new_tokens=4", "--label_max_new_tokens=3"]
+        "--max_new_tokens=4", "--label_max_new_tokens=3", "--judge=keyword"]
 
     def run():
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
