@@ -13,8 +13,6 @@ INSTRUCTION = (
     "Categorize the news article given in the input into one of the 4 categories:\n\n" + "\n".join(LABELS) + "\n")
 _BY_NAME = {str(i): label for i, label in enumerate(LABELS)} | {label.casefold(): label for label in LABELS}
 _BY_CLASS = {str(i): label for i, label in enumerate(LABELS, 1)}
-
-
 # The original's columns, which its train.csv does not name; Kaggle's copy does.
 _CLASS, _TITLE, _DESCRIPTION = "Class Index", "Title", "Description"
 

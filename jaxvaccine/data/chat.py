@@ -18,6 +18,10 @@ from jaxvaccine.data.tokenizer_files import eos_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+# What a tokenizer is asked for: ids alone, and all of them. verbose=False: our own max_length decides what is too long,
+# not the tokenizer's model_max_length.
+IDS_ALONE = {"padding": False, "truncation": False, "return_attention_mask": False, "return_token_type_ids": False,
+             "verbose": False}
 _MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Llama 3.1's template writes the day's date, and this one where it has no clock: a run is to be the same tomorrow.
 _DATE = {"date_string": "26 Jul 2024"}
@@ -59,8 +63,7 @@ def template_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
 
 def depends_on_the_day(tokenizer: "PreTrainedTokenizerFast") -> bool:
     """Whether the template writes a date that nobody can set."""
-    template = chat_template(tokenizer)
-    return _CLOCK in template and not all(name in template for name in _DATE)
+    return _CLOCK in chat_template(tokenizer) and not date_options(tokenizer)
 
 
 def encode_conversations(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], prompt: Prompt,
@@ -102,7 +105,7 @@ def encode_conversations(tokenizer: "PreTrainedTokenizerFast", examples: Sequenc
         spans[row].append((len(before), len(end)))
     if _MARKS_ANSWERS.search(template):
         return _as_marked(tokenizer, every, spans, prompt)
-    out = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, **_PLAIN)
+    out = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, **IDS_ALONE)
     ends = np.asarray(eos_ids(tokenizer))
     return [Encoded(ids, _within(np.asarray(ids), np.asarray(offsets), of, ends)) for ids, offsets, of
             in zip(out["input_ids"], out["offset_mapping"], spans, strict=True)]
@@ -129,14 +132,9 @@ def encode_questions(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Ex
     return [both if both[:len(of)] == of else of + alone for of, both, alone in zip(ids, joint, rest, strict=True)]
 
 
-# verbose=False: our own max_length decides what is too long, not the tokenizer's model_max_length.
-_PLAIN = {"padding": False, "truncation": False, "return_attention_mask": False, "return_token_type_ids": False,
-          "verbose": False}
-
-
 def encode_rendered(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[list[int]]:
     """Token ids of what a chat template wrote: nothing is added to it."""
-    return tokenizer(list(texts), add_special_tokens=False, **_PLAIN)["input_ids"] if texts else []
+    return tokenizer(list(texts), add_special_tokens=False, **IDS_ALONE)["input_ids"] if texts else []
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:

@@ -16,10 +16,21 @@ NAMES = MappingProxyType({
     ".zst": ("Zstandard", b"\x28\xb5\x2f\xfd")})
 
 
-def without_compression(name: str) -> str:
-    """The name without an extension of a compressed file: "train.jsonl" of "train.jsonl.gz"."""
-    suffix = PurePosixPath(name).suffix
-    return name[: -len(suffix)] if suffix.lower() in NAMES else name
+def is_url(name: str) -> bool:
+    return "://" in name
+
+
+def extension(name: str, packed: bool = False) -> str:
+    """The extension of a path, or of the file that a URL means, in lower case: ".jsonl" of "train.JSONL.gz".
+
+    Of a chain such as simplecache::s3://… or zip://…::s3://… the file that is meant is that of the first URL.
+
+    packed: with an extension of a compression, that one: ".gz".
+    """
+    if is_url(name):
+        name = next(link for link in name.split("::") if is_url(link)).partition("?")[0]
+    path = PurePosixPath(name)
+    return (path.with_suffix("") if not packed and path.suffix.lower() in NAMES else path).suffix.lower()
 
 
 def decompressed(opened: IO[bytes], name: str) -> IO[bytes]:
@@ -31,19 +42,19 @@ def decompressed(opened: IO[bytes], name: str) -> IO[bytes]:
     """
     stream = io.BufferedReader(opened) if not hasattr(opened, "peek") else opened
     begins = stream.peek(8)[:8]
-    extension = PurePosixPath(name.partition("?")[0]).suffix.lower()
+    expected = extension(name, packed=True)
     found = next((key for key, (_, magic) in NAMES.items() if begins.startswith(magic)), None)
-    if extension in NAMES and found != extension:
-        raise ValueError(f"{name}: found {begins!r} at its start, expected a {NAMES[extension][0]} file")
+    if expected in NAMES and found != expected:
+        raise ValueError(f"{name}: found {begins!r} at its start, expected a {NAMES[expected][0]} file")
     if found is None:
         return stream
     return io.BufferedReader(_Checked(_open(stream, found, name), name, NAMES[found][0]), 1 << 16)
 
 
-def _open(stream: IO[bytes], extension: str, name: str) -> IO[bytes]:
-    if extension == ".zst":
+def _open(stream: IO[bytes], packing: str, name: str) -> IO[bytes]:
+    if packing == ".zst":
         return _open_zstandard(stream, name)
-    return {".gz": gzip.open, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}[extension](stream)
+    return {".gz": gzip.open, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}[packing](stream)
 
 
 def _open_zstandard(stream: IO[bytes], name: str) -> IO[bytes]:

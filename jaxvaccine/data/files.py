@@ -5,16 +5,12 @@ import io
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO
 
 from jaxvaccine.data import formats
-from jaxvaccine.data.compressed import NAMES, decompressed, without_compression
+from jaxvaccine.data.compressed import NAMES, decompressed, extension, is_url
 from jaxvaccine.data.rows import NoRowsError, OnBad, Row, raise_it
-
-
-def _is_url(name: str) -> bool:
-    return "://" in name
 
 
 def open_file(path_or_url: str | os.PathLike) -> IO[bytes]:
@@ -29,7 +25,7 @@ def open_file(path_or_url: str | os.PathLike) -> IO[bytes]:
       ValueError: the URL's protocol is unknown or its backend is not installed, or the file cannot be fetched.
     """
     name = os.fspath(path_or_url)
-    if not _is_url(name):
+    if not is_url(name):
         return open(Path(name).expanduser(), "rb")
     import fsspec
 
@@ -97,17 +93,17 @@ def iter_rows(path_or_hub_id: str | os.PathLike, split: str | None = None, bad: 
 
 def _rows(name: str, split: str | None, bad: OnBad, header: formats.Header, stream: bool) -> Iterator[Row]:
     path = Path(name).expanduser()
-    if _is_url(name) or path.is_file():
+    if is_url(name) or path.is_file():
         if split is not None:
             raise ValueError(f"{name}: found split {split!r}, expected none: a file has no splits")
-        extension = _extension(name)
-        place = name if _is_url(name) else str(path)
-        if extension == ".parquet":
+        ending = extension(name)
+        place = name if is_url(name) else str(path)
+        if ending == ".parquet":
             yield from _read_parquet(place)
             return
-        reader = formats.READERS.get(extension)
+        reader = formats.READERS.get(ending)
         if reader is None:
-            raise ValueError(f"{name}: found extension {extension!r}, expected one of {', '.join(EXTENSIONS)}, or of "
+            raise ValueError(f"{name}: found extension {ending!r}, expected one of {', '.join(EXTENSIONS)}, or of "
                              f"the first six with {', '.join(NAMES)} behind it")
         with open_file(place) as opened, decompressed(opened, place) as plain:
             yield from reader(place, plain, bad, header)
@@ -116,19 +112,11 @@ def _rows(name: str, split: str | None, bad: OnBad, header: formats.Header, stre
         yield from _read_hub(str(path), None, split, stream=stream)
         return
     possible_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?(#[\w./-]+)?", name)
-    if not possible_id or _extension(name) in EXTENSIONS:
+    if not possible_id or extension(name) in EXTENSIONS:
         raise FileNotFoundError(f"{name}: found no such file, expected a data file or a hub id")
     hub_id, _, revision = name.partition("#")
     hub_id, _, configuration = hub_id.partition(":")
     yield from _read_hub(hub_id, configuration or None, split, revision or None, stream)
-
-
-def _extension(name: str) -> str:
-    """Without that of a compression; of a URL that of the file that is meant: in a chain such as simplecache::s3://…
-    or zip://…::s3://…, of the first URL."""
-    if _is_url(name):
-        name = next(link for link in name.split("::") if _is_url(link)).partition("?")[0]
-    return PurePosixPath(without_compression(name)).suffix.lower()
 
 
 def _read_parquet(path: str) -> Iterator[Row]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
-from jaxvaccine.data.compressed import without_compression
+from jaxvaccine.data.compressed import extension
 from jaxvaccine.data.rows import NoRowsError, OnBad, Row, RowError
 from jaxvaccine.json_files import decode_utf8
 
@@ -107,7 +107,7 @@ def read_json_family(path: str, stream: IO[bytes], bad: OnBad, header: Header = 
     if first is None:
         raise _no_rows(path, bad.first)
     number, line = first
-    of_lines = not without_compression(path.partition("?")[0]).lower().endswith(".json")
+    of_lines = extension(path) != ".json"
     value = None
     if not line.lstrip().startswith("[") and not (of_lines and line.strip() == "{"):
         try:

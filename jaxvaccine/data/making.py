@@ -96,7 +96,8 @@ def _renamed(row: Row, columns: Sequence[tuple[str, str]]) -> Row:
         if name not in row:
             missing = f"missing column {name!r}"
             raise RowError(f"{row.where}: {missing}; found columns: {', '.join(map(str, row)) or 'none'}", missing)
-    others = {name: value for name, value in row.items() if name not in {name for pair in columns for name in pair}}
+    taken = {name for pair in columns for name in pair}
+    others = {name: value for name, value in row.items() if name not in taken}
     return Row({**{kind: row[name] for kind, name in columns}, **others}, row.where)
 
 
@@ -113,11 +114,7 @@ def _part(source: DataSource, counts: Counts, row: Watched, bad_rows: BadRows) -
     try:
         with _said_of(source):
             part = DATASETS[source.kind]([row])
-            if part:
-                _ = source.categories and categories_of(source.kind, row)  # has read them
-                found = row.unread()
-                _check_unread(source, row, found, part)
-                counts.unread.update(dict.fromkeys(found))
+            _note_unread(source, counts, row, part)
     except ValueError as error:
         if bad_rows == "error":
             raise
@@ -158,11 +155,7 @@ def _of_all(source: DataSource, counts: Counts, rows: Sequence[Watched], bad_row
         return
     counts.left_out = sum(not part for part in parts)
     for row, part in zip(rows, parts, strict=True):
-        if part:
-            _ = source.categories and categories_of(source.kind, row)
-            found = row.unread()
-            counts.unread.update(dict.fromkeys(found))
-            _check_unread(source, row, found, part)
+        _note_unread(source, counts, row, part)
         for example in part:
             yield Made(example, row.where, _columns(example, row, source),
                        categories_of(source.kind, row) if source.categories else {})
@@ -179,6 +172,16 @@ def _columns(example: Example, row: Watched, source: DataSource) -> tuple[str, s
     instruction, input, output = (columns.get(name, name) for name in (
         name or whole or own for name, own in zip(found, Example._fields, strict=True)))
     return instruction, input, output
+
+
+def _note_unread(source: DataSource, counts: Counts, row: Watched, part: Sequence[Example]) -> None:
+    """Counts the columns that nobody read of a row that made examples; raises as `_check_unread`."""
+    if not part:
+        return
+    _ = source.categories and categories_of(source.kind, row)  # has read them
+    found = row.unread()
+    _check_unread(source, row, found, part)
+    counts.unread.update(dict.fromkeys(found))
 
 
 def _check_unread(source: DataSource, row: Watched, unread: Mapping[str, Any], examples: Sequence[Example]) -> None:

@@ -126,9 +126,7 @@ class Pool:
         if source.start is not None and source.start < -self.unique:
             raise ValueError(f"{place}: found start {source.start}, expected at least -{self.unique}{lost}")
         sliced = range(self.unique)[source.start : source.stop]
-        taken = list(sliced)
-        if self.distinct and len(sliced) < self.unique:
-            taken = _without_variants([one.example for one in self._kept], sliced)
+        taken = _without_variants([one.example for one in self._kept], sliced) if self.distinct else list(sliced)
         if not taken:
             variants = f", {len(sliced)} of them variants of prompts before it" if sliced else ""
             raise ValueError(f"{place}: found an empty slice of {self.unique} examples{lost}{variants}, expected some")

@@ -71,16 +71,7 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> N
 
 
 def _encode(tokenizer, texts: Sequence[str], special: bool = True) -> list[list[int]]:
-    # verbose=False: our own max_length decides what is too long, not the tokenizer's model_max_length.
-    return tokenizer(
-        list(texts),
-        add_special_tokens=special,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
+    return tokenizer(list(texts), add_special_tokens=special, **chat.IDS_ALONE)["input_ids"]
 
 
 def _suffix(tokenizer) -> list[int]:

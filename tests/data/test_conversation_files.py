@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxvaccine.data import Example, check_training_texts, load, load_examples, load_tokenizer
+from jaxvaccine.data import Example, check_training_texts, load, load_examples, load_tokenizer, tokenize_examples
 from jaxvaccine.data.prompts import Turn, conversation
 from tests.data import tokenizers_for_tests as kinds
 
@@ -179,7 +179,5 @@ def test_prompt_lists(tmp_path):
     examples, (account,) = load(f"prompts:{path}[0:2]")
     assert examples == [Example("First prompt"), Example("Second prompt")] and account.partly
     assert examples[1].where == f"{path}, line 3" and examples[0].columns[0] == "text"
-    from jaxvaccine.data import tokenize_examples
-
     with pytest.raises(ValueError, match=r"found 2 without a prompt or without an answer.* is .*a\.txt, line 1"):
         tokenize_examples(load_tokenizer(kinds.plain(tmp_path / "plain")), examples, 64)

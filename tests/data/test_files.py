@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import sys
+import tarfile
 import zipfile
 
 import fsspec
@@ -306,6 +307,24 @@ def test_urls_of_files_in_archives_and_on_disk(tmp_path, memory):
     memory("b.jsonl", '{"a": 2}\n')
     assert read_rows("simplecache::memory://bucket/b.jsonl") == [{"a": 2}]
     assert read_rows(write(tmp_path / "c.jsonl", '{"a": 3}\n').as_uri()) == [{"a": 3}]
+
+
+@pytest.mark.parametrize("name, content, rows", [
+    ("a.jsonl", b'{"a": 1}\n', [{"a": 1}]), ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n'), [{"a": 1}]),
+    ("a.json", b'{"a": ["b",\n"c"]}', [{"a": "b"}, {"a": "c"}])])
+@pytest.mark.parametrize("archive", ["all.tar.gz", "all.zip"])
+def test_a_file_in_an_archive_is_read_by_its_own_name(memory, archive, name, content, rows):
+    packed = io.BytesIO()
+    if archive.endswith("zip"):
+        with zipfile.ZipFile(packed, "w") as opened:
+            opened.writestr(name, content)
+    else:
+        with tarfile.open(fileobj=packed, mode="w:gz") as opened:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            opened.addfile(entry, io.BytesIO(content))
+    memory(archive, packed.getvalue())
+    assert read_rows(f"{archive.split('.')[1]}://{name}::memory://bucket/{archive}") == rows
 
 
 @pytest.mark.parametrize("content, message", [
