@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from jaxvaccine.data import agent_tasks, agent_world
+from jaxvaccine.data.batching import power_of_two
 from jaxvaccine.data.prompts import Example, Prompt, PromptForm, as_prompt
 from jaxvaccine.data.tokenizing import encode_prompts
 from jaxvaccine.evaluation.answers import decode_answer
@@ -25,7 +26,7 @@ def longest_context(example: Example) -> Example:
 def _filled(active: Sequence[int], total: int) -> frozenset[int]:
     """The active numbers and as many others as make a power of two, or all: generation compiles for every number of
     rows, and there are few such numbers."""
-    size = min(total, 1 << max(0, len(active) - 1).bit_length())
+    size = min(total, power_of_two(len(active)))
     known = set(active)
     others = (i for i in range(total) if i not in known)
     return frozenset(known | {i for i, _ in zip(others, range(size - len(known)), strict=False)})
