@@ -59,12 +59,11 @@ def converse(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenizerFast"
         going = set(active)
         prompts = encode_prompts(tokenizer, [e._replace(input=agent_tasks.context(lines[i] if i in going else []))
                                              for i, e in enumerate(examples)], prompt=prompt)
-        if sampling.temperature:
-            drawn = dataclasses.replace(sampling, seed=(sampling.seed + turn * 0x9E3779B1) % 2**32)
+        drawn = dataclasses.replace(sampling, seed=(sampling.seed + turn * 0x9E3779B1) % 2**32)
         asked = _filled(active, len(examples))
         turns = generate(model, adapter, frozen, prompts, max_new_tokens=max_new_tokens, eos_ids=eos_ids,
-                         batch_size=batch_size, bucket=bucket, sampling=drawn if sampling.temperature else sampling,
-                         progress=progress, answered=[i for i in range(len(examples)) if i not in asked])
+                         batch_size=batch_size, bucket=bucket, sampling=drawn, progress=progress,
+                         answered=[i for i in range(len(examples)) if i not in asked])
         texts = {i: decode_answer(tokenizer, turns[i], chat=as_prompt(prompt).form == "chat") for i in active}
         ended = _take(texts, states, lines, turn + 1 == agent_tasks.MAX_TURNS)
         found.update(ended)
