@@ -18,7 +18,7 @@ import numpy as np
 from jaxvaccine.checkpoints import hugging_face
 from jaxvaccine.checkpoints.peft import CONFIG, load_adapter, read_lora_config
 from jaxvaccine.data.tokenizer_files import eos_ids
-from jaxvaccine.evaluation.answers import find_stop, split_stop, tokens_to_stop
+from jaxvaccine.evaluation.answers import decode_text, find_stop, split_stop, tokens_to_stop
 from jaxvaccine.evaluation.generate import generate
 from jaxvaccine.evaluation.log_likelihood import log_likelihoods
 from jaxvaccine.evaluation.sampling import Sampling
@@ -152,9 +152,9 @@ def answer(served: Served, contexts: Sequence[str], until: Sequence[str], max_ge
 
     found = generate(served.model, served.adapter, served.frozen, prompts, max_new_tokens=max_gen_toks,
                      eos_ids=(*eos_ids(served.tokenizer), *of_stop), batch_size=served.batch_size, sampling=sampling,
-                     progress=progress, **({"stops": stops} if stop else {}))
-    texts = [served.tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in found]
-    return [text if (at := find_stop(text, stop)) is None else text[:at] for text in texts]
+                     progress=progress, stops=stops if stop else None)
+    texts = [decode_text(served.tokenizer, ids) for ids in found]
+    return [text[:find_stop(text, stop)] for text in texts]
 
 
 @functools.cache

@@ -28,6 +28,11 @@ def bucket_length(n: int, multiple: int = 64) -> int:
     return max(1, -(-n // multiple)) * multiple
 
 
+def power_of_two(n: int) -> int:
+    """n rounded up to a power of two, at least one: few programs are compiled, whatever the numbers."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def pad_rows(rows: Sequence[np.ndarray], count: int, multiple: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """Token ids int32 [count, T], right-padded with 0 to the bucket of the longest row, and lengths int32 [count].
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvaccine.checkpoints.hugging_face import Classifier, load_classifier, resolve_model
-from jaxvaccine.data.batching import pad_rows
 from jaxvaccine.data.tokenizer_files import load_tokenizer
 from jaxvaccine.data.tokenizing import check_vocabulary
+from jaxvaccine.evaluation.judge_rows import figures_of_rows
 from jaxvaccine.evaluation.judges import Judge, Verdict
 from jaxvaccine.llama import Llama, hidden_states
 
@@ -87,23 +87,9 @@ def category_scores(classifier: Classifier, rows: Sequence[np.ndarray], *, batch
     Raises:
       FloatingPointError: a score is not finite.
     """
-    from tqdm import tqdm
-
-    scores_NxC = np.zeros((len(rows), len(classifier.labels)), np.float32)
-    order = sorted(range(len(rows)), key=lambda i: -rows[i].size)
-    with tqdm(total=len(rows), desc="judge", unit="answer", disable=not progress) as bar:
-        for first in range(0, len(rows), batch_size):
-            chosen = order[first:first + batch_size]
-            input_ids_BxT, lengths_B = pad_rows([rows[i] for i in chosen], batch_size, bucket)
-            # Filler rows are read at a token too; nobody looks at their scores.
-            scores_NxC[chosen] = _scores(classifier.model, classifier.frozen, classifier.head, input_ids_BxT,
-                                         np.maximum(lengths_B, 1))[:len(chosen)]
-            bar.update(len(chosen))
-    wrong = np.flatnonzero(~np.isfinite(scores_NxC).all(axis=1))
-    if wrong.size:
-        raise FloatingPointError(f"judge: the scores of answer {wrong[0]} (from 0) are not finite: its weights or "
-                                 "activations overflowed")
-    return scores_NxC
+    scores = functools.partial(_scores, classifier.model, classifier.frozen, classifier.head)
+    return figures_of_rows(scores, rows, len(classifier.labels), batch_size=batch_size, bucket=bucket,
+                           progress=progress, what="scores")
 
 
 def load_beaver_dam(path_or_hub_id: str | os.PathLike = MODEL, *, dtype: Any = None, max_length: int = 256,

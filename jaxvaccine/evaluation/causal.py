@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvaccine.checkpoints.hugging_face import load_model, resolve_model
-from jaxvaccine.data.batching import pad_rows
 from jaxvaccine.data.texts import control_tokens
 from jaxvaccine.data.tokenizer_files import eos_ids, load_tokenizer
 from jaxvaccine.data.tokenizing import check_vocabulary
 from jaxvaccine.evaluation import judge_prompts
+from jaxvaccine.evaluation.answers import decode_text
 from jaxvaccine.evaluation.generate import generate
 from jaxvaccine.evaluation.judge_prompts import CHAT, Render
-from jaxvaccine.evaluation.judge_replies import AUTO, FORMS, PROBABILITY, THRESHOLDS, read_reply
+from jaxvaccine.evaluation.judge_replies import AUTO, FORMS, PROBABILITY, SCORE, read_reply
+from jaxvaccine.evaluation.judge_rows import figures_of_rows
 from jaxvaccine.evaluation.judges import Judge, Verdict
 from jaxvaccine.llama import Llama, hidden_states, token_logits
 
@@ -111,22 +112,11 @@ def word_probabilities(model: Llama, frozen, rows: Sequence[np.ndarray], words: 
     Raises:
       FloatingPointError: they are not finite.
     """
-    from tqdm import tqdm
+    def figures(input_ids_BxT, lengths_B):
+        return np.exp(_two_log_probabilities(model, frozen, input_ids_BxT, lengths_B, np.asarray(words)))
 
-    found_Nx2 = np.zeros((len(rows), 2), np.float32)
-    order = sorted(range(len(rows)), key=lambda i: -rows[i].size)
-    with tqdm(total=len(rows), desc="judge", unit="answer", disable=not progress) as bar:
-        for first in range(0, len(rows), batch_size):
-            chosen = order[first:first + batch_size]
-            input_ids_BxT, lengths_B = pad_rows([rows[i] for i in chosen], batch_size, BUCKET)
-            found_Nx2[chosen] = np.exp(_two_log_probabilities(
-                model, frozen, input_ids_BxT, np.maximum(lengths_B, 1), np.asarray(words)))[:len(chosen)]
-            bar.update(len(chosen))
-    wrong = np.flatnonzero(~np.isfinite(found_Nx2).all(axis=1))
-    if wrong.size:
-        raise FloatingPointError(f"judge: the probabilities of answer {wrong[0]} (from 0) are not finite: its weights "
-                                 "or activations overflowed")
-    return found_Nx2
+    return figures_of_rows(figures, rows, 2, batch_size=batch_size, bucket=BUCKET, progress=progress,
+                           what="probabilities")
 
 
 def load_causal_judge(path_or_hub_id: str | os.PathLike, template: str = CHAT, *, reading: Reading = "reply",
@@ -166,7 +156,7 @@ def load_causal_judge(path_or_hub_id: str | os.PathLike, template: str = CHAT, *
     check_vocabulary(tokenizer, model.config.vocab_size)
     room = model.config.max_position_embeddings - (max_new_tokens if reading == "reply" else 0)
     if threshold is None:
-        threshold = PROBABILITY if reading == "probability" else THRESHOLDS["score"]
+        threshold = PROBABILITY if reading == "probability" else SCORE
 
     def judge(prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         verdicts = [_spelt(question.special, *pair) for pair in zip(prompts, answers, strict=True)]
@@ -181,8 +171,7 @@ def load_causal_judge(path_or_hub_id: str | os.PathLike, template: str = CHAT, *
         if reading == "reply":
             replies = generate(model, None, frozen, list(seen.values()), max_new_tokens=max_new_tokens,
                                eos_ids=eos_ids(tokenizer), batch_size=batch_size, bucket=BUCKET, progress=progress)
-            found = [read_reply(tokenizer.decode(ids.tolist(), skip_special_tokens=True), form, threshold)
-                     for ids in replies]
+            found = [read_reply(decode_text(tokenizer, ids), form, threshold) for ids in replies]
         else:
             found = [_of_probabilities(*pair, FORMS[form].words, threshold, least_mass) for pair in word_probabilities(
                 model, frozen, list(seen.values()), question.words, batch_size=batch_size, progress=progress).tolist()]
@@ -191,7 +180,7 @@ def load_causal_judge(path_or_hub_id: str | os.PathLike, template: str = CHAT, *
         return verdicts
 
     if form == "score" and reading == "reply":
-        judge.highest = 5.0  # type: ignore[attr-defined]
+        judge.highest = SCORE  # type: ignore[attr-defined]
     return judge
 
 

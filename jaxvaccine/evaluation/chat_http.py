@@ -101,6 +101,7 @@ def post(url: str, body: bytes, headers: Mapping[str, str], timeout: float) -> R
     """
     sockets: list[socket.socket] = []
     expired = threading.Event()
+    late = TimeoutError(f"no whole response within {timeout:g} seconds")
 
     def expire() -> None:
         expired.set()
@@ -113,6 +114,8 @@ def post(url: str, body: bytes, headers: Mapping[str, str], timeout: float) -> R
             def connect(self):
                 super().connect()
                 sockets.append(self.sock)
+                if expired.is_set():  # before there was a socket to shut down
+                    raise late
 
         return Watched
 
@@ -124,7 +127,6 @@ def post(url: str, body: bytes, headers: Mapping[str, str], timeout: float) -> R
         def https_open(self, request):
             return self.do_open(watched(http.client.HTTPSConnection), request, context=self._context)
 
-    late = TimeoutError(f"no whole response within {timeout:g} seconds")
     timer = threading.Timer(timeout, expire)
     timer.daemon = True
     timer.start()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from jaxvaccine.data import agent_tasks, agent_world
+from jaxvaccine.data.batching import power_of_two
 from jaxvaccine.data.prompts import Example, Prompt, PromptForm, as_prompt
 from jaxvaccine.data.tokenizing import encode_prompts
 from jaxvaccine.evaluation.answers import decode_answer
@@ -25,7 +26,7 @@ def longest_context(example: Example) -> Example:
 def _filled(active: Sequence[int], total: int) -> frozenset[int]:
     """The active numbers and as many others as make a power of two, or all: generation compiles for every number of
     rows, and there are few such numbers."""
-    size = min(total, 1 << max(0, len(active) - 1).bit_length())
+    size = min(total, power_of_two(len(active)))
     known = set(active)
     others = (i for i in range(total) if i not in known)
     return frozenset(known | {i for i, _ in zip(others, range(size - len(known)), strict=False)})
@@ -58,12 +59,11 @@ def converse(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenizerFast"
         going = set(active)
         prompts = encode_prompts(tokenizer, [e._replace(input=agent_tasks.context(lines[i] if i in going else []))
                                              for i, e in enumerate(examples)], prompt=prompt)
-        if sampling.temperature:
-            drawn = dataclasses.replace(sampling, seed=(sampling.seed + turn * 0x9E3779B1) % 2**32)
+        drawn = dataclasses.replace(sampling, seed=(sampling.seed + turn * 0x9E3779B1) % 2**32)
         asked = _filled(active, len(examples))
         turns = generate(model, adapter, frozen, prompts, max_new_tokens=max_new_tokens, eos_ids=eos_ids,
-                         batch_size=batch_size, bucket=bucket, sampling=drawn if sampling.temperature else sampling,
-                         progress=progress, answered=[i for i in range(len(examples)) if i not in asked])
+                         batch_size=batch_size, bucket=bucket, sampling=drawn, progress=progress,
+                         answered=[i for i in range(len(examples)) if i not in asked])
         texts = {i: decode_answer(tokenizer, turns[i], chat=as_prompt(prompt).form == "chat") for i in active}
         ended = _take(texts, states, lines, turn + 1 == agent_tasks.MAX_TURNS)
         found.update(ended)

@@ -57,7 +57,7 @@ def empty(model: Llama, *, batch: int, capacity: int, max_new_tokens: int) -> tu
     return rows, cache_type(model).empty(model.config, batch, capacity, model.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames=("rows", "cache"))
+@functools.partial(jax.jit, static_argnames="model", donate_argnames=("rows", "cache"))
 def admit(model: Llama, adapter, frozen, shared: tuple[Stacked, ...], eos_ids_E, rows: Rows, cache: Cache,
           input_ids_GxT, lengths_G, prompts_G, slots_G, *, sampling: Sampling) -> tuple[Rows, Cache]:
     """Prompts take over the rows `slots`, each with its first token. Slots beyond the last row hold filler.
@@ -73,7 +73,7 @@ def admit(model: Llama, adapter, frozen, shared: tuple[Stacked, ...], eos_ids_E,
             cache.replace(slots_G, type(cache).of(new, lengths_G)))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "steps", "sampling"), donate_argnames=("rows", "cache"))
+@functools.partial(jax.jit, static_argnames=("model", "steps"), donate_argnames=("rows", "cache"))
 def decode(model: Llama, adapter, frozen, shared: tuple[Cache, ...], eos_ids_E, rows: Rows, cache: Cache, *,
            steps: int, sampling: Sampling) -> tuple[Rows, Cache]:
     """Up to `steps` more tokens for every row; fewer when all have ended.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxvaccine.data.batching import bucket_length, pad_rows
+from jaxvaccine.data.batching import bucket_length, pad_rows, power_of_two
 from jaxvaccine.evaluation import decoding
 from jaxvaccine.evaluation.sampling import GREEDY, Sampling
 from jaxvaccine.llama import Llama
@@ -135,7 +135,7 @@ def _answer(steps: _Steps, prompts: Sequence[np.ndarray], waiting: list[int], ba
         active = [b for b, i in enumerate(owners) if i != _FREE]
         size = len(owners)
         if not waiting and len(active) <= size // 2:
-            size = min(size, max(SMALLEST, 1 << (len(active) - 1).bit_length()))
+            size = min(size, max(SMALLEST, power_of_two(len(active))))
         needed = capacity([owners[b] for b in active] + waiting)
         if size < len(owners) or needed <= room // 2:
             kept = (active + [b for b, i in enumerate(owners) if i == _FREE])[:size]
@@ -149,8 +149,8 @@ def _answer(steps: _Steps, prompts: Sequence[np.ndarray], waiting: list[int], ba
             if i == _FREE:
                 continue
             count = int(counts_B[b])
-            if stops and (kept := stops(i, tokens_BxN[b, :count], seen.get(i, 0))) is not None:
-                ended[i], owners[b], stopped_B[b] = tokens_BxN[b, :kept].copy(), _FREE, True
+            if stops and (stop := stops(i, tokens_BxN[b, :count], seen.get(i, 0))) is not None:
+                ended[i], owners[b], stopped_B[b] = tokens_BxN[b, :stop].copy(), _FREE, True
                 continue
             seen[i] = count
             if not ended_B[b]:

@@ -89,14 +89,12 @@ def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str], template: str
     nothing; around other texts BOS and the like are put, unless they begin with BOS."""
     if template == CHAT:
         return [np.asarray(ids, np.int32) for ids in chat.encode_rendered(tokenizer, texts)]
-    bos = tokenizer.bos_token
-    own = [text for text in texts if not (bos and text.startswith(bos))]
-    encoded = {special: iter(tokenizer(
-        chosen, add_special_tokens=special, padding=False, truncation=False, return_attention_mask=False,
-        return_token_type_ids=False)["input_ids"] if chosen else ())
-        for special, chosen in ((True, own), (False, [text for text in texts if bos and text.startswith(bos)]))}
-    eos = tokenizer.eos_token_id
-    rows = [next(encoded[not (bos and text.startswith(bos))]) for text in texts]
-    # A tokenizer that closes every text would end the reply before it began.
-    return [np.asarray(row[:-1] if row and row[-1] == eos and not text.endswith(tokenizer.eos_token or "\0") else row,
-                       np.int32) for row, text in zip(rows, texts, strict=True)]
+    bos, rows = tokenizer.bos_token, []
+    for text in texts:
+        special = not (bos and text.startswith(bos))
+        row = tokenizer(text, add_special_tokens=special, padding=False, truncation=False, return_attention_mask=False,
+                        return_token_type_ids=False)["input_ids"]
+        # A tokenizer that closes every text would end the reply before it began.
+        closed = row and row[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token or "\0")
+        rows.append(np.asarray(row[:-1] if closed else row, np.int32))
+    return rows

@@ -15,6 +15,7 @@ from jaxvaccine.evaluation.refusal_phrases import find_refusal
 HARMFUL, REFUSED, NO_ANSWER, UNREAD, NOT_REFUSED = "harmful", "refused", "no answer", "unread", "not refused"
 NO_REFUSAL = "no refusal phrase"
 
+
 class Verdict(NamedTuple):
     """What a judge says of one answer, and why: for a person who reads the predictions.
 

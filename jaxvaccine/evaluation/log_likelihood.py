@@ -4,14 +4,14 @@ Shapes in names: B batch, T padded length, C longest continuation, D hidden size
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvaccine.data.batching import pad_rows
+from jaxvaccine.data.batching import pad_rows, power_of_two
 from jaxvaccine.llama import Llama, hidden_states, token_logits
 
 
@@ -45,8 +45,7 @@ def _score(model: Llama, adapter, frozen, input_ids_BxT, lengths_B, first_B, tar
 
 
 def log_likelihoods(model: Llama, adapter, frozen, rows: Sequence[tuple[np.ndarray, np.ndarray]], *,
-                    batch_size: int = 16, bucket: int = 64, progress: bool = False,
-                    keep: Callable[[int, LogLikelihood], None] = lambda number, found: None) -> list[LogLikelihood]:
+                    batch_size: int = 16, bucket: int = 64, progress: bool = False) -> list[LogLikelihood]:
     """log p(continuation | context) of every row.
 
     Rows of similar length are computed together, padded to multiples of `bucket`, their continuations to a power of
@@ -60,7 +59,6 @@ def log_likelihoods(model: Llama, adapter, frozen, rows: Sequence[tuple[np.ndarr
       batch_size: rows computed together.
       bucket: multiple, in tokens, to which rows are padded.
       progress: shows a bar.
-      keep: called with a row's number and result, batch by batch.
 
     Raises:
       ValueError: an empty context or continuation, or a row that is longer than the model's positions.
@@ -85,7 +83,7 @@ def log_likelihoods(model: Llama, adapter, frozen, rows: Sequence[tuple[np.ndarr
             ids_BxT, lengths_B = pad_rows([np.concatenate(rows[i])[:-1] for i in chosen], batch_size, bucket)
             ids_BxT = ids_BxT[:, :limit]
             longest = max(len(rows[i][1]) for i in chosen)
-            targets_BxC = np.full((batch_size, _power_of_two(longest)), -1, np.int32)
+            targets_BxC = np.full((batch_size, power_of_two(longest)), -1, np.int32)
             first_B = np.zeros(batch_size, np.int32)
             for b, i in enumerate(chosen):
                 context, continuation = rows[i]
@@ -97,10 +95,5 @@ def log_likelihoods(model: Llama, adapter, frozen, rows: Sequence[tuple[np.ndarr
                     raise FloatingPointError(f"rows: row {i}: its log-likelihood is {log_p_B[b]}: the model's weights "
                                              "or activations overflowed")
                 found[i] = LogLikelihood(float(log_p_B[b]), bool(greedy_B[b]))
-                keep(i, found[i])
             bar.update(len(chosen))
     return found
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()

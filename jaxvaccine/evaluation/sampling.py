@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,24 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+def _flatten(sampling: Sampling) -> tuple[tuple, tuple]:
+    seed = sampling.seed
+    # JAX would take an int for an int32, which holds half of the seeds.
+    return (np.uint32(seed) if isinstance(seed, int) else seed,), (sampling.temperature, sampling.top_k, sampling.top_p)
+
+
+def _unflatten(settings: tuple, seeds: tuple) -> Sampling:
+    """Not by the constructor, which checks the seed: within jit it is traced."""
+    found = object.__new__(Sampling)
+    for field, value in zip(dataclasses.fields(Sampling), (*settings, *seeds), strict=True):
+        object.__setattr__(found, field.name, value)
+    return found
+
+
+# The seed is a leaf: for another one, such as every turn of a conversation has, nothing is compiled anew.
+jax.tree_util.register_pytree_node(Sampling, _flatten, _unflatten)
 
 
 def keep_likely(logits_BxV, top_k: int, top_p: float):

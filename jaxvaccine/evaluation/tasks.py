@@ -309,7 +309,7 @@ def answer_prompts(model: Llama, adapter, frozen, tokenizer: "PreTrainedTokenize
 
     generate(model, adapter, frozen, begun, max_new_tokens=max_new_tokens, eos_ids=(*eos_ids, *of_stop),
              batch_size=batch_size, bucket=bucket, sampling=sampling, progress=progress, answered=answered, keep=take,
-             **({"stops": stops} if stop else {}))
+             stops=stops if stop else None)
     return [texts[i] for i in range(len(examples))]
 
 

@@ -19,8 +19,7 @@ NOTE = ("A method minus SFT with the same backbone, seed and attack, in points: 
 def measures(table: pd.DataFrame) -> list[str]:
     """What is compared, of a table: HS or what stands for it, FA or TS, and over-refusal."""
     found = set(table["measure"])
-    return [name for name in (names.harm(found), *names.ACCURACIES, names.TS,
-                        names.OVER_REFUSAL) if name in found]
+    return [name for name in (names.harm(found), *names.ACCURACIES, names.TS, names.OVER_REFUSAL) if name in found]
 
 
 def pairs_of(table: pd.DataFrame) -> list[tuple[str, str]]:

@@ -91,16 +91,19 @@ def _harms(results: Mapping[str, Any]) -> list[str]:
                     "window: it did not see these answers to the end.\n")
     if categories := result.get("categories"):
         text.append(f"## {harm[0].upper()}{harm[1:]} by harm category of the prompt\n")
-        text.append(tables.table(["category", "% (95% interval)", "prompts"],
-                                 [[name, tables.rate(rate), str(rate["n"])] for name, rate in categories.items()]))
+        text.append(_by_kind("category", categories))
     if sorts := results.get(names.OVER_REFUSAL, {}).get("categories"):
         text.append("## Over-refusal by sort of the request\n")
-        text.append(tables.table(["sort", "% (95% interval)", "prompts"],
-                                 [[name, tables.rate(rate), str(rate["n"])] for name, rate in sorts.items()]))
+        text.append(_by_kind("sort", sorts))
     if flagged := result.get("flagged"):
         text.append("## What the judge flags\n")
         text.append(tables.table(["category", "answers"], [[name, str(n)] for name, n in flagged.items()]))
     return text
+
+
+def _by_kind(kind: str, rates: Mapping[str, Any]) -> str:
+    return tables.table([kind, "% (95% interval)", "prompts"],
+                        [[name, tables.rate(rate), str(rate["n"])] for name, rate in rates.items()])
 
 
 def _unread_comparisons(result: Mapping[str, Any]) -> list[str]:
@@ -159,5 +162,5 @@ def _first_lines(path: Path, count: int = 20) -> list[dict[str, Any]]:
 
 
 def _short(text: str) -> str:
-    text = " ".join(text.split()).replace("|", "\\|")
+    text = " ".join(text.split())
     return text if len(text) <= 60 else text[:59] + "…"

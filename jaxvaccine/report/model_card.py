@@ -131,10 +131,10 @@ def _rows(of: Evaluation) -> list[list[str]]:
             continue
         judged = task in (names.HS, names.NOT_REFUSED, "alpaca_eval")
         judge = escaped(public(" ".join(filter(None, (flags.get("judge", ""), flags.get("judge_model", ""))))))
-        about = escaped(names.measure(task).heading), judge if judged else tables.NONE, escaped(
-            public(_test(of.config, task)))
-        rows.append([about[0], tables.rate(result), str(result["n"]), *about[1:]])
-        rows += [[f"{about[0]}: {escaped(name)}", tables.rate(rate), str(rate["n"]), *about[1:]]
+        heading = escaped(names.measure(task).heading)
+        about = [judge if judged else tables.NONE, escaped(public(_test(of.config, task)))]
+        rows.append([heading, tables.rate(result), str(result["n"]), *about])
+        rows += [[f"{heading}: {escaped(name)}", tables.rate(rate), str(rate["n"]), *about]
                  for name, rate in result.get("categories", {}).items()]
     return rows
 

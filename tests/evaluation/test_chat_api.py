@@ -1,6 +1,7 @@
 """chat_api against a real HTTP server on the loopback address."""
 
 import contextlib
+import http.client
 import http.server
 import json
 import socket
@@ -455,6 +456,23 @@ def test_a_server_that_sends_a_byte_now_and_then(monkeypatch, first, more):
     with pytest.raises(ConnectionError, match=r"no whole response within 0\.5 seconds \(attempt 2 of 2\)"):
         judge(server, timeout=0.5, attempts=2)
     assert time.monotonic() - start < 5 and server.requests == 2
+    server.listening.close()
+
+
+def test_a_connection_that_comes_after_the_deadline(monkeypatch):
+    """There was no socket to shut down then: what comes of it late is not waited for."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    connect = http.client.HTTPConnection.connect
+
+    def late(self):
+        time.sleep(0.4)
+        connect(self)
+
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", late)
+    server, start = Trickle(b"HTTP/1.1 200 OK\r\nContent-Length: 40\r\n\r\n", b"{"), time.monotonic()
+    with pytest.raises(TimeoutError, match=r"no whole response within 0\.2 seconds"):
+        chat_http.post(server.url, b"", {}, 0.2)
+    assert time.monotonic() - start < 2
     server.listening.close()
 
 

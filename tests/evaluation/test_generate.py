@@ -212,7 +212,10 @@ def test_draws_depend_on_seed_prompt_and_position():
 
     first = draw()
     assert first == draw() and len({tuple(a) for a in first}) == 3
-    assert draw(same[:1]) == first[:1] and draw(seed=2) != first
+    compiled = decoding.decode._cache_size(), decoding.admit._cache_size()
+    assert draw(seed=2) != first and draw(seed=2**32 - 1) != draw(seed=2**31)
+    assert (decoding.decode._cache_size(), decoding.admit._cache_size()) == compiled, "seeds share one program"
+    assert draw(same[:1]) == first[:1]
 
 
 @settings(max_examples=12, deadline=None)

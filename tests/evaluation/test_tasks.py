@@ -272,7 +272,7 @@ def test_evaluate_prompts_hands_over_what_generation_needs(tokenizer, tiny, monk
                               sampling=Sampling(0.5), **run)
     assert result.score == 100 and [p.answer for p in result.predictions] == ["positive", "negative"]
     assert seen == {"adapter": "the adapter", "max_new_tokens": 200, "eos_ids": (0,), "batch_size": 7, "bucket": 9,
-                    "sampling": Sampling(0.5), "progress": False, "answered": {}}
+                    "sampling": Sampling(0.5), "progress": False, "answered": {}, "stops": None}
     evaluate_prompts(tiny[0], examples=sentiment("positive", "negative"), eos_ids=(3, 4), **run)
     assert seen["eos_ids"] == (3, 4)
 
