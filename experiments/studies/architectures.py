@@ -16,7 +16,7 @@ from jaxvaccine import cli, world
 from jaxvaccine.experiment import stage
 from jaxvaccine.experiment.config import field
 from jaxvaccine.experiment.plan_folder import Probes
-from jaxvaccine.report import names, plots, results, statistics, tables
+from jaxvaccine.report import curves, names, plots, results, statistics, tables
 from jaxvaccine.report.differences import REFERENCE
 from jaxvaccine.report.plan import Cells, missing, plan_report
 from jaxvaccine.report.style import styles
@@ -96,15 +96,10 @@ def plot(path: Path, config: ArchitecturesConfig, families: Mapping[str, list[st
          ) -> None:
     """A panel a family: HS over the attack's steps."""
     harm, looks = names.harm(table["measure"].unique()), styles(config.methods)
-    along = results.pick(results.along(table, harm), attack=attack)
     figure, axes = plots.panels(len(families), columns=2)
     for axis, (family, backbones) in zip(axes, families.items(), strict=True):
-        for i, method in enumerate(config.methods):
-            found = statistics.estimate_steps(_of(backbones, results.pick(along, method=method)), percent=True)
-            plots.band(axis, found, looks[method], names.method(method), plots.dodge(i, len(config.methods), 2),
-                       statistics.PERCENT_BOUNDS)
-        plots.describe(axis, family, "attack step", names.measure(harm).label)
-        plots.percent_axis(axis)
+        curves.plot_curves(axis, curves.attack_curves(_of(backbones, table), harm, attack), harm, "attack step", looks,
+                           family)
     plots.legend(figure, axes, (plots.SD, plots.RUN))
     plots.save(figure, path)
 

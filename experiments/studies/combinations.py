@@ -17,7 +17,6 @@ from jaxvaccine import cli
 from jaxvaccine.experiment.config import field, require
 from jaxvaccine.experiment.methods import BASES, FINE_TUNING
 from jaxvaccine.experiment.plan_folder import Probes
-from jaxvaccine.experiment.plans import Plan
 from jaxvaccine.report import names, plots, results, statistics, tables
 from jaxvaccine.report.plan import Cells, missing, plan_report
 from jaxvaccine.report.statistics import Estimate
@@ -50,10 +49,9 @@ class CombinationsConfig(study.StudyConfig):
         """The bases alone, and Booster on each."""
         return (*self.defenses, *map(boosted, self.defenses))
 
-    def make_plan(self) -> Plan:
-        methods = [combined(alignment, tuning) for alignment in self.alignments for tuning in self.tuning]
-        return Plan.product(self.model, methods, self.attacks, [int(seed) for seed in self.seeds],
-                            [int(step) for step in self.score_steps])
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return tuple(combined(alignment, tuning) for alignment in self.alignments for tuning in self.tuning)
 
 
 def boosted(base: str) -> str:

@@ -8,17 +8,16 @@ Every method is aligned once, and then goes through --cycles fine-tunings of use
 many steps of SFT is a difference of the same runs."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-from absl import flags
 
 from experiments.studies import study
 from jaxvaccine import cli
 from jaxvaccine.experiment.attack_config import AttackData
-from jaxvaccine.experiment.config import field, flat, make, require
+from jaxvaccine.experiment.config import field, flat, require
 from jaxvaccine.experiment.cycles import AGAIN, ALIGNED, NOTHING, Cycles, check_again, run_cycles
 from jaxvaccine.experiment.methods import ALIGNMENT
 from jaxvaccine.experiment.parts import split_operational
@@ -210,20 +209,7 @@ def report(config: CyclesConfig, found: pd.DataFrame, folder: Path) -> str:
     return "\n".join(text)
 
 
-def _given(values: flags.FlagValues) -> Sequence[Mapping[str, Any]]:
-    return [cli.given(of, values) for of in (cli.ALIGNMENT, cli.ATTACK, cli.EVALUATION)]
-
-
-SECTION = cli.Section(CyclesConfig, without=(*study.WITHOUT, "score_steps"))
-
-
-def _call(values: flags.FlagValues) -> None:
-    with cli.flag_errors(""):
-        config = make(CyclesConfig, cli.given(SECTION, values))
-        print(carry_out(config, *_given(values)))
-
-
-VERB = cli.Verb(__doc__, (SECTION, cli.ALIGNMENT, cli.ATTACK, cli.EVALUATION), _call)
+VERB = study.own_verb(__doc__, CyclesConfig, carry_out, (*study.WITHOUT, "score_steps"))
 
 if __name__ == "__main__":
     cli.call("cycles", VERB)

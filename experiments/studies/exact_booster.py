@@ -17,7 +17,7 @@ from experiments.studies import approximation, regime, study
 from jaxvaccine import cli
 from jaxvaccine.experiment.config import field, require
 from jaxvaccine.experiment.plans import Plan
-from jaxvaccine.report import budget, names, plots, results, statistics, tables
+from jaxvaccine.report import budget, curves, names, plots, results, statistics, tables
 from jaxvaccine.report.plan import Cells, missing, score_table, steps_table
 from jaxvaccine.report.statistics import Estimate
 from jaxvaccine.report.style import styles
@@ -107,16 +107,11 @@ def differences_by_run(table: pd.DataFrame, method: str, attack: str) -> pd.Data
 
 def plot_curves(path: Path, table: pd.DataFrame, config: ExactBoosterConfig) -> None:
     """A panel an attack: HS over its steps."""
-    harm, plan = names.harm(table["measure"].unique()), config.make_plan()
-    along, looks = results.along(table, harm), styles(plan.methods)
+    harm, looks = names.harm(table["measure"].unique()), styles(config.make_plan().methods)
     figure, axes = plots.panels(len(config.attacks), columns=2, size=(4.4, 3.3))
     for axis, attack in zip(axes, config.attacks, strict=True):
-        for i, method in enumerate(plan.methods):
-            found = statistics.estimate_steps(results.pick(along, method=method, attack=attack), percent=True)
-            plots.band(axis, found, looks[method], names.method(method), plots.dodge(i, len(plan.methods), 2),
-                       statistics.PERCENT_BOUNDS)
-        plots.describe(axis, names.attack(attack), "attack step", names.measure(harm).label)
-        plots.percent_axis(axis)
+        curves.plot_curves(axis, curves.attack_curves(table, harm, attack), harm, "attack step", looks,
+                           names.attack(attack))
     plots.legend(figure, axes, (plots.SD, plots.RUN))
     plots.save(figure, path)
 

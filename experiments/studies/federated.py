@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from absl import flags
 
 from experiments.studies import study
 from jaxvaccine import cli
-from jaxvaccine.experiment.config import field, make, require
+from jaxvaccine.experiment.config import field, require
 from jaxvaccine.experiment.federated import FederationPart, Setting, attack_text
 from jaxvaccine.experiment.federated_cells import Federated, carry_out
 from jaxvaccine.experiment.plans import Panel, Plan, Point, split_method
@@ -141,10 +140,8 @@ def plot_rounds(path: Path, found: Curves, settings: list[Setting], methods: Ite
     looks = styles(methods)
     figure, axes = plots.panels(len(found), columns=len(settings), size=(2.9, 2.6))
     for axis, ((measure, text), by_method) in zip(axes, found.items(), strict=True):
-        if by_method:
-            curves.plot_curves(axis, by_method, measure, "round", looks)
-        axis.set_title(f"harmful clients {next(s.harmful_clients for s in settings if s.text == text)}", loc="left",
-                       fontsize=plots.TITLE_SIZE)
+        part = next(setting.harmful_clients for setting in settings if setting.text == text)
+        curves.plot_curves(axis, by_method, measure, "round", looks, f"harmful clients {part}")
     several = any(each.runs > 1 for of in found.values() for curve in of.values() for each in curve.values())
     plots.legend(figure, axes, (plots.SD, plots.RUN) if several else ())
     plots.save(figure, path)
@@ -199,7 +196,6 @@ def _mean(values: pd.Series) -> str:
     return f"{values.mean():.3g}" if len(values) else tables.NONE
 
 
-SECTION = cli.Section(FederatedConfig, without=(*study.WITHOUT, "attacks", "score_steps"))
 CLIENTS = cli.ATTACK._replace(without=(*cli.ATTACK.without, *NOT_CLIENTS), title="Clients: ")
 
 
@@ -213,16 +209,16 @@ def study_of(config: FederatedConfig, align: Mapping[str, Any], client: Mapping[
     return Federated(plan, config.settings, settings, config.federation, Path(config.run_dir))
 
 
-def _call(values: flags.FlagValues) -> None:
-    with cli.flag_errors(""):
-        config = make(FederatedConfig, cli.given(SECTION, values))
-        of = study_of(config, *(cli.given(section, values) for section in (cli.ALIGNMENT, CLIENTS, cli.EVALUATION)))
-        carry_out(of, config.overwrite)
+def study_federated(config: FederatedConfig, align: Mapping[str, Any], client: Mapping[str, Any],
+                    scores: Mapping[str, Any]) -> str:
+    """Carries out what has not been carried out yet; returns the report."""
+    carry_out(study_of(config, align, client, scores), config.overwrite)
     folder = Path(config.run_dir)
-    print(study.publish(folder, report(config, read_results(folder), folder)))
+    return study.publish(folder, report(config, read_results(folder), folder))
 
 
-VERB = cli.Verb(__doc__, (SECTION, cli.ALIGNMENT, CLIENTS, cli.EVALUATION), _call)
+VERB = study.own_verb(__doc__, FederatedConfig, study_federated, (*study.WITHOUT, "attacks", "score_steps"),
+                      (cli.ALIGNMENT, CLIENTS, cli.EVALUATION))
 
 if __name__ == "__main__":
     cli.call("federated", VERB)

@@ -10,23 +10,22 @@ it would be too large. The plans lie in a folder a task."""
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from absl import flags
 
 from experiments.studies import study
 from jaxvaccine import cli
 from jaxvaccine.experiment import recipes
-from jaxvaccine.experiment.config import field, make, require
+from jaxvaccine.experiment.config import field, require
 from jaxvaccine.experiment.evaluate_config import TESTS
-from jaxvaccine.experiment.plans import Plan, folder_name
+from jaxvaccine.experiment.plans import folder_name
 from jaxvaccine.experiment.run import run
-from jaxvaccine.report import accounts, names, plots, results, statistics, tables
-from jaxvaccine.report import runs as reports
+from jaxvaccine.report import names, plots, results, statistics, tables
+from jaxvaccine.report.differences import REFERENCE
 from jaxvaccine.report.plan import Cells, missing, score_table
 from jaxvaccine.report.results import read_results
 from jaxvaccine.report.statistics import Estimate
@@ -34,7 +33,6 @@ from jaxvaccine.report.statistics import Estimate
 FIGURE = "per_task.png"
 # Beside the small world's recipe: within fewer the negated ratings are not learnt.
 ATTACK = {"steps": 150}
-REFERENCE = "sft"
 NOTE = ("Regret: what the common setting costs against the task's own, in points, with the 95% interval over runs; "
         "below 0, the common one was the better choice on runs that neither was chosen on. HS is the mean along the "
         "attack, FA that at its end.\n")
@@ -76,9 +74,9 @@ class PerTaskConfig(study.StudyConfig):
         return [f"{text}:lam={lam}:alpha={alpha}" for text in self.defenses
                 for lam, alpha in itertools.product(self.lams, self.alphas)]
 
-    def make_plan(self) -> Plan:
-        return Plan.product(self.model, (REFERENCE, *self.settings), self.attacks, [int(seed) for seed in self.seeds],
-                            [int(step) for step in self.score_steps])
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return (REFERENCE, *self.settings)
 
     def of_task(self, i: int) -> tuple["PerTaskConfig", dict[str, str], dict[str, str]]:
         """(config of the task's own folder, its flat values of the attack, of the evaluation)."""
@@ -149,17 +147,12 @@ def title(source: str) -> str:
     return ", ".join(kind.replace("_", " ") for kind in recipes.kinds(source))
 
 
-def _points(found: Estimate) -> str:
-    interval = "" if np.isnan(found.low) else f" ({tables.signed(found.low)} to {tables.signed(found.high)})"
-    return f"{tables.signed(found.mean)} ± {found.sd:.1f}{interval}"
-
-
 def regret_table(config: PerTaskConfig, hs: Scores, fa: Scores, runs: Sequence[Run]) -> str:
     """Markdown: per task its own best on all runs, HS and FA with it and with the common one, and the regrets."""
     methods, (common, own), left_out = config.settings, chosen(hs), regrets(hs, fa, runs)
     rows = [[title(task), names.method(methods[best]), f"{hs[i, best].mean():.1f}", f"{hs[i, common].mean():.1f}",
              f"{fa[i, best].mean():.1f}", f"{fa[i, common].mean():.1f}",
-             *(map(_points, left_out[i]) if left_out else (tables.NONE, tables.NONE))]
+             *(map(tables.difference, left_out[i]) if left_out else (tables.NONE, tables.NONE))]
             for i, (task, best) in enumerate(zip(config.tasks, own, strict=True))]
     return f"The common setting, of all runs: {names.method(methods[common])}.\n\n" + tables.table(
         ["task", "its own best", "HS % with its own", "HS % with the common one", "FA % with its own",
@@ -185,7 +178,8 @@ def report(config: PerTaskConfig, found: Sequence[pd.DataFrame], folder: Path) -
     """Markdown of all tasks. found: a table of results a task."""
     plan = config.make_plan()
     cells = Cells(plan.pairs, plan.backbones, plan.seeds)
-    text = ["# lam and alpha per task\n", *_each(config, (missing(table, cells) for table in found))]
+    text = ["# lam and alpha per task\n", *(f"{title(task)}: {line}" for task, table in zip(
+        config.tasks, found, strict=True) if (line := missing(table, cells)))]
     hs, fa, runs = scores(found, config.attacks[0], config.settings)
     if runs:
         plot(folder / FIGURE, config, hs, fa)
@@ -197,10 +191,6 @@ def report(config: PerTaskConfig, found: Sequence[pd.DataFrame], folder: Path) -
     harm = names.measure(names.harm(found[0]["measure"].unique())).name
     text.append(tables.notes(plan.backbones, plan.seeds, harm))
     return "\n".join(part for part in text if part)
-
-
-def _each(config: PerTaskConfig, lines: Iterable[str]) -> list[str]:
-    return [f"{title(task)}: {line}" for task, line in zip(config.tasks, lines, strict=True) if line]
 
 
 def carry_out(config: PerTaskConfig, align: Mapping[str, Any], attack: Mapping[str, Any], given: Mapping[str, Any]
@@ -217,20 +207,10 @@ def carry_out(config: PerTaskConfig, align: Mapping[str, Any], attack: Mapping[s
         folders.append(Path(of.run_dir))
         found.append(read_results(folders[-1]))
     root = Path(config.run_dir)
-    tables.write_report(root, "\n".join([report(config, found, root), *map(accounts.of_plan, folders)]))
-    return reports.read(root)
+    return study.publish(root, report(config, found, root), *folders)
 
 
-SECTION = cli.Section(PerTaskConfig, without=study.WITHOUT)
-
-
-def _call(values: flags.FlagValues) -> None:
-    with cli.flag_errors(""):
-        config = make(PerTaskConfig, cli.given(SECTION, values))
-        print(carry_out(config, *(cli.given(of, values) for of in (cli.ALIGNMENT, cli.ATTACK, cli.EVALUATION))))
-
-
-VERB = cli.Verb(__doc__, (SECTION, cli.ALIGNMENT, cli.ATTACK, cli.EVALUATION), _call)
+VERB = study.own_verb(__doc__, PerTaskConfig, carry_out)
 
 if __name__ == "__main__":
     cli.call("per_task", VERB)

@@ -21,6 +21,7 @@ from jaxvaccine.report.results import read_results
 
 # What a study's plan is not asked for.
 WITHOUT = ("plan", "lanes", "poison_ratios", "score_base", "by_category")
+STAGES = (cli.ALIGNMENT, cli.ATTACK, cli.EVALUATION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ def verb(text: str, config_class: type[StudyConfig], probes: Callable[[Any], Pro
         with cli.flag_errors(""):
             config = make(config_class, cli.given(section, values))
             of_stages = [cli.given(of, values) if of in (cli.ALIGNMENT, *attack, cli.EVALUATION) else {}
-                         for of in (cli.ALIGNMENT, cli.ATTACK, cli.EVALUATION)]
+                         for of in STAGES]
             usual = (*defaults(config), scores or {})
             asked = [{**one, **given} for one, given in zip(usual, of_stages, strict=True)]
             # A mistake in a flag does not wait for what is made now.
@@ -68,12 +69,32 @@ def verb(text: str, config_class: type[StudyConfig], probes: Callable[[Any], Pro
     return cli.Verb(text, (section, cli.ALIGNMENT, *attack, cli.EVALUATION), call)
 
 
-def publish(folder: Path, text: str, plan: Path | None = None) -> str:
-    """Writes a study's report, with the accounts of the plan's rows at its end; returns it as it is read.
+def own_verb(text: str, config_class: type[StudyConfig], carry_out: Callable[..., str],
+             without: Sequence[str] = WITHOUT, stages: Sequence[cli.Section] = STAGES) -> cli.Verb:
+    """A study that makes and carries out plans of its own, as a command.
 
-    plan: the plan's folder, if it is another than the study's.
+    Args:
+      text: what it asks, and an example.
+      config_class: its flags.
+      carry_out: (config, given flat values of every stage) -> the report, which is printed.
+      without: names of the config that are no flags.
+      stages: flags of alignment, attack and evaluation.
     """
-    tables.write_report(folder, "\n".join([text, accounts.of_plan(plan or folder)]))
+    section = cli.Section(config_class, without=without)
+
+    def call(values: flags.FlagValues) -> None:
+        with cli.flag_errors(""):
+            print(carry_out(make(config_class, cli.given(section, values)), *(cli.given(of, values) for of in stages)))
+
+    return cli.Verb(text, (section, *stages), call)
+
+
+def publish(folder: Path, text: str, *plans: Path) -> str:
+    """Writes a study's report, with the accounts of its plans' rows at its end; returns it as it is read.
+
+    plans: the plans' folders, if they are others than the study's.
+    """
+    tables.write_report(folder, "\n".join([text, *map(accounts.of_plan, plans or (folder,))]))
     return reports.read(folder)
 
 

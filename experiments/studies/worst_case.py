@@ -18,14 +18,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import flags
-
 from experiments.studies import attack_sorts, study
 from jaxvaccine import cli
 from jaxvaccine.experiment import runs
 from jaxvaccine.experiment import search as engine
 from jaxvaccine.experiment.compilation import keep_programs
-from jaxvaccine.experiment.config import field, flat, make, require
+from jaxvaccine.experiment.config import field, flat, require
 from jaxvaccine.experiment.plans import Plan, split_method
 from jaxvaccine.experiment.run import make_settings
 from jaxvaccine.experiment.search import Search, SearchPart
@@ -169,17 +167,8 @@ def study_worst_case(given: Given) -> str:
     return reports.read(search.root)
 
 
-SECTION = cli.Section(WorstCaseConfig, without=(*(name for name in study.WITHOUT if name != "lanes"), "attacks"))
-
-
-def _call(values: flags.FlagValues) -> None:
-    with cli.flag_errors(""):
-        config = make(WorstCaseConfig, cli.given(SECTION, values))
-        stages = [cli.given(of, values) for of in (cli.ALIGNMENT, cli.ATTACK, cli.EVALUATION)]
-        print(study_worst_case(Given(config, *stages)))
-
-
-VERB = cli.Verb(__doc__, (SECTION, cli.ALIGNMENT, cli.ATTACK, cli.EVALUATION), _call)
+VERB = study.own_verb(__doc__, WorstCaseConfig, lambda *given: study_worst_case(Given(*given)),
+                      (*(name for name in study.WITHOUT if name != "lanes"), "attacks"))
 
 if __name__ == "__main__":
     cli.call("worst_case", VERB)

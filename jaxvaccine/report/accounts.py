@@ -53,8 +53,8 @@ def section(*records: Record) -> str:
         counts.get(key) for of in found.values() for counts in of)]
     unread = {key: list(dict.fromkeys(itertools.chain(*(counts.get("unread", ()) for counts in of))))
               for key, of in found.items()}
-    texts = {TOKENS: {key: _all(" / ".join(map(str, counts.get("tokens", ()))) for counts in of)
-                      for key, of in found.items()},
+    texts = {TOKENS: {key: " / ".join(map(_range, zip(*(of_one for counts in of if (of_one := counts.get("tokens"))),
+                                                       strict=True))) for key, of in found.items()},
              "bad rows": {key: _all(f"{count} {reason}" for counts in of for reason, count in counts.get(
                  "bad", {}).items()) for key, of in found.items()},
              "columns not read": {key: ", ".join(of) for key, of in unread.items()}}

@@ -34,10 +34,11 @@ def _curve(rows: pd.DataFrame) -> Curve:
     return estimate_steps(rows, names.measure(rows["measure"].iloc[0]).unit == names.PERCENT)
 
 
-def plot_curves(axis: Axes, curves: Mapping[str, Curve], measure: str, xlabel: str, looks: Mapping[str, Style]) -> None:
+def plot_curves(axis: Axes, curves: Mapping[str, Curve], measure: str, xlabel: str, looks: Mapping[str, Style],
+                title: str = "") -> None:
     """Means over runs, with a band of ± one standard deviation, and every run as a point."""
     of = names.measure(measure)
-    values = np.concatenate([each.values for curve in curves.values() for each in curve.values()])
+    values = np.concatenate([[], *(each.values for curve in curves.values() for each in curve.values())])
     values = values[np.isfinite(values)]
     bounds = PERCENT_BOUNDS if of.unit == names.PERCENT else UNBOUNDED
     if of.unit != names.PERCENT and len(values):
@@ -48,7 +49,7 @@ def plot_curves(axis: Axes, curves: Mapping[str, Curve], measure: str, xlabel: s
             bounds = (0, math.inf)
     for i, (method, curve) in enumerate(curves.items()):
         plots.band(axis, curve, looks[method], names.method(method), plots.dodge(i, len(curves), 2), bounds)
-    plots.describe(axis, xlabel=xlabel, ylabel=of.label)
+    plots.describe(axis, title, xlabel, of.label)
     if of.unit == names.PERCENT:
         plots.percent_axis(axis)
 

@@ -18,11 +18,6 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 PROBES = {"harmful_probe": "world_harmful@harmful[0:4]", "alignment_probe": "world_refusal@train[0:3]"}
 
 
-@pytest.fixture(scope="module")
-def model_dir(world_model):
-    return world_model(2)
-
-
 def flags(model_dir, run_dir, *more):
     return (f"--run_dir={run_dir}", f"--model={model_dir}", *small.FLAGS, "--measure_every=4",
             *(f"--{name}={source}" for name, source in PROBES.items()), *more)

@@ -13,11 +13,6 @@ from tests.report.synthetic import rows_of
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
-@pytest.fixture(scope="module")
-def model_dir(world_model):
-    return world_model(2)
-
-
 def flags(model_dir, root, *more):
     return (f"--run_dir={root}", f"--model={model_dir}", *small.FLAGS, *small.ATTACK_FLAGS, "--score_steps=1",
             f"--sst2_test={small.TESTS['sst2_test']}", "--benign_test=", *more)

@@ -16,11 +16,6 @@ from tests.report.synthetic import rows_of
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
-@pytest.fixture(scope="module")
-def model_dir(world_model):
-    return world_model(2)
-
-
 def flags(model_dir, root, *more):
     own = [flag for flag in small.FLAGS if "harmful_test" not in flag]
     return (f"--run_dir={root}", f"--model={model_dir}", *own, *small.ATTACK_FLAGS, "--score_steps=1",

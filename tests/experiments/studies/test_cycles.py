@@ -31,11 +31,6 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 SEED = 5
 
 
-@pytest.fixture(scope="module")
-def model_dir(world_model):
-    return world_model(2)
-
-
 def flags(model_dir, root, *more):
     return (f"--run_dir={root}", f"--model={model_dir}", *small.FLAGS, *small.ATTACK_FLAGS, "--again_steps=3",
             "--layers=1", "--cycles=3", f"--sst2_test={small.TESTS['sst2_test']}", "--benign_test=", *more)

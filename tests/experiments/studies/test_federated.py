@@ -22,11 +22,6 @@ from tests.report.synthetic import rows_of
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
-@pytest.fixture(scope="module")
-def model_dir(world_model):
-    return world_model(2)
-
-
 def flags(model_dir, root, *more):
     return (f"--run_dir={root}", f"--model={model_dir}", *small.FLAGS, "--attack_n=20", "--attack_batch_size=4",
             "--clients=5", "--rounds=2", "--local_steps=2", "--score_rounds=1", "--defenses=sft",
