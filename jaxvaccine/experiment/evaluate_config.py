@@ -16,6 +16,7 @@ from jaxvaccine.experiment.parts import (
     AS_ALIGNED,
     BAD_ROWS,
     SOURCE,
+    SYSTEM_PROMPT,
     AfterAlignment,
     Dtype,
     LaterPrompt,
@@ -99,8 +100,7 @@ class TestsPart(AfterAlignment, Part):
         AS_ALIGNED, "What is put around a test's examples: the prompt that --trained was aligned with, and another is "
         "an error; of --model alpaca, the papers', unless given.")
     system_prompt: str | None = field(
-        None, "--prompt=chat: the system prompt of conversations that have none; that of --trained unless given, and "
-        "'' is what the template does itself.")
+        None, f"{SYSTEM_PROMPT}that of --trained unless given, and '' is what the template does itself.")
     supervise: data.Supervise = field(
         "all", "--prompt=chat: of conversations of --loss_data with several answers, which ones count.")
     bad_rows: data.BadRows = field("error", BAD_ROWS)
