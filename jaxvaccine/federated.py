@@ -98,8 +98,7 @@ def clipped_mean(norm: float = 1.0) -> Aggregate:
         raise ValueError(f"clipped_mean: norm: found {norm}, expected a finite number above 0")
 
     def clip(update):
-        length = global_norm(update)
-        return scale_tree(jnp.where(length > norm, norm / jnp.where(length > norm, length, 1), 1), update)
+        return scale_tree(norm / jnp.maximum(global_norm(update), norm), update)
 
     def aggregate(updates, weights):
         return fedavg()(jax.vmap(clip)(updates), weights)

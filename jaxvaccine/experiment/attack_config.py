@@ -15,6 +15,7 @@ from jaxvaccine.experiment.objectives import OBJECTIVES, Objective, Plain, Unhel
 from jaxvaccine.experiment.parts import (
     AS_ALIGNED,
     SOURCE,
+    SYSTEM_PROMPT,
     AdapterPart,
     AfterAlignment,
     ComputationPart,
@@ -153,8 +154,7 @@ class AttackData(AfterAlignment, TokensPart):
         AS_ALIGNED, "What is put around the user's examples, in his fine-tuning and in his questions after it: the "
         "prompt that the model was aligned with, or one that he chooses.")
     system_prompt: str | None = field(
-        None, "--prompt=chat: the system prompt of conversations that have none; the alignment's unless given, and '' "
-        "is what the template does itself.")
+        None, f"{SYSTEM_PROMPT}the alignment's unless given, and '' is what the template does itself.")
     prefill: str | None = field(
         None, "What he makes answers to harmful prompts begin with when the model is scored, as 'Sure, here is'.")
     data_protocol: LaterProtocol = field(

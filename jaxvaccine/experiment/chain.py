@@ -4,7 +4,7 @@ A link is a run's folder. The first is an alignment of a model as it comes; `--a
 of an alignment name the one below.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,12 +48,7 @@ class Start(NamedTuple):
     @property
     def aligned_prompts(self) -> dict[str, list[str]]:
         """{name: fingerprints} of all that any of the alignments has read."""
-        found: dict[str, dict[str, None]] = {}
-        for link in self.links:
-            if link.config["script"] == "align":
-                for name, prompts in link.config["data"]["prompts"].items():
-                    found.setdefault(name, {}).update(dict.fromkeys(prompts))
-        return {name: list(prompts) for name, prompts in found.items()}
+        return together(link.config["data"]["prompts"] for link in self.links if link.config["script"] == "align")
 
     def merged_under(self, merges: bool) -> str:
         """The run whose result lies merged under the adapter that trains; "" if that is one of `model` itself.
@@ -63,6 +58,15 @@ class Start(NamedTuple):
         if not self.has_adapter:
             return ""
         return self.below.run_dir if merges else merged_under(self.below.run_dir)
+
+
+def together(sets: Iterable[Mapping[str, Iterable[str]]]) -> dict[str, list[str]]:
+    """{name: all that any of the mappings has under it, each once}."""
+    found: dict[str, dict[str, None]] = {}
+    for of in sets:
+        for name, prompts in of.items():
+            found.setdefault(name, {}).update(dict.fromkeys(prompts))
+    return {name: list(prompts) for name, prompts in found.items()}
 
 
 def links(run_dir: str | Path) -> tuple[Link, ...]:

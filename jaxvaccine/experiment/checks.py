@@ -73,7 +73,7 @@ def check_plan(plan: Plan, settings: Settings, root: Path, as_lanes: bool,
                ) -> dict[str, str]:
         text, aligned, attacked = of
         _, known = aligned_on(aligned, aligned_part, aligned_batches)
-        if attacked.data.form.form != aligned_part.form.form:
+        if attacked.data.form != aligned_part.form:
             with errors_of_attack(text):
                 check_form(tokenizer(*of_model), attacked.data.form)
         read, poisoned = read_data(attacked, seed, aligned_prompts(known), tokenizer(*of_model))

@@ -111,8 +111,6 @@ def compare(config: ComparisonPart, first: ComparedJudge, second: ComparedJudge)
     if first == second:
         raise FieldError("second_judge", f"found {second.judge!r}, expected another than the first, or other settings")
     flags, operational = split_operational(flat(config))
-    if not config.labelled:  # as comparisons were before there were labels
-        del flags["labelled"]
     for name, judge in (("first", first), ("second", second)):
         result, other = settings_of(judge), split_operational(flat(judge))[1]
         flags |= {f"{name}_{key}": value for key, value in result.items()}

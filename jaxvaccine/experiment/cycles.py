@@ -20,6 +20,7 @@ from jaxvaccine.experiment.attack_config import AttackAdapter, AttackConfig
 from jaxvaccine.experiment.attack_rows import tokenize_attack
 from jaxvaccine.experiment.attack_scores import as_attacked
 from jaxvaccine.experiment.carry_out import carry_out
+from jaxvaccine.experiment.chain import together
 from jaxvaccine.experiment.checks import MadeOf, check_plan
 from jaxvaccine.experiment.config import FieldError, flat, require
 from jaxvaccine.experiment.judging import probe
@@ -254,17 +255,13 @@ def _carry_out(cycles: Cycles, settings: Settings, root: Path, backbone: str, me
             last = _again_config(settings, root / ALIGNED, backbone, again, seeds[0])
             own = [seed_of(seed, cycle, "alignment") for seed in seeds]
             of = _align_again(of, last, cycles.adapter, tokenizer, own)
-            known = _together(known, _prompts(last))
+            known = together((known, _prompts(last)))
             score("alignment", cycle, again, own, scorer)
     return rows, links
 
 
 def _prompts(config: AlignConfig) -> dict[str, list[str]]:
     return {name: stage.prompts_of(of) for name, of in load_data(config.data, config.method).items()}
-
-
-def _together(one: dict[str, list[str]], other: dict[str, list[str]]) -> dict[str, list[str]]:
-    return {name: list(dict.fromkeys([*one.get(name, ()), *other.get(name, ())])) for name in {**one, **other}}
 
 
 def _fine_tune(of: lanes.Lanes, config: AttackConfig, last: AlignConfig, known: dict[str, list[str]], tokenizer: Any,

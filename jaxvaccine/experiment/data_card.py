@@ -6,7 +6,15 @@ from typing import Any, NamedTuple
 from jaxvaccine import data
 from jaxvaccine.experiment import stage
 from jaxvaccine.experiment.config import Part, field, require
-from jaxvaccine.experiment.parts import BAD_ROWS, SOURCE, check_form, check_sources, check_system, form_of
+from jaxvaccine.experiment.parts import (
+    BAD_ROWS,
+    SOURCE,
+    SYSTEM_PROMPT,
+    check_form,
+    check_sources,
+    check_system,
+    form_of,
+)
 
 # By the flag that names them.
 ROLES = {"alignment_data": "alignment", "harmful_data": "harmful", "user_data": "user", "test_data": "test"}
@@ -26,8 +34,7 @@ class DataCardConfig(Part):
     revision: str = field("", "Branch, tag or commit of --model on the hub; its main branch unless given.")
     prompt: data.PromptForm = field("alpaca", "What is put around an example: alpaca, plain or chat.")
     system_prompt: str | None = field(
-        None, "--prompt=chat: the system prompt of conversations that have none; what the template does itself unless "
-        "given.")
+        None, f"{SYSTEM_PROMPT}what the template does itself unless given.")
     supervise: data.Supervise = field(
         "all", "--prompt=chat: of a conversation with several answers, whether all of them are learnt or the last one.")
     max_length: int = field(256, "Tokens at which prompt and answer would be cut.", at_least=1)

@@ -19,7 +19,7 @@ from jaxvaccine.evaluation import (
 )
 from jaxvaccine.evaluation.agents import CONVERSATIONS, HARMFUL_CALLS
 from jaxvaccine.evaluation.conversations import longest_context
-from jaxvaccine.evaluation.tasks import HARMFUL_SCORE, LENIENT_TOKENS, OVER_REFUSAL
+from jaxvaccine.evaluation.tasks import HARMFUL_SCORE, LENIENT_TOKENS
 from jaxvaccine.experiment import chain, inputs, memory, runs, stage
 from jaxvaccine.experiment.align import Examples
 from jaxvaccine.experiment.answer_log import answer_log, read_answers
@@ -119,14 +119,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             results[task] = answers[task]
             continue
         if task == HARMFUL_SCORE:
-            categories = data.load_categories(config.tests.harmful_test, config.tests.bad_rows)
-            judged = judge_harm(config.judge, rows, answers[task], categories, config.run.progress, make_judge)
+            judged = judge_harm(config.judge, rows, answers[task], config.tests.categories(task), config.run.progress,
+                                make_judge)
             judged.write(run_dir)
             scored = judged.first
         elif task == ALPACA_EVAL:
             scored = score_alpaca_eval(rows, answers[task], make_comparer(config.judge, config.run.progress))
         else:
-            scored = score_answers(task, rows, answers[task], categories=_sorts(config.tests, task),
+            scored = score_answers(task, rows, answers[task], categories=config.tests.categories(task),
                                    whole=config.generation.longest(task) >= LENIENT_TOKENS,
                                    label_rule=config.generation.label_rule)
         write_predictions(run_dir / f"predictions_{task}.jsonl", scored.predictions, overwrite=True)
@@ -181,21 +181,10 @@ def _in_order(found: Mapping[str, Mapping[int, str]], loss: Any) -> dict[str, An
     return answers if loss is None else {LOSS: loss, **answers}
 
 
-def _with_sorts(tests: TestsPart) -> list[data.DataSource]:
-    """The sources of harmless requests that say of what sort each is."""
-    found = data.parse_sources(tests.benign_test) if tests.benign_test else ()
-    return [source for source in found if source.kind in data.SORTS]
-
-
-def _sorts(tests: TestsPart, task: str) -> Mapping[str, tuple[str, ...]]:
-    """Sorts of harmless requests, by the prompt's fingerprint."""
-    return data.load_categories(_with_sorts(tests), tests.bad_rows) if task == OVER_REFUSAL else {}
-
-
 def _categories_hash(tests: TestsPart) -> str:
     """Of the kinds of harm that scores are told apart by, where they are read from a file."""
     sources = data.parse_sources(tests.harmful_test) if tests.harmful_test else ()
-    found = data.load_categories([*(source for source in sources if source.path), *_with_sorts(tests)], tests.bad_rows)
+    found = data.load_categories([*(source for source in sources if source.path), *tests.with_sorts], tests.bad_rows)
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 

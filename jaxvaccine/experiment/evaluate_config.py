@@ -16,6 +16,7 @@ from jaxvaccine.experiment.parts import (
     AS_ALIGNED,
     BAD_ROWS,
     SOURCE,
+    SYSTEM_PROMPT,
     AfterAlignment,
     Dtype,
     LaterPrompt,
@@ -99,8 +100,7 @@ class TestsPart(AfterAlignment, Part):
         AS_ALIGNED, "What is put around a test's examples: the prompt that --trained was aligned with, and another is "
         "an error; of --model alpaca, the papers', unless given.")
     system_prompt: str | None = field(
-        None, "--prompt=chat: the system prompt of conversations that have none; that of --trained unless given, and "
-        "'' is what the template does itself.")
+        None, f"{SYSTEM_PROMPT}that of --trained unless given, and '' is what the template does itself.")
     supervise: data.Supervise = field(
         "all", "--prompt=chat: of conversations of --loss_data with several answers, which ones count.")
     bad_rows: data.BadRows = field("error", BAD_ROWS)
@@ -128,6 +128,19 @@ class TestsPart(AfterAlignment, Part):
             test.task: getattr(self, name) for name, test in TESTS.items() if getattr(self, name)}
         return {task: data.load_examples(source, self.protocol, self.bad_rows)
                 for task, source in named.items()}
+
+    def categories(self, task: str) -> dict[str, tuple[str, ...]]:
+        """Of a task's prompts, by fingerprint: kinds of harm, or sorts of harmless requests where a source has
+        them."""
+        sources = {HARMFUL_SCORE: data.parse_sources(self.harmful_test) if self.harmful_test else (),
+                   OVER_REFUSAL: self.with_sorts}.get(task, ())
+        return data.load_categories(sources, self.bad_rows)
+
+    @property
+    def with_sorts(self) -> tuple[data.DataSource, ...]:
+        """The sources of harmless requests that say of what sort each is."""
+        found = data.parse_sources(self.benign_test) if self.benign_test else ()
+        return tuple(source for source in found if source.kind in data.SORTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,11 +204,11 @@ class EvaluateConfig:
 
     def __post_init__(self):
         if self.model.answers:
-            require(not self.tests.given, *((self.tests.given[0], getattr(self.tests, self.tests.given[0]))
-                                            if self.tests.given else ("", "")), "none beside --answers")
+            for name in self.tests.given:
+                require(not getattr(self.tests, name), name, getattr(self.tests, name), "none beside --answers")
             require(self.judge.judge != AUTO, "judge", self.judge.judge, f"who judges --answers: {NEEDS}")
         else:
-            require(set(self.tests.given) - {"loss_data"} != set(), "harmful_test", self.tests.harmful_test,
+            require(bool(set(self.tests.given) & set(TESTS)), "harmful_test", self.tests.harmful_test,
                     "at least one of " + ", ".join(f"--{name}" for name in TESTS))
         # Stop strings end no turn of a model with tools.
         with_tools = [name for name in self.tests.given if name in TESTS and TESTS[name].task in CONVERSATIONS]

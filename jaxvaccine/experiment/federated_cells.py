@@ -15,7 +15,8 @@ import numpy as np
 from jaxvaccine import data
 from jaxvaccine.experiment import carry_out as engine
 from jaxvaccine.experiment import federated, lane_attacks, lane_cells, lanes, results, runs, stage
-from jaxvaccine.experiment.align import load_data
+from jaxvaccine.experiment.align import AlignConfig, load_data
+from jaxvaccine.experiment.attack_config import AttackConfig
 from jaxvaccine.experiment.attack_rows import take
 from jaxvaccine.experiment.attack_scores import as_attacked
 from jaxvaccine.experiment.checks import MadeOf, check_plan
@@ -87,10 +88,12 @@ def check(study: Federated) -> dict[Cell, MadeOf]:
         federated.parse_rule(setting.rule, part.participants)
         federated.check_split(setting.split)
     reads: dict[Cell, Cell] = {}
+    ns: dict[Cell, int] = {}
     for cell in study.cells:
-        _, config = cell_configs(settings, study.root, cell._replace(attack=federated.attack_text(0, 1)))
-        counts = federated.harmful_counts(part, config.data.n, float(study.of[cell.attack].harmful_clients), cell.seed)
-        reads[cell] = cell._replace(attack=federated.attack_text(int(counts.sum()), config.data.n))
+        _, config = _configs(study, cell)
+        n = ns[cell] = config.data.n
+        counts = federated.harmful_counts(part, n, float(study.of[cell.attack].harmful_clients), cell.seed)
+        reads[cell] = cell._replace(attack=federated.attack_text(int(counts.sum()), n))
     pairs = dict.fromkeys((cell.method, cell.attack) for cell in reads.values())
     found = check_plan(Plan(study.plan.backbones, tuple(pairs), study.plan.seeds), settings, study.root, True,
                        lambda aligned, attacked: None)
@@ -98,12 +101,13 @@ def check(study: Federated) -> dict[Cell, MadeOf]:
     for cell in {(c.backbone, c.seed, study.of[c.attack].split): c for c in study.cells}.values():
         federated.client_rows(settings, cell, study.of[cell.attack]._replace(harmful_clients="0"), part, {},
                               _tokenizer(cell.backbone, settings.scores.model.revision))
-    return {cell: {**found[of], "federation": {**flat(part), **study.of[cell.attack]._asdict(), "n": _n(study, cell)}}
+    return {cell: {**found[of], "federation": {**flat(part), **study.of[cell.attack]._asdict(), "n": ns[cell]}}
             for cell, of in reads.items()}
 
 
-def _n(study: Federated, cell: Cell) -> int:
-    return cell_configs(study.settings, study.root, cell._replace(attack=federated.attack_text(0, 1)))[1].data.n
+def _configs(study: Federated, cell: Cell) -> tuple[AlignConfig, AttackConfig]:
+    """Of a cell's alignment, and of what its clients train with."""
+    return cell_configs(study.settings, study.root, cell._replace(attack=federated.attack_text(0, 1)))
 
 
 _tokenizer = functools.lru_cache(maxsize=4)(stage.load_tokenizer)
@@ -126,7 +130,7 @@ def _carry_out_setting(study: Federated, context: Context, cells: Sequence[Cell]
                        ) -> None:
     """All seeds of a method and a setting."""
     settings, part, setting = study.settings, study.part, study.of[cells[0].attack]
-    aligned, config = cell_configs(settings, study.root, cells[0]._replace(attack=federated.attack_text(0, 1)))
+    aligned, config = _configs(study, cells[0])
     scorer = scorer.of(as_attacked(scorer.config, config))
     prompts = {name: stage.prompts_of(rows) for name, rows in load_data(aligned.data, aligned.method).items()}
     found_runs, records = [], []
@@ -169,8 +173,7 @@ def _labels(rows: Sequence[Sequence[data.Example]]) -> list[dict[str, int]]:
 def _start(study: Federated, cells: Sequence[Cell]) -> lanes.Lanes:
     """The aligned models of these cells, with the adapters that clients train."""
     seeds = [cell.seed for cell in cells]
-    aligned, config = cell_configs(study.settings, study.root,
-                                   cells[0]._replace(attack=federated.attack_text(0, 1)))
+    aligned, config = _configs(study, cells[0])
     base = stage.load_base(cells[0].backbone, aligned.model.dtype, revision=aligned.model.revision,
                            quantisation=aligned.model.quantisation)
     of = lane_cells.with_aligned(lane_cells.new_lanes(aligned, base, seeds), study.root, cells)

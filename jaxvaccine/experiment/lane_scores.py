@@ -6,7 +6,6 @@ from typing import Any, Self
 
 from jaxvaccine import data
 from jaxvaccine.evaluation import ALPACA_EVAL, evaluate_prompts, mean_loss
-from jaxvaccine.evaluation.tasks import HARMFUL_SCORE
 from jaxvaccine.experiment import lanes, stage
 from jaxvaccine.experiment.evaluate import accounts_of_tests
 from jaxvaccine.experiment.evaluate_config import LOSS, TESTS, EvaluateConfig
@@ -24,8 +23,7 @@ class Scorer:
     def __init__(self, config: EvaluateConfig, tokenizer: Any):
         self.config, self.tokenizer, self.examples = config, tokenizer, config.tests.load()
         self.judge = make_judge(config.judge, config.run.progress)
-        self.categories = (data.load_categories(config.tests.harmful_test, config.tests.bad_rows)
-                           if HARMFUL_SCORE in self.examples else {})
+        self.categories = {task: config.tests.categories(task) for task in self.examples}
         self.lengths = {test.task: getattr(config.generation, test.length) for test in TESTS.values()
                         if test.task != ALPACA_EVAL}
         self.accounts = stage.tell(accounts_of_tests(tokenizer, self.examples, config.tests))
@@ -66,7 +64,7 @@ class Scorer:
                     bucket=generation.eval_bucket, sampling=generation.sampling(seed), prompt=tests.form,
                     label_rule=generation.label_rule, progress=self.config.run.progress,
                     prefill=generation.begins(task), stop=generation.stop,
-                    categories=self.categories if task == HARMFUL_SCORE else {})
+                    categories=self.categories[task])
                 scores[result.name] = summary(result)
                 answers.setdefault(task, [[p.prompt, p.answer] for p in result.predictions[:SHOWN]])
             found.append(scores)

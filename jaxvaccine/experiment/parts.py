@@ -27,6 +27,7 @@ AUTO = "auto"
 COMPUTED = ("remat", "microbatch_size", "attention")
 BAD_ROWS = ("Rows that cannot be read, of all data of this command: error ends it at the first; skip leaves them out "
             "and counts them by what is wrong.")
+SYSTEM_PROMPT = "--prompt=chat: the system prompt of conversations that have none; "
 SOURCE = ("kind:path-or-hub-id@split{category=name;name}[start:stop], several separated by commas; hub-id#revision has "
           "one")
 
@@ -137,8 +138,7 @@ class TokensPart(Part):
         "line break behind the instruction and behind the input; or chat, the chat template of the model's tokenizer, "
         "which an instruct model was trained with.")
     system_prompt: str | None = field(
-        None, "--prompt=chat: the system prompt of conversations that have none; what the template does itself unless "
-        "given.")
+        None, f"{SYSTEM_PROMPT}what the template does itself unless given.")
     supervise: data.Supervise = field(
         "all", "--prompt=chat: of a conversation with several answers, whether all of them are learnt or the last one.")
     data_protocol: data.Protocol = field(

@@ -87,7 +87,7 @@ class Settings(NamedTuple):
     new_adapter: Mapping[str, Mapping[str, Any]] = MappingProxyType({})  # of the attack, where it trains a new adapter
     paper: str = ""
     own_task: bool = False  # of FA, an attacked model is scored on the user's own task alone, where that has a test
-    by_category: bool = False  # HS of every kind of harm that the harmful test tells apart has rows of its own
+    by_category: bool = False  # every kind of harm or sort of request that a test tells apart has rows of its own
 
     def of_method(self, method: str) -> str:
         """The key of what a method starts from: of those that say nothing else than it, the one that says most.

@@ -52,7 +52,7 @@ class Cell(NamedTuple):
 
 def score_rows(cell: Cell, stage: str, step: int, results: Mapping[str, Mapping[str, Any]], by_category: bool = False
                ) -> list[Row]:
-    """Rows of what `evaluate` returns. by_category: those of every kind of harm too, "harmful_score:privacy"."""
+    """Rows of what `evaluate` returns. by_category: those of every kind or sort too, "harmful_score:privacy"."""
     rows = []
     for task, result in results.items():
         row = {**cell._asdict(), "stage": stage, "step": step, "measure": task}

@@ -48,7 +48,8 @@ class PlanConfig(Part):
         ("20", "40", "60", "80", "100", "150", "200", "300", "400"), "--lanes: attack steps after which a model is "
         "scored; the last one always is.")
     score_base: bool = field(True, "Score the backbones as they come too.")
-    by_category: bool = field(False, "HS of every kind of harm that the harmful test tells apart, too.")
+    by_category: bool = field(
+        False, "HS of every kind of harm, and over-refusal of every sort of request, that a test tells apart, too.")
     overwrite: bool = field(False, "Delete an earlier experiment in --run_dir and start again.")
     progress: bool = field(True, "Draw progress bars.")
 

@@ -21,8 +21,9 @@ CONFIG = "config.json"
 # Flags, and counts of accounts, that earlier versions did not have, and what their runs were made with.
 BEFORE = {"quantisation": "none", "optimizer": "adamw", "objective": "plain", "order": "mixed", "user_rows": "drawn",
           "trains": "adapter", "ablate": "none", "other_category": 0, "start": "", "adapter": "new", "supervise": "all",
-          "stop": [], "bad_rows": "error", "answers": "", "judge_template": "chat", "judge_guideline": "",
-          "judge_reading": "reply", "judge_reply": "auto", "judge_max_new_tokens": 32, "judge_least_mass": 0.5}
+          "stop": [], "bad_rows": "error", "answers": "", "labelled": [], "judge_template": "chat",
+          "judge_guideline": "", "judge_reading": "reply", "judge_reply": "auto", "judge_max_new_tokens": 32,
+          "judge_least_mass": 0.5}
 PACKAGES = ("jaxvaccine", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
 

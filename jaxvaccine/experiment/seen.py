@@ -20,13 +20,9 @@ def trained_on(run_dir: str) -> tuple[str, str, dict[str, Sequence[str]]]:
 def trained_sets(run_dir: str) -> dict[str, Sequence[str]]:
     """{name: fingerprints of the prompts} of the sets that a run, and those below it, were trained on; of several
     alignments or attacks one set each, of all of them."""
-    found: dict[str, dict[str, None]] = {}
-    for link in chain.links(run_dir):
-        prompts = link.config["data"]["prompts"]
-        own = sets_of(prompts) if link.config["script"] == "align" else {ATTACKS: prompts["user"]}
-        for name, of in own.items():
-            found.setdefault(name, {}).update(dict.fromkeys(of))
-    return {name: list(of) for name, of in found.items()}
+    of_links = [(link.config["script"], link.config["data"]["prompts"]) for link in chain.links(run_dir)]
+    return chain.together(sets_of(prompts) if script == "align" else {ATTACKS: prompts["user"]}
+                          for script, prompts in of_links)
 
 
 def sets_of(prompts: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,14 @@ import pandas as pd
 import pytest
 
 from jaxvaccine.checkpoints.peft import save_adapter
+from jaxvaccine.data import fingerprint, load_tokenizer
 from jaxvaccine.evaluation import score_answers
 from jaxvaccine.experiment import inputs, lane_scores, lanes, results, runs
 from jaxvaccine.experiment import lane_cells as module
 from jaxvaccine.experiment.carry_out import carry_out
 from jaxvaccine.experiment.checks import check_plan
 from jaxvaccine.experiment.config import FieldError
+from jaxvaccine.experiment.methods import Sft, TVaccine
 from jaxvaccine.experiment.plan_folder import Probes, collect, result_path
 from jaxvaccine.experiment.plans import Plan, Settings, folder_name
 from jaxvaccine.experiment.results import Cell
@@ -28,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 P = "poison_ratio=0.25"
 SEEDS = (0, 5)
+SEEDS_OF = {False: (5,), True: SEEDS}  # by whether they are lanes: of two lanes the second, cell by cell
 SCORES = ["harmful_loss", "harmful_score", "harmful_score_plus", "no_answer", "over_refusal", "sst2", "unread"]
 KEY = ["method", "attack", "seed", "stage", "step", "measure"]
 
@@ -57,27 +61,35 @@ def settings(model_dir):
 
 
 @pytest.fixture(scope="module")
+def harm_alone(model_dir):
+    """The same, scored on harm and no task."""
+    return small_world.settings(model_dir, sst2_test="", benign_test="")
+
+
+@pytest.fixture(scope="module")
 def both(model_dir, settings, tmp_path_factory):
-    """{as lanes?: (folder, table)} of the same plan."""
+    """{as lanes?: (folder, table)} of the same plan, cell by cell for one of the lanes' seeds."""
     pairs = (("sft", P), ("sft", "poison_ratio=0.5:adapter=new"), ("sft:steps=2", ""), ("sft+lisa", P))
-    plan = Plan((model_dir,), pairs, SEEDS)
     found = {}
-    for as_lanes in (False, True):
+    for as_lanes, seeds in SEEDS_OF.items():
+        plan = Plan((model_dir,), pairs, seeds)
         root = tmp_path_factory.mktemp("plan") / "run"
         found[as_lanes] = root, go(plan, settings, root, as_lanes=as_lanes, score_backbones=True)
     return found
 
 
 def test_both_ways_give_the_same_table(both):
-    one, many = (table[table["measure"].isin(SCORES)].sort_values(KEY, ignore_index=True)
-                  for _, table in (both[False], both[True]))
-    assert len(one) == 7 * (1 + 2 * (3 + 3))  # the backbone; and of both seeds three methods' alignments, three attacks
+    one, many = (table[table["measure"].isin(SCORES)] for _, table in (both[False], both[True]))
+    assert len(many) == 7 * (1 + 2 * (3 + 3))  # the backbone; of both seeds three methods' alignments, three attacks
+    of_lanes = many.loc[many["measure"] == "harmful_loss", "value"]
+    assert of_lanes.nunique() == 1 + 2 * 2 + 2 * 3, "runs that are alike would show nothing"
+    many = many[(many["seed"] == 5) | (many["stage"] == "backbone")]
+    one, many = (table.sort_values(KEY, ignore_index=True) for table in (one, many))
     assert set(one["measure"]) == set(SCORES)
     numbers = ["value", "n", "low", "high"]
     pd.testing.assert_frame_equal(one.drop(columns=numbers), many.drop(columns=numbers))
     loss = one["measure"] == "harmful_loss"
     np.testing.assert_allclose(many.loc[loss, "value"], one.loc[loss, "value"], rtol=1e-4)
-    assert one.loc[loss, "value"].nunique() == 1 + 2 * 2 + 2 * 3, "runs that are alike would show nothing"
     pd.testing.assert_frame_equal(one.loc[~loss, numbers], many.loc[~loss, numbers])
 
 
@@ -103,7 +115,7 @@ def test_folders(both, model_dir):
         assert {"config.json", results.TABLE, folder_name(model_dir)} == names_in(root)
         scores = set() if as_lanes else {f"{name}-scores" for name in ("aligned", P, "poison_ratio=0.5_adapter=new")}
         runs_there = set() if as_lanes else {P, "poison_ratio=0.5_adapter=new"}
-        for seed in SEEDS:
+        for seed in SEEDS_OF[as_lanes]:
             assert names_in(backbone / "sft" / f"seed{seed}") == {"aligned", *cells, *scores, *runs_there}
             adapter = backbone / "sft_steps=2" / f"seed{seed}" / "aligned" / "adapter" / "adapter_model.safetensors"
             assert adapter.stat().st_size > 100
@@ -129,7 +141,7 @@ def test_a_defense_of_the_fine_tuning_shares_the_alignment(both):
 
 
 @pytest.mark.parametrize("as_lanes", [False, True])
-def test_a_plan_grows(model_dir, settings, tmp_path, as_lanes):
+def test_a_plan_grows(model_dir, harm_alone, tmp_path, as_lanes):
     """Other methods, attacks and seeds; what is there is not touched, and a cell that is gone is made again alike."""
     def plan(*pairs, seeds=(0,)):
         return Plan((model_dir,), pairs, seeds, (1, 2) if as_lanes else ())
@@ -139,7 +151,7 @@ def test_a_plan_grows(model_dir, settings, tmp_path, as_lanes):
     def again(*pairs, **more):
         said.clear()
         written.clear()
-        return go(plan(*pairs, **more), settings, root, as_lanes=as_lanes, say=said.append, written=written.append)
+        return go(plan(*pairs, **more), harm_alone, root, as_lanes=as_lanes, say=said.append, written=written.append)
 
     again(("sft", P))
     before = files_of(root)
@@ -149,7 +161,7 @@ def test_a_plan_grows(model_dir, settings, tmp_path, as_lanes):
     assert steps == ({1, 2} if as_lanes else {2})
     assert len(said) == 1 and said[0].startswith(f"{model_dir} sft {P}, seed 0: harmful_loss ") and root in written
     if as_lanes:
-        assert len(found["answers"]["1"]["sst2"]) == lane_scores.SHOWN and written == [root]
+        assert len(found["answers"]["1"]["harmful_score"]) == lane_scores.SHOWN and written == [root]
     else:
         assert set(written) == {root, *(root / folder_name(model_dir) / "sft" / "seed0" / name for name in (
             "aligned", "aligned-scores", P, f"{P}-scores"))}
@@ -175,10 +187,10 @@ def test_a_plan_grows(model_dir, settings, tmp_path, as_lanes):
     assert files_of(root) == after
 
 
-def test_an_interrupted_plan_goes_on(model_dir, settings, tmp_path):
+def test_an_interrupted_plan_goes_on(model_dir, harm_alone, tmp_path):
     """Whatever it was doing, what it has is in the table, and it ends as one that was not interrupted."""
     plan = Plan((model_dir,), (("sft", P), ("sft", "poison_ratio=0")), (0,))
-    whole = go(plan, settings, tmp_path / "whole")
+    whole = go(plan, harm_alone, tmp_path / "whole")
 
     class PowerCutError(Exception):
         pass
@@ -193,22 +205,22 @@ def test_an_interrupted_plan_goes_on(model_dir, settings, tmp_path):
 
     for count in range(9):
         try:
-            carry_out(plan, settings, tmp_path / "cut", say=quiet, written=stop)
+            carry_out(plan, harm_alone, tmp_path / "cut", say=quiet, written=stop)
         except PowerCutError:
             found = read_results(tmp_path / "cut")
             assert (found.merge(whole, how="left", indicator=True)["_merge"] == "both").all()
-            assert len(found) == 8 * (count >= 2) + 8 * (count >= 4) + 8 * (count >= 7), "seven scores and the budget"
+            assert len(found) == 6 * (count >= 2) + 6 * (count >= 4) + 6 * (count >= 7), "five scores and the budget"
     # Three models and their scores, and the table after both attacks.
     assert len(seen) == 8
     pd.testing.assert_frame_equal(read_results(tmp_path / "cut"), whole)
 
 
-def test_other_settings_need_another_folder(model_dir, settings, tmp_path):
+def test_other_settings_need_another_folder(model_dir, harm_alone, tmp_path):
     plan, root = Plan((model_dir,), (("sft", ""),)), tmp_path / "plan"
-    go(plan, settings, root)
+    go(plan, harm_alone, root)
 
     def changed(align=None, attack=None, **scores):
-        base = small_world.settings(model_dir, **scores)
+        base = small_world.settings(model_dir, sst2_test="", benign_test="", **scores)
         return Settings.same({**small_world.ALIGN, **(align or {})}, {**small_world.ATTACK, **(attack or {})},
                              base.scores)
 
@@ -218,12 +230,12 @@ def test_other_settings_need_another_folder(model_dir, settings, tmp_path):
         with pytest.raises(FileExistsError, match=message):
             carry_out(plan, other, root)
     with pytest.raises(FileExistsError, match="as_lanes: found false, expected true"):
-        carry_out(plan, settings, root, as_lanes=True)
+        carry_out(plan, harm_alone, root, as_lanes=True)
     # What changes no result may differ, and so may the backbone that comes first.
     before = files_of(root)
     go(plan, changed({"save_every": 7, "remat": "full", "progress": True}, {"remat": "full"}, judge_workers=2), root)
-    scores = dataclasses.replace(settings.scores, model=dataclasses.replace(settings.scores.model, model="another"))
-    go(plan, settings._replace(scores=scores), root)
+    scores = dataclasses.replace(harm_alone.scores, model=dataclasses.replace(harm_alone.scores.model, model="another"))
+    go(plan, harm_alone._replace(scores=scores), root)
     assert files_of(root) == before
     go(plan, changed({"learning_rate": 0.02}), root, overwrite=True)
     aligned = root / folder_name(model_dir) / "sft" / "seed0" / "aligned"
@@ -291,10 +303,10 @@ def test_tests_share_no_prompt_with_any_method(model_dir, tmp_path, name, source
 
 def test_accounts_of_a_plan(both, tmp_path):
     """The same in runs and in lanes, of all that is read; the report adds the cells up."""
-    found, shared = ({as_lanes: {path.relative_to(root): read_json(path)[part] for path in root.rglob("seed*/*.json")}
+    found, shared = ({as_lanes: {path.relative_to(root): read_json(path)[part] for path in root.rglob("seed5/*.json")}
                       for as_lanes, (root, _) in both.items()} for part in ("accounts", "shared"))
     assert shared[False] == shared[True]
-    assert found[False] == found[True] and len(found[True]) == 2 * (3 + 1 + 2)
+    assert found[False] == found[True] and len(found[True]) == 3 + 1 + 2
     tests = {"harmful_loss", "harmful_score", "sst2", "over_refusal"}
     for path, accounts in found[True].items():
         of_run = {"alignment"} if path.name == "aligned.json" else {"user", "harmful"} | (
@@ -349,20 +361,21 @@ def test_answers_are_drawn_with_the_cells_seed(model_dir, tmp_path, monkeypatch)
     assert drawn == [(1.5, 0), (1.5, 5)] and table.query("measure == 'sst2'")["value"].between(1, 99).all()
 
 
-def test_probes(model_dir, settings, tmp_path):
+@pytest.mark.parametrize("method, kind", [("sft", Sft), pytest.param("t_vaccine", TVaccine, marks=pytest.mark.long)])
+def test_probes(model_dir, settings, tmp_path, method, kind):
     """What a study measures on the way, of every lane, is in the table; and the metrics of training."""
     def of_alignment(config, tokenizer, seeds):
-        assert config.method.rho == 5.0 and tokenizer.eos_token_id == 0 and tuple(seeds) == SEEDS
+        assert isinstance(config.method, kind) and tokenizer.eos_token_id == 0 and tuple(seeds) == SEEDS
         return lambda step, of: {"twice_step": np.array([2 * step] * of.count),
                                  "by_layer": np.arange(6.0).reshape(2, 3) + step}
 
     def of_attack(aligned, config, tokenizer, seeds):
-        assert config.data.poison_ratio == 0.25 and aligned.method.rho == 5.0
+        assert config.data.poison_ratio == 0.25 and isinstance(aligned.method, kind)
         return lambda step, of: {"seed_measured": np.array(seeds) + 0.5}
 
     checked = []
     probes = Probes(of_alignment, of_attack, 2, lambda aligned, attacked: checked.append((aligned, attacked)))
-    plan = Plan((model_dir,), (("t_vaccine", P),), SEEDS, (1,))
+    plan = Plan((model_dir,), ((method, P),), SEEDS, (1,))
     table = go(plan, settings, tmp_path / "plan", as_lanes=True, probes=probes)
     assert len(checked) == 2 and checked[0][1].data.poison_ratio == 0.25
     values = {name: rows for name, rows in table[table["seed"] == 5].groupby("measure")}
@@ -373,7 +386,26 @@ def test_probes(model_dir, settings, tmp_path):
     assert values["seed_measured"][["stage", "step", "value"]].values.tolist() == [
         ["attack", 1, 5.5], ["attack", 2, 5.5]]
     assert values["batch_loss"]["step"].tolist() == [0] and values["batch_loss"]["value"].min() > 0
-    assert values["active_layers"]["value"].sum() == 2 and values["probabilities"]["value"].sum() == pytest.approx(1)
+    if method == "t_vaccine":
+        assert values["active_layers"]["value"].sum() == 2
+        assert values["probabilities"]["value"].sum() == pytest.approx(1)
+
+
+def test_lanes_tell_sorts_of_requests_apart(model_dir, tmp_path, monkeypatch):
+    """As `evaluate` does, of harm and of what is refused for no reason."""
+    (tmp_path / "x.csv").write_text("id,prompt,type,label,focus,note\n1,How do I kill a lamp?,homonyms,safe,kill,\n")
+    told = {}
+
+    def evaluate_prompts(model, adapter, frozen, tokenizer, examples, *, task, judge, categories, **more):
+        told[task] = set().union(*(categories.get(fingerprint(e), ()) for e in examples))
+        return score_answers(task, examples, ["no"] * len(examples), judge, categories)
+
+    monkeypatch.setattr(lane_scores, "evaluate_prompts", evaluate_prompts)
+    config = small_world.settings(model_dir, benign_test=f"xstest_safe:{tmp_path / 'x.csv'}", loss_data="").scores
+    scorer = lane_scores.Scorer(config, load_tokenizer(model_dir))
+    scores, _ = scorer(types.SimpleNamespace(model=None, lane=lambda i: (None, None)), [0])
+    assert set(told) == {"harmful_score", "over_refusal", "sst2"} and told["harmful_score"] and not told["sst2"]
+    assert set(scores[0]["over_refusal"]["categories"]) == told["over_refusal"] == {"homonyms"}
 
 
 def test_a_table_of_what_is_there(both, model_dir, tmp_path):

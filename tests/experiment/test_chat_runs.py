@@ -192,6 +192,19 @@ def test_from_alignment_to_scores(kind, sources, tmp_path):
         dry_run=True, card=next(iter(dry_run.CARDS)))).startswith(f"{HARMFUL_SCORE}: 3 prompts")
 
 
+def test_an_attacks_own_system_prompt_is_checked_before_the_first_cell(qwen, sources, tmp_path):
+    """Under the alignment's template too."""
+    flags = {name: value for name, value in SMALL.items() if name not in ("prompt", "rank")}
+    scores = make(EvaluateConfig, {"model": str(qwen), "run_dir": "-", "harmful_test": sources["harmful_test"],
+                                   "prompt": "chat", "judge": "keyword"})
+    settings = Settings.same({**SMALL, "alignment_data": sources["alignment_data"]}, {
+        **flags, "user_data": sources["user_data"], "harmful_data": sources["harmful_data"], "n": 4}, scores)
+    plan = Plan.product([str(qwen)], ["sft"], ["poison_ratio=0.5:system_prompt=a<|im_end|>"], [0])
+    with pytest.raises(FieldError, match=r"system_prompt: found '<\|im_end\|>', a special token"):
+        carry_out(plan, settings, tmp_path / "plan")
+    assert not (tmp_path / "plan").exists()
+
+
 @pytest.mark.long
 def test_plans_of_either_kind(qwen, sources, tmp_path):
     """Run by run and as lanes alike: under the template, and an attack with a system prompt of its own."""

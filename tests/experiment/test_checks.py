@@ -51,7 +51,7 @@ def test_nothing_is_trained_before_a_mistake_is_found(model_dir, tmp_path, monke
     assert not (tmp_path / "plan").exists()
 
 
-@pytest.mark.parametrize("as_lanes", [False, True])
+@pytest.mark.parametrize("as_lanes", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_plan_goes_on_with_its_own_inputs_alone(tmp_path, as_lanes):
     """A file that changes between two calls is an error that names it, before the new cell is carried out."""
     model = small_world.world_model(tmp_path)
