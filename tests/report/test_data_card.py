@@ -8,6 +8,7 @@ import pytest
 from jaxvaccine import cli
 from jaxvaccine.experiment.config import FieldError, make
 from jaxvaccine.experiment.data_card import DataCardConfig, read_card
+from jaxvaccine.report import accounts
 from tests import tiny
 from tests.data import chat_models
 
@@ -53,3 +54,12 @@ def test_card(tmp_path, capsys):
     shared = {tuple(line[:2]): line[2:] for line in lines[7:]}
     assert shared["alignment", "test"] == ["2", "2", "2"]
     assert len(shared) == 3
+
+
+def test_lengths_of_several_seeds_are_ranges():
+    def record(*tokens):
+        return {"user": {"a.jsonl": {"rows": 5, "examples": 5, "tokens": list(tokens)}}}
+
+    text = accounts.section(record(3, 4, 9), record(2, 5, 9), record())
+    assert "| user | a.jsonl | 5 | 5 | 2 to 3 / 4 to 5 / 9 |" in text
+    assert accounts.TOKENS not in accounts.section(record())
