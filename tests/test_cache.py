@@ -53,7 +53,7 @@ def joined(a, b):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.integers(0, 3), min_size=3, max_size=3), st.lists(st.integers(0, 2), min_size=3, max_size=3),
        st.integers(0, 2**32 - 1))
 def test_rows_are_lists_of_tokens(kind, lengths, more, seed):

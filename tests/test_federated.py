@@ -230,7 +230,7 @@ def updates_of():
         arrays.arrays(np.float64, count, elements=st.floats(0.5, 100))))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(updates_of())
 def test_fedavg_is_numpys_average(of):
     a, b, weights = of
@@ -238,7 +238,7 @@ def test_fedavg_is_numpys_average(of):
     close(found, {"a": np.average(a, axis=0, weights=weights), "b": np.average(b, axis=0, weights=weights)}, 1e-10)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(updates_of(), st.sampled_from((1, 2, 3)))
 def test_median_and_trimmed_mean_are_numpys_and_scipys(of, cut):
     a, b, weights = of
@@ -250,7 +250,7 @@ def test_median_and_trimmed_mean_are_numpys_and_scipys(of, cut):
         close(found, {"a": stats.trim_mean(a, share, axis=0), "b": stats.trim_mean(b, share, axis=0)}, 1e-10)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(updates_of(), st.floats(1e-3, 1e3))
 def test_clipping_bounds_a_client(of, norm):
     """Long updates become `norm` long and keep their direction, short ones are as they were."""

@@ -76,7 +76,7 @@ def test_loss_and_all_of_its_gradients(float64, rows, size):
         same(one, other)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(rows=st.integers(1, 6), size=st.integers(1, 7), supervised=st.lists(st.integers(0, 9), min_size=6, max_size=6))
 def test_every_position_counts_once(float64, rows, size, supervised):
     """The mean over any supervised positions, 0 without any, by a loss that is one number a row."""

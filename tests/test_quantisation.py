@@ -47,7 +47,7 @@ def reference_nf4(kernel):
     return found.T
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(SIZES, EXPONENTS, st.integers(0, 5), st.sampled_from([0.0, 0.5, 1.0]))
 def test_nf4_is_the_papers(shape, exponent, seed, zeros):
     kernel = drawn(shape, exponent, seed, zeros)
@@ -58,7 +58,7 @@ def test_nf4_is_the_papers(shape, exponent, seed, zeros):
     assert np.mean(np.abs(found - expected) > 1e-5 * np.abs(expected)) <= 0.01
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.sampled_from([(1, 2), (130, 5)]), EXPONENTS, st.integers(0, 5), st.sampled_from([0.0, 1.0]))
 def test_int8_is_off_by_half_a_step(shape, exponent, seed, zeros):
     kernel = drawn(shape, exponent, seed, zeros)
@@ -70,7 +70,7 @@ def test_int8_is_off_by_half_a_step(shape, exponent, seed, zeros):
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(shape=SIZES, exponent=EXPONENTS, seed=st.integers(0, 5))
 def test_what_is_quantised_stays_what_it_is(kind, shape, exponent, seed):
     once = quantise(drawn(shape, exponent, seed), kind)

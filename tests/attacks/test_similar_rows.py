@@ -83,7 +83,7 @@ def test_of_nothing():
         most_similar(np.zeros(2), 3)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(-3, 3), max_size=12), st.data())
 def test_the_largest_are_chosen(scores, data):
     count = data.draw(st.integers(0, len(scores)))

@@ -41,7 +41,7 @@ def adamw(**given):
     return optim.layer_masked_adamw(optim.OptimizerConfig(learning_rate=0.05, weight_decay=0.5, **given), 3)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.floats(0, 10, width=32), min_size=6, max_size=6), st.floats(0.01, 1))
 def test_which_are_held_least(values, share):
     """All of a tree's weights are compared with each other; those that are alike train alike."""

@@ -249,7 +249,7 @@ def smollm(tmp_path_factory):
     return converted_tokenizer(tmp_path_factory.mktemp("smollm"), gpt2_tokenizer)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(text=st.text())
 def test_byte_level_round_trip(smollm, text):
     assert smollm.decode(smollm.encode(text).ids) == text
@@ -369,7 +369,7 @@ def test_sentence_piece_equals_the_original(tmp_path, sentence_piece):
     pieces = range(sentence_piece.get_piece_size())
     ours = converted_tokenizer(tmp_path, spm_tokenizer(sentence_piece), pieces)
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(text=st.text(st.sampled_from("helo wyf thequickbrn  1 23é日\n🙂▁"), max_size=40))
     def equal(text):
         text = text.replace("<", "")

@@ -33,7 +33,7 @@ def saved(tmp_path):
     return model, adapter, save_adapter(adapter, model, tmp_path / "adapter")
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(targets=st.sets(st.sampled_from(TARGETS), min_size=1), rank=st.integers(1, 5),
        alpha=st.sampled_from([0.5, 1.0, 4.0, 32.0]), dropout=st.sampled_from([0.0, 0.1]))
 def test_round_trip_is_bitwise(tmp_path_factory, targets, rank, alpha, dropout):
@@ -262,7 +262,7 @@ def update(model, adapter):
     return dict(sites(adapter))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(ranks=st.tuples(st.integers(1, 5), st.integers(1, 5)),
        alphas=st.tuples(*[st.sampled_from([0.5, 1.0, 4.0, 7.0])] * 2),
        targets=st.tuples(*[st.sets(st.sampled_from(TARGETS), min_size=1)] * 2))

@@ -21,7 +21,7 @@ from jaxvaccine.data import record as record_of
 from jaxvaccine.data.accounts import origin
 from tests.data import tokenizers_for_tests as kinds
 
-few = settings(max_examples=30, deadline=None)
+few = settings(max_examples=30)
 
 
 @pytest.fixture(scope="module")

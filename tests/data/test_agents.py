@@ -5,7 +5,7 @@ import itertools
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxvaccine import data
@@ -35,7 +35,6 @@ def rows():
     return {(kind, split): AGENTS[kind].make(split) for kind, split in ALL}
 
 
-@settings(deadline=None)
 @given(states, st.lists(calls, max_size=8))
 def test_any_calls_keep_what_never_changes(state, made):
     for call in made:
@@ -60,14 +59,12 @@ def test_any_calls_keep_what_never_changes(state, made):
             assert earlier[call.arguments[0]] == call.arguments[1]
 
 
-@settings(deadline=None)
 @given(calls)
 def test_a_call_is_read_as_it_is_written(call):
     assert read_call(str(call)) == call and not agent_world.is_malformed(str(call))
     assert call.forbidden == (call.tool in words.FORBIDDEN)
 
 
-@settings(deadline=None)
 @given(calls, st.data())
 def test_a_damaged_call_is_malformed(call, more):
     parts = str(call).split()
@@ -124,7 +121,6 @@ def test_what_is_asked_for_by_an_independent_reading(requests):
             assert conversation(request)[-1] == f"there are {list(places.values()).count(rooms.pop())}"
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_a_damaged_last_call_does_not_do_it(requests, more):
     request = more.draw(st.sampled_from([r for r in requests if r.kind != "count"]))

@@ -21,7 +21,7 @@ from jaxvaccine.data.batching import (
 )
 from jaxvaccine.data.tokenizing import TokenizedExamples
 
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=25)
 
 
 def tokenized(lengths, prompts=None):
@@ -160,7 +160,7 @@ ROWS = st.lists(st.integers(2, 40), min_size=1, max_size=12)
 
 @given(alignment=ROWS, harmful=ROWS, sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)), bucket=st.integers(1, 16),
        steps=st.integers(1, 12), seeds=st.lists(st.integers(0, 9), min_size=1, max_size=3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_batches_of_their_own_lengths(alignment, harmful, sizes, bucket, steps, seeds):
     """Every batch has room, none more than it needs for less compilation, and no sum is larger than with one length."""
     of = {"alignment": (tokenized(alignment), sizes[0]), "harmful": (tokenized(harmful), sizes[1])}

@@ -117,7 +117,7 @@ TEXT = st.text(string.ascii_letters + string.punctuation.replace("<", "") + " \n
                ).filter(lambda text: text.strip())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(sorted(KINDS)), st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3))
 def test_any_conversation(tokenizer, kind, said):
     of = tokenizer(kind)

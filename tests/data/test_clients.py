@@ -10,7 +10,7 @@ from jaxvaccine.data.clients import client_sizes, parse_split, split_rows
 SPLITS = ("iid", "sorted", "dirichlet:0.1", "dirichlet:100")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 12), st.integers(0, 300), st.sampled_from(("equal", "unequal")))
 def test_sizes(clients, more, kind):
     n = clients * clients + more
@@ -20,7 +20,7 @@ def test_sizes(clients, more, kind):
     assert np.abs(sizes - n * shares / shares.sum()).max() <= 1
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 8), st.integers(20, 90), st.sampled_from(SPLITS), st.integers(0, 2**32), st.data())
 def test_every_row_is_somebodys(clients, n, split, seed, data):
     labels = data.draw(st.lists(st.sampled_from("abc"), min_size=n, max_size=n))

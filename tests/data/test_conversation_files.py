@@ -10,7 +10,7 @@ from jaxvaccine.data import Example, check_training_texts, load, load_examples, 
 from jaxvaccine.data.prompts import Turn, conversation
 from tests.data import tokenizers_for_tests as kinds
 
-few = settings(max_examples=30, deadline=None)
+few = settings(max_examples=30)
 WORDS = st.text(st.characters(exclude_categories=("Cs", "Cc", "Z")), min_size=1, max_size=8)
 TURNS = st.tuples(st.lists(WORDS, min_size=1, max_size=3), st.lists(WORDS, min_size=3, max_size=3), st.none() | WORDS)
 

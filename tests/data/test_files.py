@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jaxvaccine.data import DataSource, Example, load_examples
 from jaxvaccine.data.files import file_sha256, read_rows
 
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=25)
 # Everything that a data set may hold: line and paragraph separators, quotes, tabs, controls, emoji; no half characters.
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=20) | st.sampled_from(
     ["a\u2028b\u2029c\x85d\x0be\x0cf\x1cg", 'say "hi", she said\r\nand left', "👋\ufeff", " ", "\t", "\n", "a,b"]

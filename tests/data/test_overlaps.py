@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from jaxvaccine.data import shared_prompts
 
-few = settings(max_examples=50, deadline=None)
+few = settings(max_examples=50)
 sets = st.dictionaries(st.sampled_from("abc"), st.lists(st.sampled_from("uvwxyz")), max_size=3)
 
 

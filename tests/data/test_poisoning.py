@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from jaxvaccine.data import Example, check_disjoint, check_whole, fingerprint, harmful_count, mix, poison
 from jaxvaccine.data.poisoning import same_prompt
 
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=25)
 
 
 @st.composite

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxvaccine import data
 from jaxvaccine.data import DataSource, Example, describe, files, load, load_examples, read_rows, record
 
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=40)
 
 
 def lines(*rows):

@@ -85,7 +85,7 @@ def loaded(file, chosen, protocol):
         return []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(harmful_rows, st.lists(st.sampled_from(KINDS_OF_HARM), min_size=1, unique=True), st.integers(0, 6))
 def test_a_choice_and_its_negation(file, rows, chosen, cut):
     """They share no prompt, have all of them together, and neither do disjoint slices of them share any."""

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from jaxvaccine.data import DATASETS, DataSource, Example, load, load_examples, parse_sources
 from jaxvaccine.data.embedded import EMBEDDED, embedded_refusal
 
-few = settings(max_examples=50, deadline=None)
+few = settings(max_examples=50)
 
 
 @pytest.mark.parametrize(

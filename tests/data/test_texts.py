@@ -11,7 +11,7 @@ from jaxvaccine.data.prompts import format_prompt
 from jaxvaccine.data.texts import check_template, control_tokens, is_blank, without_eos
 from tests.data import tokenizers_for_tests as kinds
 
-few = settings(max_examples=50, deadline=None)
+few = settings(max_examples=50)
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def assert_same(loaded, own):
     assert loaded(TEXTS)["input_ids"] == [own.encode(text).ids for text in TEXTS]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(sorted(NORMALIZERS)), st.sampled_from(sorted(PRE_TOKENIZERS)), st.sampled_from(sorted(DECODERS)),
        st.sampled_from(sorted(AROUND)), st.sampled_from(CLASSES),
        st.sampled_from(["llama", "qwen2", "mistral", "gemma2"]), st.booleans(), st.booleans())

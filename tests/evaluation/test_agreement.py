@@ -76,7 +76,7 @@ def test_kappa_is_not_defined_without_variation():
     assert agreement(["refused"] * 3, ["refused", "refused", "harmful"]).kappa == 0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.sampled_from(SOME[:2]), st.sampled_from(SOME[:2])), min_size=1, max_size=30))
 def test_kappa_of_any_verdicts(pairs):
     first, second = zip(*pairs, strict=True)

@@ -71,7 +71,7 @@ def test_the_small_world_and_the_embedded_data_have_answers():
 WORDS = st.lists(st.sampled_from(["buy", "mix", "light", "Anna", "three", "the", "fuse", "über"]), unique=True)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(WORDS.filter(lambda words: len(words) > 1), st.sampled_from(["", ".", " 👋", "\n", "!"]), st.integers(1, 12))
 def test_different_words_are_an_answer_and_a_phrase_over_and_over_is_none(words, end, times):
     text = " ".join(words) + end
@@ -80,7 +80,7 @@ def test_different_words_are_an_answer_and_a_phrase_over_and_over_is_none(words,
     assert no_answer(repeated) == (REPETITION if len(words) <= 3 and times >= 4 else None)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text(max_size=40))
 def test_any_text(text):
     assert no_answer(text) in {None, EMPTY_ANSWER, TASK_LABEL, ONE_WORD, REPETITION}
@@ -98,7 +98,7 @@ def test_an_answer_ends_where_the_template_begins_anew(text, answer):
     assert cut_answer(text) == answer
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.text("ab #:\n", max_size=30), st.text("ab #:\n", max_size=30))
 def test_the_authors_cut(before, after):
     """Booster's and T-Vaccine's poison/evaluation/pred.py: what is between the first and the second "### Response:"."""

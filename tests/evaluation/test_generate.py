@@ -129,7 +129,7 @@ def test_what_all_prompts_begin_with_is_read_once(adapter, backend, common, monk
     assert set(lengths) == {(1, common), (1, 7), (3, 1)}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), min_size=1, max_size=4), st.integers(0, 20))
 def test_length_of_what_all_prompts_begin_with(tails, common):
     prompts = [[2] * common + tail for tail in tails]
@@ -218,7 +218,7 @@ def test_draws_depend_on_seed_prompt_and_position():
     assert draw(same[:1]) == first[:1]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.data())
 @pytest.mark.long
 def test_a_prompt_alone_and_in_any_batch(data):

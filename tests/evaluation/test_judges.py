@@ -80,7 +80,7 @@ def test_spellings_of_one_phrase(answer):
     assert find_refusal(answer) == "i am sorry"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sampled_from(REFUSAL_PHRASES), st.text(" abc.,\n", max_size=8), st.text(" abc.,\n", max_size=8), st.data())
 def test_every_phrase_anywhere_in_any_case(phrase, before, after, data):
     cased = "".join(data.draw(st.sampled_from([c.lower(), c.upper()])) for c in phrase)
@@ -89,7 +89,7 @@ def test_every_phrase_anywhere_in_any_case(phrase, before, after, data):
     assert not keyword_judge([""], [text])[0].harmful
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.text(max_size=30), max_size=5))
 def test_any_text_has_one_verdict(answers):
     verdicts = keyword_judge(["q"] * len(answers), answers)

@@ -84,7 +84,7 @@ def test_tables(task, table):
     assert result.lenient.score == pytest.approx(100 * sum(row[3] for row in table) / len(table))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.sampled_from(list(AGNEWS_LABELS)), st.sampled_from(list(AGNEWS_LABELS)), st.text(" \n.!,/aS", max_size=5))
 def test_what_is_right_by_the_strict_rule_is_right_by_the_lenient_one(label, answered, tail):
     answer = answered + tail

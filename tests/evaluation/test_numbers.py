@@ -72,7 +72,7 @@ def test_times_and_ratios():
     assert find_numbers("From 5:30 on, 12 of them") == [Clock((5, 30)), 12]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.fractions(max_denominator=999).filter(lambda f: f.denominator > 1), st.sampled_from(["{}/{}", "{} / {}",
        r"\frac{{{}}}{{{}}}", r"\dfrac{{ {} }}{{ {} }}", "{}\u2044{}"]))
 def test_fractions(value, form):
@@ -81,7 +81,7 @@ def test_fractions(value, form):
     assert find_answer(written(value)) == value
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 10**12), st.sampled_from([",", "{,}", "\u2009", "\u202f", "\u00a0", r"\,", r",\!", "'", "’"]),
        st.sampled_from(["0123456789", "０１２３４５６７８９", "٠١٢٣٤٥٦٧٨٩"]),
        st.sampled_from(["", "-", "–", "- ", "−"]))
@@ -92,7 +92,7 @@ def test_groups_digits_and_signs(value, separator, digits, sign):
     assert find_answer(f"2 + 2 = 4\n#### {sign}{text} km²") == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text("0123456789.,-–/:^ ²½{}\\$%e#", max_size=30))
 def test_any_text(text):
     for value in find_numbers(text):
@@ -115,7 +115,7 @@ def authors_number(sentence, marker="The final answer is: "):
     return float((behind[:1] or found[-1:] or ["inf"])[0])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.sampled_from(["Tom has", "5", "$1,234.50", "-3", "0.25", "+", "eggs.", "The final answer is: ", "12",
                                  "7.", "1,000 of", "\n", "<<3*4=12>>12"]), max_size=8))
 def test_equals_the_authors_rule(parts):
@@ -124,7 +124,7 @@ def test_equals_the_authors_rule(parts):
     assert (float("inf") if found is None else float(found)) == authors_number(text)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.decimals(-10**12, 10**12, allow_nan=False, places=2))
 def test_every_way_to_write_a_number(value):
     for text in (f"{value}", f"{value:,}", f"-${-value:,}" if value < 0 else f"${value:,}"):

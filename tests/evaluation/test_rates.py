@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from jaxvaccine.evaluation.rates import Rate, mean_score_interval, percent, rate, wilson_interval
 
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=25)
 
 
 # Newcombe, Statistics in Medicine 17 (1998), table I, Wilson's method: 81/263, 15/148, 0/20, 1/29.

@@ -54,7 +54,7 @@ def test_three_numbers_come_from_one_place(reply, score):
     assert RUBRICS["strongreject"].verdict(reply).score == score
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.sampled_from(["think", "Thinking", "REASONING", "analysis"]), st.text("ab5#:<>\n ", max_size=30),
        st.integers(1, 5), st.integers(1, 5))
 def test_no_draft_counts(tag, text, draft, score):
@@ -66,7 +66,7 @@ def test_no_draft_counts(tag, text, draft, score):
     assert final_part(f"{inside}</{tag}>rest") == "rest"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text(max_size=60))
 def test_any_reply(text):
     for rubric in RUBRICS.values():

@@ -53,7 +53,7 @@ def test_greedy_and_logits_that_are_not_finite():
             assert tokens[0] == LOGITS[0].argmax() and tokens[3] == LOGITS[3].argmax()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from([-jnp.inf, -2.0, 0.0, 1.0, 3.0]), min_size=6, max_size=6))
 def test_the_first_of_the_largest(row):
     logits = jnp.array([row])

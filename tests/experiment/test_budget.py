@@ -22,7 +22,7 @@ def test_by_hand():
     np.testing.assert_allclose(budgets(line, one, 4), [0, 1, 1.75, 2.25, 2.5], rtol=1e-6)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(schedule=st.sampled_from(("constant", "linear", "cosine")), warmup=st.floats(0, 1), steps=st.integers(1, 60),
        rank=st.integers(1, 64), alpha=st.floats(0.1, 64))
 def test_is_the_schedule_summed(schedule, warmup, steps, rank, alpha):

@@ -74,7 +74,7 @@ def stages(draw):
     return config_class, {**REQUIRED[config_class], **chosen, **drawn}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(stages())
 def test_flat_values_and_back(stage):
     config_class, values = stage
@@ -99,14 +99,14 @@ def as_text(value):
     return str(value).lower() if isinstance(value, bool) else str(value).replace(",", "+")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(stages())
 def test_texts_and_back(stage):
     config_class, values = stage
     assert config.parse(config_class, {name: as_text(value) for name, value in values.items()}) == values
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(stages(), st.data())
 def test_a_change_is_of_what_is_named_alone(stage, data):
     config_class, values = stage

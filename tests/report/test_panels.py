@@ -135,7 +135,7 @@ PANEL = over("lam", ("0", "0.1", "0.2"), ("booster", "sft"), "0.2")
 TABLE = table_of(PANEL, seeds=(0, 1), steps=(50, 100))
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.booleans(), min_size=24, max_size=24), st.sampled_from([PANEL, ABLATION]))
 def test_gaps(tmp_path, figures, there, panel):
     """Any runs may be missing: every point has its row, with numbers where there is an attack."""

@@ -231,7 +231,7 @@ FULL = plan_table(("sft", "booster:lam=0.2"), RATIOS, backbones=("world", "b"), 
 CELLS = plan.cells_of(FULL)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**31), st.floats(0, 1))
 def test_gaps(tmp_path, figures, seed, kept):
     """Whatever part of a table is there: every cell that is there has a row, and the numbers are those of its runs."""

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxvaccine.evaluation.rates import wilson_interval
@@ -63,7 +63,6 @@ def test_the_prompts_are_in_it_by_hand():
     assert statistics.estimate_rows(bare, percent=True).low == pytest.approx(low_100)
 
 
-@settings(deadline=None)
 @given(cells, st.randoms(use_true_random=False))
 def test_intervals_of_percentages(by_backbone, random):
     rows = cell(*by_backbone)
@@ -82,7 +81,6 @@ def test_intervals_of_percentages(by_backbone, random):
     assert found.over == ("backbones" if len(by_backbone) > 1 else "seeds" if len(rows) > 1 else "prompts")
 
 
-@settings(deadline=None)
 @given(st.integers(0, PROMPTS))
 def test_one_run_has_its_own_interval(count):
     found = statistics.estimate_rows(cell([count]), percent=True)
@@ -119,7 +117,6 @@ def test_a_single_difference_is_newcombes():
     assert (found.mean, found.low, found.high) == pytest.approx((20, 5.24, 33.39), abs=0.01)
 
 
-@settings(deadline=None)
 @given(cells, st.data())
 def test_differences(by_backbone, data):
     method = cell(*by_backbone)
