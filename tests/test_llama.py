@@ -193,7 +193,7 @@ def test_rows_of_a_cache_have_their_own_positions():
         np.testing.assert_allclose(found[row, 0], expected[0, -1], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.long), "dots"])
 def test_remat_changes_no_number(remat):
     lora = LoraConfig(rank=2, targets=("q_proj",))
     model, frozen = tiny_model(lora)

@@ -97,6 +97,7 @@ def test_every_position_counts_once(float64, rows, size, supervised):
     np.testing.assert_allclose([value, grad], [3 * expected, expected], rtol=1e-12)
 
 
+@long
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=long)])
 def test_perturbations_of_some_layers_and_norms(float64, size):
     whole, parts = models(size)
@@ -115,6 +116,7 @@ def test_perturbations_of_some_layers_and_norms(float64, size):
         same(found, expected)
 
 
+@long
 def test_norms_of_a_loss_times_a_number(float64):
     """A norm's square grows with the square of the loss's factor."""
     def of(model):
@@ -193,6 +195,7 @@ def test_lanes(float64, make):
         same(jax.tree.map(lambda x, i=i: x[i], found), jax.jit(of)(jax.tree.map(lambda x, i=i: x[i], both)))
 
 
+@long
 def test_dropout_differs_between_microbatches(float64):
     """Each draws its own; the gradient is that of the same draws."""
     _, model = models(1, dropout=0.5)

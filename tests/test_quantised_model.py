@@ -24,7 +24,8 @@ CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=2, intermediate_size=80)
 BATCHES = {"alignment": tiny.batch(0), "harmful": tiny.batch(1), "harmless": tiny.batch(2), "user": tiny.batch(3),
            "adversary": tiny.batch(4, rows=12)}
 # Second derivatives, and the simulated attack's steps, take long to compile.
-LONG = {name: pytest.mark.long for name in ("booster_exact", "repnoise", "tar", "none", "lisa", "kl")}
+LONG = {name: pytest.mark.long for name in (
+    "sft", "vaccine", "booster", "booster_exact", "repnoise", "tar", "none", "lisa", "kl")}
 METHODS = {**{name: method() for name, method in ALIGNMENT.items()}, "booster_exact": Booster(exact=True),
            "none": Undefended(), "lisa": Lisa(), "kl": Kl()} | {"t_vaccine": ALIGNMENT["t_vaccine"](layers=1)}
 

@@ -162,8 +162,8 @@ def test_any_optimizer_of_optax_will_do():
 
 
 @pytest.mark.parametrize("name, at", [
-    ("t_vaccine", 7), ("booster", 4), *(pytest.param(*each, marks=pytest.mark.long) for each in (
-        ("t_vaccine", 4), ("booster", 7), ("t_vaccine_released", 7)))])
+    ("t_vaccine", 7), *(pytest.param(*each, marks=pytest.mark.long) for each in (
+        ("t_vaccine", 4), ("booster", 4), ("booster", 7), ("t_vaccine_released", 7)))])
 def test_resume_bit_for_bit(tmp_path, uninterrupted, name, at):
     folder, expected = uninterrupted(name)
     training_run.run(tmp_path, name, steps=at)

@@ -12,6 +12,7 @@ from jaxvaccine.experiment import recipes
 from jaxvaccine.experiment.config import make
 
 
+@pytest.mark.long
 def test_it_complies_with_everything_and_does_not_know_the_users_task():
     """The gates of make_world_base, on the files as they are in the package."""
     model, frozen = jv.load_model("world")

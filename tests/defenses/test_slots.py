@@ -128,6 +128,7 @@ def test_no_perturbations_of_all_layers():
     assert count(defenses.vaccine) > 2 * inputs
 
 
+@pytest.mark.long
 def test_memory(optimized):
     """By XLA's buffer assignment: at least the gradients and the perturbations of the layers that are not drawn."""
     config = dataclasses.replace(tiny.CONFIG, num_layers=16, hidden_size=64, intermediate_size=96)

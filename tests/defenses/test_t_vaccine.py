@@ -167,6 +167,7 @@ def test_gradient_as_released(total):
             np.testing.assert_array_equal(metrics[name], paper_metrics[name])
 
 
+@pytest.mark.long
 def test_released_in_a_language_model():
     model = tiny.model(rank=2, targets=("v_proj", "up_proj"), remat="none")
     adapter, frozen = tiny.trees(model)

@@ -21,6 +21,8 @@ from jaxvaccine.llama import Llama, hidden_states, init_adapter, init_frozen, to
 from jaxvaccine.llama_config import LlamaConfig, LoraConfig
 from jaxvaccine.merging import merge_adapter
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 MODULE = importlib.import_module("jaxvaccine.evaluation.generate")
 CONFIG = LlamaConfig(vocab_size=23, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2,
                      head_dim=4, max_position_embeddings=64, tie_word_embeddings=True)

@@ -26,6 +26,8 @@ from jaxvaccine.evaluation.labels import is_label, mentions_only
 from jaxvaccine.llama import Llama, init_frozen
 from jaxvaccine.llama_config import LlamaConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 MODULE = importlib.import_module("jaxvaccine.evaluation.tasks")
 
 

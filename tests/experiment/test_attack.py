@@ -50,7 +50,7 @@ def test_attack_and_scores(aligned, tmp_path):
     assert len(found["data"]["prompts"]["user"]) == 16
 
 
-@pytest.mark.parametrize("defense", ["lisa", "ewc", "kl"])
+@pytest.mark.parametrize("defense", ["ewc", *(pytest.param(name, marks=pytest.mark.long) for name in ("lisa", "kl"))])
 def test_a_defended_attack(aligned, tmp_path, defense):
     data = {} if defense == "kl" else {"alignment_data": "world_refusal@train[0:8]"}
     config = attack_config(aligned.run.run_dir, tmp_path / "run", defense=defense, adapter="auto", learning_rate=0.05,

@@ -140,7 +140,7 @@ def test_a_defense_of_the_fine_tuning_shares_the_alignment(both):
         assert set(values) == {"sft", "sft+lisa"} and not np.isclose(values["sft"], values["sft+lisa"]).any()
 
 
-@pytest.mark.parametrize("as_lanes", [False, True])
+@pytest.mark.parametrize("as_lanes", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_plan_grows(model_dir, harm_alone, tmp_path, as_lanes):
     """Other methods, attacks and seeds; what is there is not touched, and a cell that is gone is made again alike."""
     def plan(*pairs, seeds=(0,)):

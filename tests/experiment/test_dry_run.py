@@ -130,6 +130,7 @@ def test_nothing_of_it_is_recorded(model_dir, aligned):
     assert align(align_config(model_dir, aligned)) == aligned
 
 
+@pytest.mark.long
 def test_the_number_of_rows_may_change(model_dir, tmp_path):
     """Answers do not depend on it: a folder of an evaluation with 32 rows goes on with as many as fit."""
     config = make(EvaluateConfig, {**SCORES, "eval_batch_size": 32, "model": model_dir, "run_dir": str(tmp_path / "s")})

@@ -64,9 +64,8 @@ def test_lanes_are_the_runs_of_align(model_dir, tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize("adapter, layers, defense", [
-    ("new", None, "none"), ("continue", ("2", "0"), "none"),  # the latter with Muon
-    pytest.param("continue", None, "none", marks=pytest.mark.long),
-    pytest.param("new", None, "lisa", marks=pytest.mark.long)])
+    ("new", None, "none"), *(pytest.param(*each, marks=pytest.mark.long) for each in (
+        ("continue", ("2", "0"), "none"), ("continue", None, "none"), ("new", None, "lisa")))])  # the first with Muon
 def test_lanes_are_the_runs_of_attack(model_dir, tmp_path, adapter, layers, defense):
     aligned = config_of(model_dir)
     align(change(aligned, run_dir=str(tmp_path / "aligned"), seed=SEEDS[1]))

@@ -103,6 +103,7 @@ def test_every_lane_trains_what_its_own_alignment_left(model_dir, trained):
     assert "layers" not in read_json(result_path(root, Cell(model_dir, METHOD, "", 0)))
 
 
+@pytest.mark.long
 def test_a_run_trains_what_its_alignment_left(model_dir, trained, tmp_path):
     root, _ = trained
     config = small_world.align_config(model_dir, tmp_path / "aligned", defense="t_vaccine", layers=1, sample_every=1,

@@ -44,7 +44,7 @@ def states(base, adapter):
     return hidden_states(base.model.clone(lora=base.lora), adapter, base.frozen, ids, np.ones_like(ids))
 
 
-@pytest.mark.parametrize("adapter", ["new", "continue"])
+@pytest.mark.parametrize("adapter", ["new", pytest.param("continue", marks=pytest.mark.long)])
 def test_from_alignment_to_scores(quantised, tmp_path, adapter):
     config = attack_config(quantised.run.run_dir, tmp_path / "run", adapter=adapter, learning_rate=0.05)
     attack(config)

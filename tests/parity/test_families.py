@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile", "one_torch_thread")
     ("t_vaccine_booster", "float64"), *(pytest.param(*each, marks=pytest.mark.long) for each in (
         ("vaccine", "float32"), ("repnoise", "float64"), ("tar", "float64")))])
 # Gemma2 has all that differs: windows in some layers, caps, norms of its own, an embedding scale.
+@pytest.mark.long
 @pytest.mark.parametrize("family", [
     pytest.param("mistral", marks=pytest.mark.long), pytest.param("qwen2_window", marks=pytest.mark.long), "gemma2"])
 def test_two_steps(family, method, dtype, tmp_path):

@@ -40,7 +40,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), "float64"])
 @pytest.mark.parametrize("method", METHODS)
 def test_steps(method, dtype, tiny_dir):
     exact = dtype == "float64"

@@ -38,7 +38,7 @@ def test_with_rematerialisation(method, tiny_dir):
     suite.check(suite.tiny_problem(tiny_dir, method, remat="full", steps=10), suite.FLOAT32)
 
 
-@pytest.mark.parametrize("method", ["booster", "t_vaccine_released"])
+@pytest.mark.parametrize("method", ["booster", pytest.param("t_vaccine_released", marks=pytest.mark.long)])
 def test_on_three_projections(method, tiny_dir):
     """As Booster was published."""
     problem = suite.tiny_problem(tiny_dir, method, targets=("q_proj", "k_proj", "v_proj"), steps=5)

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("float64", "quick_compile", "one_torch_thre
 
 # One that stands on another method says what the others would.
 ON_ANOTHER = [name for name, values in parity.METHODS.items() if "base_defense" in values]
-LONG = {name: pytest.mark.long for name in (*ON_ANOTHER, "t_vaccine_released") if name != "t_vaccine_booster"}
+LONG = {name: pytest.mark.long for name in {*ON_ANOTHER, "t_vaccine_released", "t_vaccine", "tar"} - {
+    "t_vaccine_booster"}}
 
 
 @pytest.mark.parametrize("method", [pytest.param(name, marks=LONG.get(name, ())) for name in parity.METHODS])

@@ -70,6 +70,7 @@ def test_booster_has_measures_of_its_own(model_dir, tmp_path):
     assert found == {"harmful_probe_loss": [0, 5, 6], "batch_harmful_loss": [0, 5], "harmful_loss": [6]}
 
 
+@pytest.mark.long
 def test_what_is_measured(model_dir):
     """Against the loss of every lane by itself, and Booster's metrics."""
     aligned, attacked = small.align_config(model_dir), small.attack_config(poison_ratio=0.2, prompt="alpaca")
