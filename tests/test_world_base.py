@@ -57,9 +57,9 @@ def test_a_folder_of_that_name_goes_first(tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2"])
 def test_a_base_of_every_family_is_made_and_loads(family, tmp_path, monkeypatch):
     """At the smallest: the weights that are read again are those that were trained. Gemma2's is measured too."""
-    monkeypatch.setattr(make_world_base, "GATES", ())
-    if family != "gemma2":
-        monkeypatch.setattr(make_world_base, "measure", lambda *args: {})
+    kind = make_world_base.KINDS["world"]
+    measure = kind.measure if family == "gemma2" else lambda *args: {}
+    monkeypatch.setitem(make_world_base.KINDS, "world", kind._replace(gates=(), measure=measure))
     monkeypatch.setitem(recipes.WORLD_ALIGN, "steps", 1)
     monkeypatch.setitem(recipes.WORLD_ATTACK, "steps", 1)
     made, pretrain = [], make_world_base.pretrain
